@@ -1,0 +1,741 @@
+"""Segmentation metrics, their tables and their command line. The same for all four scripts; needs no torch.
+
+Masks are boolean arrays [X, Y, Z] or [Y, X]; spacing is the voxel size in mm, one number per axis, in axis order.
+P is the prediction, G the reference. What empty masks give:
+
+    status                      Dice, IoU, NSD   distances   counted as
+    both non-empty              value            value       (valid)
+    missed: P empty             0                NaN         n_missed
+    spurious: G empty           0                NaN         n_spurious
+    both empty                  NaN              NaN         n_excluded
+
+NaN is left out of every mean. A mean distance thus improves when a hard structure is missed altogether, which is why
+no table here prints a distance without the missed and spurious counts beside it.
+
+    python -m common.metrics table runs/a runs/b               one row a run
+    python -m common.metrics compare runs/a runs/b             paired tests
+    python -m common.metrics score --pred DIR --true DIR       any two folders of NIfTI or PNG masks
+"""
+
+import argparse
+import csv
+import gzip
+import io
+import json
+import math
+import os
+import sys
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
+from PIL import Image
+from scipy.ndimage import distance_transform_edt
+from scipy.spatial import cKDTree
+
+from common import InputError
+
+DISTANCES = ("hd95_mm", "hd95_pooled_mm", "assd_mm", "centroid_mm")
+COLUMNS = ("case", "class", "dice", "iou", "hd95_mm", "hd95_pooled_mm", "nsd", "assd_mm", "centroid_mm",
+           "volume_true_ml", "volume_pred_ml")
+# nsd_valid: NSD over the valid pairs alone, as the public code of the recycling paper averages it; not a CSV column.
+SCORES = ("dice", "iou", "hd95_mm", "hd95_pooled_mm", "nsd", "nsd_valid", "assd_mm", "centroid_mm")
+TITLES = {"dice": "Dice", "iou": "IoU", "hd95_mm": "HD95", "hd95_pooled_mm": "HD95 pooled", "nsd": "NSD",
+          "nsd_valid": "NSD valid", "assd_mm": "ASSD", "centroid_mm": "centroid"}
+NAN = float("nan")
+
+# --------------------------------------------------------------------------------------------------------------------
+# Metrics of one pair of masks
+# --------------------------------------------------------------------------------------------------------------------
+
+# Microseconds on one core, from both algorithms' times on 25 pairs of masks (balls, shells, slabs, noise; 2D and 3D;
+# 7e3 to 3e6 voxels): building a tree, per target voxel; a query whose answer is near; what distance adds to a query,
+# per (voxels away)^(dimensions - 1), since the ball around a query inside a shell touches about that many voxels of it
+# (the worst case: slabs cost far less); the most it can add, per target voxel; a distance transform, per voxel of the
+# box. Only the choice of the algorithm depends on these numbers, never a value.
+COST_BUILD, COST_NEAR, COST_FAR, COST_ALL, COST_TRANSFORM = 0.2, 0.6, 0.06, 0.04, 0.07
+# A distance that equals the tolerance counts as inside. Without this slack rounding would decide: a header holds its
+# spacing in float32, where 10 * 0.1 is above 1, and 11 * 0.7 - 10 * 0.7 is above 0.7 in any format.
+ROUNDING_MM = 1e-6
+
+
+def _as_mask(mask: np.ndarray, name: str) -> np.ndarray:
+    """The mask as a boolean array; 0/1 numbers are taken, other values raise ValueError."""
+    mask = np.asarray(mask)
+    if mask.dtype == bool:
+        return mask
+    if mask.dtype.kind not in "uif" or not np.isin(mask, (0, 1)).all():
+        raise ValueError(f"{name} ({mask.dtype}) has values other than 0 and 1; expected a boolean mask; "
+                         f"compare the labels with one class value first, as in label == 1")
+    return mask.astype(bool)
+
+
+def _pair(pred: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both masks as booleans of one shape; ValueError otherwise."""
+    pred, true = _as_mask(pred, "pred"), _as_mask(true, "true")
+    if pred.shape != true.shape:
+        raise ValueError(f"pred has shape {pred.shape}, true has {true.shape}; expected the same grid; "
+                         f"check that both belong to one case, and resample one to the other")
+    return pred, true
+
+
+def _spacing(spacing: Sequence[float], ndim: int) -> np.ndarray:
+    """Spacing in mm as float64 [ndim]; ValueError unless it holds one positive number per axis."""
+    mm = np.asarray(spacing, dtype=np.float64)
+    if mm.shape != (ndim,) or not (np.isfinite(mm) & (mm > 0)).all():
+        raise ValueError(f"spacing is {spacing}; expected {ndim} positive numbers in mm, one per axis of the mask; "
+                         f"take them from the image header, in the order of the axes")
+    return mm
+
+
+def dice(pred: np.ndarray, true: np.ndarray) -> float:
+    """Dice = 2 |P and G| / (|P| + |G|), in [0, 1]; one mask empty: 0; both: NaN. ValueError for unequal shapes."""
+    pred, true = _pair(pred, true)
+    size = np.count_nonzero(pred) + np.count_nonzero(true)
+    return 2 * np.count_nonzero(pred & true) / size if size else NAN
+
+
+def iou(pred: np.ndarray, true: np.ndarray) -> float:
+    """IoU = |P and G| / |P or G|, in [0, 1]; one mask empty: 0; both: NaN. ValueError for unequal shapes."""
+    pred, true = _pair(pred, true)
+    union = np.count_nonzero(pred | true)
+    return np.count_nonzero(pred & true) / union if union else NAN
+
+
+def volume_ml(mask: np.ndarray, spacing: Sequence[float]) -> float:
+    """Volume in ml (a 2D mask counts as 1 mm thick); empty: 0. ValueError for a wrong spacing."""
+    mask = _as_mask(mask, "mask")
+    return float(np.count_nonzero(mask) * _spacing(spacing, mask.ndim).prod() / 1000)
+
+
+def _box(*masks: np.ndarray) -> tuple[slice, ...]:
+    """Smallest box that holds all True voxels of the masks (equal shapes); slices of length 0 where there are none."""
+    # Reducing axis 0 first is one pass over memory, with vector instructions; all later steps see small arrays.
+    plane = np.logical_or.reduce([mask.any(axis=0) for mask in masks])
+    box = []
+    for axis in range(plane.ndim):
+        hit = np.flatnonzero(plane.any(axis=tuple(a for a in range(plane.ndim) if a != axis)))
+        box.append(slice(hit[0], hit[-1] + 1) if len(hit) else slice(0, 0))
+    rows = [mask[(slice(None),) + tuple(box)].any(axis=tuple(range(1, mask.ndim))) for mask in masks]
+    hit = np.flatnonzero(np.logical_or.reduce(rows))
+    return (slice(hit[0], hit[-1] + 1) if len(hit) else slice(0, 0), *box)
+
+
+def _surface(mask: np.ndarray) -> np.ndarray:
+    """Voxels of the mask with a neighbour (6 in 3D, 4 in 2D) outside of it; outside of the array is background."""
+    inside = mask.copy()
+    for axis in range(mask.ndim):
+        m, i = np.moveaxis(mask, axis, 0), np.moveaxis(inside, axis, 0)
+        i[1:] &= m[:-1]
+        i[:-1] &= m[1:]
+        i[0] = i[-1] = False
+    return mask & ~inside
+
+
+def _distances(source: np.ndarray, target: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    """Distance in mm from each True voxel of source to the nearest True voxel of target, in no fixed order.
+
+    A search tree over the target's voxels where its expected cost is below that of a distance transform of the box,
+    else the transform: small or near surfaces take the tree, dense ones and concentric shells the transform.
+    """
+    query, points = np.argwhere(source & ~target), np.argwhere(target)
+    shared = np.zeros(np.count_nonzero(source) - len(query))  # voxels of both surfaces: 0 mm, nothing to search
+    if not len(query):
+        return shared
+    transform = COST_TRANSFORM * source.size
+    tree_cost = COST_BUILD * len(points) + COST_NEAR * len(query)
+    if tree_cost < transform:
+        tree = cKDTree(points * spacing)
+        # How far apart the surfaces are decides the rest of the cost: ask about 32 of the voxels first.
+        probe = tree.query(query[:: len(query) // 32 + 1] * spacing)[0]
+        away = np.mean((probe / spacing.prod() ** (1 / len(spacing))) ** (len(spacing) - 1))
+        tree_cost += len(query) * min(COST_FAR * away, COST_ALL * len(points))
+    if tree_cost < transform:
+        return np.concatenate((shared, tree.query(query * spacing)[0]))
+    return distance_transform_edt(~target, sampling=spacing)[source]
+
+
+def _centroid(mask: np.ndarray) -> np.ndarray:
+    """Mean index of the True voxels, float64 [ndim]."""
+    others = [tuple(b for b in range(mask.ndim) if b != a) for a in range(mask.ndim)]
+    counts = [np.count_nonzero(mask, axis=o) for o in others]
+    return np.array([np.dot(c, np.arange(len(c))) / c.sum() for c in counts])
+
+
+def _prepare(pred: np.ndarray, true: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Both masks cropped to their joint box, and the spacing; all with the axes in the order of memory.
+
+    Outside of the crop lies background or the end of the image, and both end a surface in the same way.
+    """
+    pred, true = _pair(pred, true)
+    mm = _spacing(spacing, pred.ndim)
+    order = np.argsort([-abs(s) for s in pred.strides], kind="stable")  # NIfTI arrays are in Fortran order
+    pred, true = pred.transpose(order), true.transpose(order)
+    box = _box(pred, true)
+    return pred[box], true[box], mm[order]
+
+
+def surface_scores(pred: np.ndarray, true: np.ndarray, spacing: Sequence[float], tolerance_mm: float = 1.0) -> dict:
+    """All surface metrics from one pair of directed distances.
+
+    Surface voxels are the mask minus its erosion by the 6-neighbour cross (4 in 2D); a mask voxel at the border of the
+    image is one. d_PG holds the Euclidean distance in mm from each surface voxel of P to the nearest one of G.
+
+    Args: pred, true: boolean, one shape; spacing: mm per axis; tolerance_mm: of NSD, inclusive.
+    Returns: hd95_mm, the larger of both directed 95th percentiles; hd95_pooled_mm, the percentile of both together;
+        nsd in [0, 1], the share of surface voxels within the tolerance (voxels have equal weight, whatever their
+        area); assd_mm, the mean over both sets; centroid_mm. One mask empty: nsd 0, distances NaN; both: all NaN.
+    Raises: ValueError for unequal shapes, values other than 0 and 1, a wrong spacing, a negative tolerance.
+    Source: HD95 as MONAI (max) and medpy (pooled), NSD as MONAI's compute_surface_dice without sub-voxels.
+    """
+    if not tolerance_mm >= 0:
+        raise ValueError(f"tolerance_mm is {tolerance_mm}; expected 0 or more; give it in mm")
+    pred, true, mm = _prepare(pred, true, spacing)
+    if not (pred.any() and true.any()):
+        return {**dict.fromkeys(DISTANCES, NAN), "nsd": 0.0 if pred.size else NAN}  # the joint box is empty with both
+    surface_p, surface_g = _surface(pred), _surface(true)
+    d_pg, d_gp = _distances(surface_p, surface_g, mm), _distances(surface_g, surface_p, mm)
+    both = np.concatenate((d_pg, d_gp))
+    return {
+        "hd95_mm": float(max(np.percentile(d_pg, 95), np.percentile(d_gp, 95))),
+        "hd95_pooled_mm": float(np.percentile(both, 95)),
+        "nsd": float(np.mean(both <= tolerance_mm + ROUNDING_MM)),
+        "assd_mm": float(both.mean()),
+        "centroid_mm": float(np.linalg.norm((_centroid(pred) - _centroid(true)) * mm)),
+    }
+
+
+def hd95(pred: np.ndarray, true: np.ndarray, spacing: Sequence[float], kind: str = "max") -> float:
+    """95th percentile of the Hausdorff distance in mm; any mask empty: NaN. Errors as surface_scores.
+
+    kind "max": the larger of the two directed percentiles; "pooled": the percentile of both sets together (medpy).
+    """
+    if kind not in ("max", "pooled"):
+        raise ValueError(f"kind is {kind!r}; expected 'max' or 'pooled'; choose one of them")
+    return surface_scores(pred, true, spacing)["hd95_mm" if kind == "max" else "hd95_pooled_mm"]
+
+
+def assd(pred: np.ndarray, true: np.ndarray, spacing: Sequence[float]) -> float:
+    """Average symmetric surface distance in mm, over both sets; any mask empty: NaN. Errors as surface_scores."""
+    return surface_scores(pred, true, spacing)["assd_mm"]
+
+
+def nsd(pred: np.ndarray, true: np.ndarray, spacing: Sequence[float], tolerance_mm: float = 1.0) -> float:
+    """Share of surface voxels within the tolerance, in [0, 1]; one mask empty: 0; both: NaN. Errors: surface_scores."""
+    return surface_scores(pred, true, spacing, tolerance_mm)["nsd"]
+
+
+def centroid_distance(pred: np.ndarray, true: np.ndarray, spacing: Sequence[float]) -> float:
+    """Distance between the centres of mass in mm; any mask empty: NaN. Errors as surface_scores."""
+    pred, true, mm = _prepare(pred, true, spacing)
+    return float(np.linalg.norm((_centroid(pred) - _centroid(true)) * mm)) if pred.any() and true.any() else NAN
+
+
+def best_interval_dice(images: list[np.ndarray], labels: list[np.ndarray], value: int, bins: int = 64) -> dict:
+    """The best mean Dice that one rule on the intensity alone, the same for all cases, could reach for a class.
+
+    Every rule of the form is tried against the truth, so that the result favours the rule: what a network adds has to
+    lie above it. An interval or its complement is the form of every quadratic rule on one intensity.
+
+    Args: images: [X, Y, Z] or [Y, X] in [0, 1]; labels: the same shapes, integers; bins: cut points lie at k / bins.
+    Returns: threshold, over thresholds in both directions; interval, over intervals and their complements. Both in
+        [0, 1]; NaN where no case holds the class. Raises: ValueError for unequal shapes or intensities outside [0, 1].
+    """
+    total = np.zeros((2, bins + 1, bins + 1))  # [inside/outside, first bin, end bin]: sum of Dice over cases
+    count = np.zeros_like(total)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        image, label = np.asarray(image), np.asarray(label)
+        if image.shape != label.shape or not (image.size and image.min() >= 0 and image.max() <= 1):
+            raise ValueError(f"case {i}: image of shape {image.shape}, label of {label.shape}; expected equal shapes "
+                             f"and intensities in [0, 1]; normalise the image first and pass one channel")
+        index = np.minimum((image * bins).astype(np.int64), bins - 1)
+        voxels, hits = (np.concatenate(([0], np.cumsum(np.bincount(part.ravel(), minlength=bins))))
+                        for part in (index, index[label == value]))  # [bins + 1] each: cumulative histograms
+        size, hit = voxels[None] - voxels[:, None], hits[None] - hits[:, None]  # [first, end]
+        size, hit = np.stack((size, voxels[-1] - size)), np.stack((hit, hits[-1] - hit))
+        both = np.where(np.triu(np.ones_like(size[0]), 0) > 0, size + hits[-1], 0)  # an end before its start: no rule
+        total += np.divide(2 * hit, both, out=np.zeros_like(total), where=both > 0)
+        count += both > 0
+    mean = np.divide(total, count, out=np.full_like(total, NAN), where=count > 0)
+    if not any((np.asarray(label) == value).any() for label in labels):
+        return {"threshold": NAN, "interval": NAN}
+    # An interval from bin 0 is "below a threshold", its complement "above" it.
+    return {"threshold": float(np.nanmax(mean[:, 0])), "interval": float(np.nanmax(mean))}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rows, files and aggregation
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def evaluate_case(case: str, pred: np.ndarray, true: np.ndarray, spacing: Sequence[float], classes: Mapping[str, int],
+                  tolerance_mm: float = 1.0) -> list[dict[str, Any]]:
+    """One row of metrics.csv (keys COLUMNS, in that order) per foreground class.
+
+    Args: case: its id; pred, true: integer labels, one shape; spacing: mm per axis; classes: name -> label value.
+    Raises: ValueError for unequal shapes, labels that are not integers, a wrong spacing.
+    """
+    pred, true = np.asarray(pred), np.asarray(true)
+    if pred.shape != true.shape or pred.dtype.kind not in "uib" or true.dtype.kind not in "uib":
+        raise ValueError(f"case {case}: pred is {pred.dtype} {pred.shape}, true is {true.dtype} {true.shape}; expected "
+                         f"integer labels on the same grid; take the argmax, or check the pairing of the files")
+    box = _box(pred != 0, true != 0)  # cropping once for all classes changes no metric
+    rows = []
+    for name, value in classes.items():
+        p, t = (pred[box] == value, true[box] == value) if value else (pred == value, true == value)
+        row = {"case": case, "class": name, "dice": dice(p, t), "iou": iou(p, t),
+               **surface_scores(p, t, spacing, tolerance_mm),
+               "volume_true_ml": volume_ml(t, spacing), "volume_pred_ml": volume_ml(p, spacing)}
+        rows.append({column: row[column] for column in COLUMNS})
+    return rows
+
+
+def diagonal_mm(shape: Sequence[int], spacing: Sequence[float]) -> float:
+    """Diagonal of a grid in mm: what `empty_distance` gives to a missed or spurious pair."""
+    return float(np.linalg.norm(np.asarray(shape) * _spacing(spacing, len(shape))))
+
+
+def _write_text(path: Path | str, text: str) -> None:
+    """Write by a temporary file and a rename, so that a reader meets the old file or the new one, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_metrics_csv(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows of evaluate_case; floats with all digits, NaN as an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in rows:
+        writer.writerow(["" if row[column] != row[column] else row[column] for column in COLUMNS])
+    _write_text(path, text.getvalue())
+
+
+def read_metrics_csv(path: Path | str) -> list[dict[str, Any]]:
+    """Rows as evaluate_case gives them, empty cells as NaN. InputError for another header or a bad number."""
+    rows: list[dict[str, Any]] = []
+    with open(path, encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        if not set(COLUMNS) <= set(reader.fieldnames or ()):
+            raise InputError(f"{path} lacks columns of a metrics.csv ({', '.join(COLUMNS)}); write it with evaluate")
+        for cells in reader:
+            try:
+                rows.append({c: cells[c] if c in COLUMNS[:2] else float(cells[c] or NAN) for c in COLUMNS})
+            except ValueError as error:
+                raise InputError(f"{path} line {reader.line_num}: {error}; expected numbers or empty cells; "
+                                 f"write the file again with evaluate") from error
+    if not rows:
+        raise InputError(f"{path} has no rows; expected one per case and class; run evaluate again")
+    return rows
+
+
+def _array(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str], np.ndarray, np.ndarray]:
+    """Cases, classes, values [case, class, SCORES] and status [case, class]: 0 valid, 1 missed, 2 spurious, 3 excluded.
+
+    Raises: InputError unless each case has exactly one row per class.
+    """
+    cases, names = list(dict.fromkeys(r["case"] for r in rows)), list(dict.fromkeys(r["class"] for r in rows))
+    by_key = {(r["case"], r["class"]): r for r in rows}
+    if not rows or len(by_key) != len(rows) or len(rows) != len(cases) * len(names):
+        raise InputError(f"{len(rows)} rows for {len(cases)} cases and {len(names)} classes, {len(by_key)} of them "
+                         f"different; expected one per case and class; join no files of different class lists")
+    values = np.full((len(cases), len(names), len(SCORES)), NAN)
+    status = np.zeros((len(cases), len(names)), dtype=int)
+    for i, case in enumerate(cases):
+        for j, name in enumerate(names):
+            row = by_key[case, name]
+            status[i, j] = (row["volume_pred_ml"] == 0) + 2 * (row["volume_true_ml"] == 0)
+            values[i, j] = [row["nsd"] if s == "nsd_valid" and status[i, j] == 0 else row.get(s, NAN) for s in SCORES]
+    return cases, names, values, status
+
+
+def _nanmean(values: np.ndarray, axis: int) -> np.ndarray:
+    """Mean of what is not NaN; NaN where nothing is left (numpy's own warns there)."""
+    valid = ~np.isnan(values)
+    n = valid.sum(axis=axis)
+    return np.divide(np.where(valid, values, 0).sum(axis=axis), n, out=np.full(n.shape, NAN), where=n > 0)
+
+
+def _bootstrap(values: np.ndarray, samples: int = 2000) -> list[float]:
+    """95 % percentile interval of the mean over cases; the same for the same values (seed 0); NaN below 2 values."""
+    if len(values) < 2:
+        return [NAN, NAN]
+    draws = np.random.default_rng(0).integers(0, len(values), (samples, len(values)))
+    return [float(x) for x in np.percentile(values[draws].mean(axis=1), (2.5, 97.5))]
+
+
+def _statistics(values: np.ndarray, status: np.ndarray) -> dict[str, Any]:
+    """mean, sd (ddof 1), median, ci95 and n of the values that are not NaN; pairs by status."""
+    x = values[~np.isnan(values)]
+    return {"mean": float(x.mean()) if len(x) else NAN, "sd": float(x.std(ddof=1)) if len(x) > 1 else NAN,
+            "median": float(np.median(x)) if len(x) else NAN, "ci95": _bootstrap(x), "n": len(x),
+            **{f"n_{word}": int((status == k + 1).sum()) for k, word in enumerate(("missed", "spurious", "excluded"))}}
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], empty_distance: Mapping[str, float] | float | None = None) -> dict:
+    """The content of summary.json.
+
+    A class: statistics over images. "mean": per image the mean over its classes that are not NaN, then statistics over
+    images; its n counts images, its n_missed, n_spurious, n_excluded count image-class pairs. ci95 is a bootstrap
+    percentile interval over images with a fixed seed. Images whose classes are all empty on both sides are dropped.
+
+    Args: rows: of evaluate_case or read_metrics_csv; empty_distance: mm that a missed or spurious pair gets for every
+        distance, one for all or by case (see diagonal_mm); None leaves such pairs out.
+    Returns: {"classes": {name: {metric: statistics}}, "mean": {metric: statistics}, "images", "images_dropped",
+        "n_valid"}, where images x classes = n_valid + n_missed + n_spurious + n_excluded.
+    Raises: InputError unless there is one row per case and class.
+    """
+    cases, names, values, status = _array(rows)
+    if empty_distance is not None:
+        mm = [empty_distance[c] if isinstance(empty_distance, Mapping) else empty_distance for c in cases]
+        one_sided = (status == 1) | (status == 2)
+        for k in (SCORES.index(d) for d in DISTANCES):
+            values[:, :, k] = np.where(one_sided, np.array(mm)[:, None], values[:, :, k])
+    per_image = _nanmean(values, axis=1)  # [case, SCORES]
+    return {
+        "classes": {name: {s: _statistics(values[:, j, k], status[:, j]) for k, s in enumerate(SCORES)}
+                    for j, name in enumerate(names)},
+        "mean": {s: _statistics(per_image[:, k], status) for k, s in enumerate(SCORES)},
+        "images": len(cases), "images_dropped": int((status == 3).all(axis=1).sum()),
+        "n_valid": int((status == 0).sum()),
+    }
+
+
+def _swap(tree: Any, old: Any, new: Any) -> Any:
+    """The nested dicts and lists with each old leaf (None, or NaN where old is NaN) replaced by new."""
+    if isinstance(tree, dict):
+        return {key: _swap(value, old, new) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_swap(value, old, new) for value in tree]
+    return new if tree is old or (tree != tree and old != old) else tree
+
+
+def write_summary(path: Path | str, summary: dict) -> None:
+    """Write summary.json; NaN becomes null, since JSON has no NaN."""
+    _write_text(path, json.dumps(_swap(summary, NAN, None), indent=1, allow_nan=False) + "\n")
+
+
+def read_summary(path: Path | str) -> dict:
+    """What write_summary wrote, null as NaN. InputError where it is no summary."""
+    try:
+        summary = _swap(json.loads(Path(path).read_text(encoding="utf-8")), None, NAN)
+        for entry in (summary["mean"], *summary["classes"].values()):
+            _ = [entry[metric]["mean"] for metric in SCORES]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no summary.json; expected classes and mean, each with "
+                         f"{', '.join(SCORES)}; run evaluate again") from error
+    return summary
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tables
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _layout(rows: list[list[str]], markdown: bool = False) -> str:
+    """Rows of cells, header first, as aligned text or as Markdown; the first column is left-aligned."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = [[c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+             for row in rows]
+    if not markdown:
+        return "\n".join("  ".join(line).rstrip() for line in lines)
+    rule = ["-" * max(w, 3) if i == 0 else "-" * max(w - 1, 2) + ":" for i, w in enumerate(widths)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))
+
+
+def _number(value: float, metric: str) -> str:
+    """Three digits after the point for shares, two for mm; - for NaN."""
+    return "-" if math.isnan(value) else f"{value:.{2 if metric in DISTANCES else 3}f}"
+
+
+def _mean_sd(s: Mapping[str, Any], metric: str) -> str:
+    """mean±SD of one entry of a summary; the mean alone for one value, - for none."""
+    return _number(s["mean"], metric) + ("" if math.isnan(s["sd"]) else f"±{_number(s['sd'], metric)}")
+
+
+def format_summary(summary: dict) -> str:
+    """The table that evaluate prints: a row per class and the mean; mean±SD over images; distances in mm."""
+    metrics = [m for m in SCORES if m != "nsd_valid"]
+    table = [["class", *(TITLES[m] for m in metrics), "n", "missed", "spurious", "excluded"]]
+    for name, entry in [*summary["classes"].items(), ("mean", summary["mean"])]:
+        counts = [str(entry["dice"][key]) for key in ("n", "n_missed", "n_spurious", "n_excluded")]
+        table.append([name, *(_mean_sd(entry[m], m) for m in metrics), *counts])
+    return (_layout(table) + "\nmean±SD over images. Distances leave missed and spurious pairs out, Dice, IoU and NSD "
+            "count them as 0. Last row: n images, counts of pairs.")
+
+
+def _source(path: str, prefer: str) -> Path:
+    """The file behind a path: itself, or the folder's `prefer`, or the folder's other result file."""
+    found = Path(path)
+    if found.is_dir():
+        options = [found / name for name in dict.fromkeys((prefer, "metrics.csv")) if (found / name).is_file()]
+        if not options:
+            raise InputError(f"{path} holds no {prefer} or metrics.csv; expected a run folder; run evaluate first")
+        return options[0]
+    if not found.is_file():
+        raise InputError(f"{path} does not exist; expected a run folder or its result file; check the path")
+    return found
+
+
+def _table(args: argparse.Namespace) -> None:
+    """One row a run: mean±SD per class and of the mean."""
+    runs = {}
+    for path in args.files:
+        file = _source(path, "summary.json")
+        summary = read_summary(file) if file.suffix == ".json" else summarise(read_metrics_csv(file))
+        runs[str(file.parent if file.name in ("summary.json", "metrics.csv") else file)] = summary
+    names = list(dict.fromkeys(name for summary in runs.values() for name in summary["classes"]))
+    columns = [(metric, name) for metric in args.metric for name in [*names, None]]  # None: the mean over classes
+    table = [["run", "n", *(f"{TITLES[m]} {'mean' if name is None else name}" for m, name in columns)]]
+    for run, summary in runs.items():
+        cells = []
+        for metric, name in columns:
+            s = (summary["mean"] if name is None else summary["classes"].get(name, {})).get(metric)
+            counts = f" ({s['n_missed']}/{s['n_spurious']})" if s and metric in DISTANCES else ""
+            cells.append(_mean_sd(s, metric) + counts if s else "-")
+        table.append([run, str(summary["mean"]["dice"]["n"]), *cells])
+    print(_layout(table, args.markdown))
+    note = "; distances in mm (missed/spurious pairs, which they leave out)" if {*args.metric} & {*DISTANCES} else ""
+    print(("\n" if args.markdown else "") + "mean±SD over n images" + note)
+
+
+def paired_tests(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
+    """Paired comparison of two score lists [n], NaN where either has no value (such pairs are left out).
+
+    Returns: n, mean_a, mean_b, difference (b - a), ci95 (bootstrap over pairs, fixed seed), p_t (two-sided paired
+        t-test), p_wilcoxon (signed rank, zeros dropped), note: a sentence where no test can be made, p then NaN.
+    """
+    from scipy.stats import ttest_rel, wilcoxon  # here: importing it takes longer than all the rest of this module
+
+    valid = ~(np.isnan(a) | np.isnan(b))
+    a, b = a[valid], b[valid]
+    d = b - a
+    mean_a, mean_b, difference = (float(v.mean()) if len(v) else NAN for v in (a, b, d))
+    result: dict[str, Any] = {"n": len(d), "mean_a": mean_a, "mean_b": mean_b, "difference": difference,
+                              "ci95": _bootstrap(d), "p_t": NAN, "p_wilcoxon": NAN, "note": ""}
+    if len(d) < 2:
+        result["note"] = "fewer than 2 pairs: no test"
+    elif not d.any():
+        result["note"] = "identical: no test"
+    else:
+        result["p_wilcoxon"] = float(wilcoxon(b, a).pvalue)
+        if np.ptp(d) <= 1e-9 * np.abs(d).max():  # rounding only; the t statistic would divide by it
+            result["note"] = "every difference is the same: no t-test"
+        else:
+            result["p_t"] = float(ttest_rel(b, a).pvalue)
+    return result
+
+
+def _compare(args: argparse.Namespace) -> None:
+    """Paired tests per class and of the mean, over the cases that both runs hold."""
+    (cases_a, names_a, values_a, status_a), (cases_b, names_b, values_b, status_b) = (
+        _array(read_metrics_csv(_source(path, "metrics.csv"))) for path in (args.a, args.b))
+    shared, names = [c for c in cases_a if c in set(cases_b)], [n for n in names_a if n in names_b]
+    if not shared or not names:
+        raise InputError(f"{args.a} and {args.b} share {len(shared)} cases and {len(names)} classes; expected the same "
+                         f"ones; evaluate both runs on one split")
+    pick_a, pick_b = (np.ix_([c.index(x) for x in shared], [n.index(x) for x in names])
+                      for c, n in ((cases_a, names_a), (cases_b, names_b)))
+    a, b, state = values_a[pick_a], values_b[pick_b], (status_a[pick_a], status_b[pick_b])  # [case, class(, SCORES)]
+    print(f"A = {args.a}\nB = {args.b}\n{len(shared)} cases paired; unpaired: {len(cases_a) - len(shared)} only in A, "
+          f"{len(cases_b) - len(shared)} only in B; classes in one only: {sorted({*names_a} ^ {*names_b}) or 'none'}")
+    for metric in args.metric:
+        x, y = a[:, :, SCORES.index(metric)], b[:, :, SCORES.index(metric)]  # [case, class]
+        if metric in DISTANCES:  # else a structure that A misses would lower the mean of A and not that of B
+            x, y = np.where(np.isnan(y), NAN, x), np.where(np.isnan(x), NAN, y)
+        table = [["class", "n", "A", "B", "B-A", "95% interval", "p (t)", "p (Wilcoxon)", "missed/spurious A", "B", ""]]
+        for j, name in enumerate([*names, "mean"]):
+            column = slice(None) if j == len(names) else slice(j, j + 1)
+            r = paired_tests(_nanmean(x[:, column], axis=1), _nanmean(y[:, column], axis=1))
+            counts = [f"{(s[:, column] == 1).sum()}/{(s[:, column] == 2).sum()}" for s in state]
+            p = ["-" if math.isnan(r[key]) else f"{r[key]:.3g}" for key in ("p_t", "p_wilcoxon")]
+            interval = "-" if math.isnan(r["ci95"][0]) else "{} to {}".format(*(_number(v, metric) for v in r["ci95"]))
+            table.append([name, str(r["n"]), *(_number(r[key], metric) for key in ("mean_a", "mean_b", "difference")),
+                          interval, *p, *counts, r["note"]])
+        print(f"\n{TITLES[metric]}{' (mm)' if metric in DISTANCES else ''}\n{_layout(table)}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Scoring of two folders of masks
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _read_mask(path: Path) -> tuple[np.ndarray, tuple[float, ...], np.ndarray]:
+    """Integer labels, spacing (mm; 1 pixel for PNG) and affine of a mask file. InputError says what is wrong."""
+    spacing: tuple[float, ...] = (1.0, 1.0)
+    try:
+        if path.suffix == ".png":
+            with Image.open(path) as image:
+                labels = np.asarray(image)  # [Y, X]; a palette image gives its indices
+            affine = np.eye(4)
+        else:
+            raw = path.read_bytes()
+            if path.suffix == ".gz":  # here, because nibabel stops at the last voxel and then misses a wrong checksum
+                raw = gzip.decompress(raw)
+            sizes = (540).to_bytes(4, "little"), (540).to_bytes(4, "big")  # the first number of a NIfTI-2 header
+            file = (nib.Nifti2Image if raw[:4] in sizes else nib.Nifti1Image).from_bytes(raw)
+            labels = np.asanyarray(file.dataobj)  # [X, Y, Z]
+            spacing, affine = tuple(float(s) for s in file.header.get_zooms()[:3]), file.affine
+    except (OSError, EOFError, ValueError, SyntaxError, zlib.error, ImageFileError, HeaderDataError,
+            WrapStructError) as error:
+        raise InputError(f"cannot be read ({' '.join(str(error).split())})") from error
+    while labels.ndim > 3 and labels.shape[-1] == 1:
+        labels = labels[..., 0]
+    if labels.ndim != (2 if path.suffix == ".png" else len(spacing)) or not labels.size:
+        raise InputError(f"has shape {labels.shape}, expected one channel")
+    if labels.dtype.kind not in "uib" and not (np.isfinite(labels).all() and (labels == np.rint(labels)).all()):
+        raise InputError("has label values that are not integers")
+    return labels if labels.dtype.kind in "ui" else labels.astype(np.int32), spacing, affine
+
+
+def _read_pair(pred_file: Path, true_file: Path) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
+    """Labels of both and their spacing. InputError unless both are readable and lie on the same grid."""
+    masks = []
+    for side, file in (("prediction", pred_file), ("truth", true_file)):
+        try:
+            masks.append(_read_mask(file))
+        except InputError as error:
+            raise InputError(f"{side} {file.name} {error}") from error
+    (pred, _, affine_p), (true, spacing, affine_t) = masks
+    if pred.shape != true.shape:
+        raise InputError(f"prediction has shape {pred.shape}, truth has {true.shape}")
+    corners = np.stack(np.meshgrid(*((0, n - 1) for n in (*true.shape, 1)[:3]), [1]), -1).reshape(-1, 4)
+    shift = np.abs(corners @ (affine_p - affine_t).T).max()
+    if not shift <= 1e-3:
+        raise InputError(f"affines differ by {shift:.3g} mm at a corner of the grid, expected at most 0.001")
+    return pred, true, spacing
+
+
+def _mask_files(folder: str) -> dict[str, Path]:
+    """Case id -> mask file; the id is the name without extension and without a trailing _0000."""
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder} is no folder; expected one with .nii, .nii.gz or .png masks; check the path")
+    files: dict[str, Path] = {}
+    for file in sorted(Path(folder).iterdir()):
+        for end in (".nii.gz", ".nii", ".png"):
+            if file.name.endswith(end) and not file.name.startswith("."):
+                case = file.name.removesuffix(end).removesuffix("_0000")
+                if case in files:
+                    raise InputError(f"{files[case]} and {file.name} are both case {case}; expected one mask a case; "
+                                     f"remove one")
+                files[case] = file
+                break
+    if not files:
+        raise InputError(f"{folder} has no .nii, .nii.gz or .png files; expected one mask a case; check the path")
+    return files
+
+
+def _parse_classes(words: list[str]) -> dict[str, int]:
+    """NAME=VALUE words -> name -> label value."""
+    try:
+        return {name: int(value) for name, value in (w.split("=") for word in words for w in word.split(",") if w)}
+    except ValueError as error:
+        raise InputError(f"--classes {' '.join(words)} is not understood; expected NAME=VALUE ...; "
+                         f"write for example --classes liver=1 tumour=2") from error
+
+
+def _score(args: argparse.Namespace) -> None:
+    """Score each pair of masks; all faulty cases are named in one error, before anything is written."""
+    classes = _parse_classes(args.classes or [])
+    out = Path(args.out) if args.out else None
+    for name in ("metrics.csv", "summary.json"):
+        if out and (out / name).exists() and not args.overwrite:
+            raise InputError(f"{out / name} exists; expected an empty folder; choose another --out or add --overwrite")
+    preds, trues = _mask_files(args.pred), _mask_files(args.true)
+    png = {file.suffix == ".png" for file in [*preds.values(), *trues.values()]}
+    if len(png) > 1:
+        raise InputError("the folders hold both PNG and NIfTI masks; expected one kind; score them one at a time")
+    faults, results, grids = [], {}, {}
+    for case in sorted({*preds, *trues}):
+        if case not in preds or case not in trues:
+            faults.append(f"{case}: no file in {args.true if case in preds else args.pred}")
+            continue
+        try:
+            pred, true, spacing = _read_pair(preds[case], trues[case])
+        except InputError as error:
+            faults.append(f"{case}: {error}")
+            continue
+        found = classes or {str(v): int(v) for v in np.union1d(np.unique(pred), np.unique(true)) if v}
+        results[case] = {row["class"]: row for row in evaluate_case(case, pred, true, spacing, found, args.tolerance)}
+        grids[case] = diagonal_mm(true.shape, spacing), spacing
+    if faults:
+        raise InputError(f"{len(faults)} faulty cases: {' | '.join(faults)}; correct or remove these files")
+    classes = classes or {name: int(name) for name in sorted({n for rows in results.values() for n in rows}, key=int)}
+    if not classes:
+        raise InputError("all masks are empty; expected label values above 0; check the folders, or give --classes")
+    rows = []
+    for case, by_class in results.items():
+        spacing = grids[case][1]
+        blank = np.zeros((1,) * len(spacing), dtype=np.uint8)  # a class that this case has on neither side
+        rows += [by_class.get(name) or evaluate_case(case, blank, blank, spacing, {name: value})[0]
+                 for name, value in classes.items()]
+    summary = summarise(rows, {c: g[0] for c, g in grids.items()} if args.empty_distance == "diagonal" else None)
+    print(format_summary(summary))
+    print("Units: pixels (PNG has no spacing; the mm and ml columns count 1 pixel as 1 mm)." if True in png
+          else "Units: mm, spacing from the NIfTI headers; metrics on the grid of the files.")
+    if args.empty_distance == "diagonal":
+        print("Missed and spurious pairs have the diagonal of their grid as distance in this table and summary.json.")
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        write_metrics_csv(out / "metrics.csv", rows)
+        write_summary(out / "summary.json", summary)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong flag as InputError: one line, as for any other bad input."""
+
+    def error(self, message: str):
+        raise InputError(f"{message}; see python -m common.metrics --help")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; 0 done, 2 bad input (one line on stderr)."""
+    parser = _Parser(prog="python -m common.metrics", description="Tables, tests and scores of segmentation results.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    table = verbs.add_parser("table", help="one row a run: mean±SD per class")
+    table.add_argument("files", nargs="+", metavar="FILE", help="summary.json, metrics.csv or a run folder")
+    table.add_argument("--markdown", action="store_true", help="write the table as Markdown")
+    compare = verbs.add_parser("compare", help="paired t-test, Wilcoxon test and bootstrap interval of B - A")
+    compare.add_argument("a", metavar="A", help="metrics.csv or run folder")
+    compare.add_argument("b", metavar="B", help="metrics.csv or run folder")
+    for verb in (table, compare):
+        verb.add_argument("--metric", nargs="+", choices=SCORES, default=["dice", "hd95_mm"], help="default: both")
+    score = verbs.add_parser("score", help="score two folders of NIfTI or PNG masks, paired by file name")
+    score.add_argument("--pred", required=True, metavar="DIR", help="predicted masks")
+    score.add_argument("--true", required=True, metavar="DIR", help="reference masks")
+    score.add_argument("--classes", nargs="+", metavar="NAME=VALUE", help="default: every value but 0 in the files")
+    score.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of NSD, in mm (default 1)")
+    score.add_argument("--empty-distance", choices=("none", "diagonal"), default="none",
+                       help="distance of missed and spurious pairs: left out, or the diagonal of the grid")
+    score.add_argument("--out", metavar="DIR", help="write metrics.csv and summary.json there")
+    score.add_argument("--overwrite", action="store_true", help="replace these files in --out")
+    try:
+        args = parser.parse_args(argv)
+        {"table": _table, "compare": _compare, "score": _score}[args.verb](args)
+    except (InputError, OSError) as error:
+        print(f"metrics: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
