@@ -1,0 +1,875 @@
+"""Volumes in and out: NIfTI files, geometry, normalisation, padding, prepared data sets, splits.
+
+Conventions, the same in the whole repository:
+  axes         nibabel's order x, y, z; channels first: an image is [C, X, Y, Z], a label [X, Y, Z]
+  orientation  prepared volumes are RAS+: x grows to the patient's right, y to the front, z to the head
+  lengths      millimetres; spacing is (sx, sy, sz) in the order of the array's axes
+  affine       4 x 4 float64, voxel index -> millimetres, of voxel *centres*
+  prepared     image float16 in [0, 1], label uint8 with consecutive values 0..K, both C-contiguous .npy files
+"""
+
+import contextlib
+import gzip
+import json
+import os
+import re
+import warnings
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from scipy import ndimage
+from scipy.special import ndtri
+
+from common import InputError
+
+FORMAT = 1  # of dataset.json; raised when an older reader could not read a newer folder
+GZIP_RATIO = 1032  # no deflate stream grows by more than this (zlib's documentation)
+CHUNK = 1 << 22  # bytes read at a time
+PERCENTILES = {"kind": "percentile", "lower": 1.0, "upper": 99.0, "zero_fraction": 0.1}  # the rule for MR
+
+# --- NIfTI -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Nifti:
+    """One NIfTI file in memory, its scaling (scl_slope, scl_inter) applied.
+
+    data: [X, Y, Z] or [X, Y, Z, C], the file's own axis order; integers where they are exact, else float32.
+    affine: 4 x 4 float64, mm. spacing: mm, lengths of the affine's columns. header: nibabel's, kept for writing.
+    """
+
+    data: np.ndarray
+    affine: np.ndarray
+    spacing: tuple[float, ...]
+    header: Any
+    path: Path
+
+
+def read_nifti(path: str | os.PathLike) -> Nifti:
+    """Read a .nii or .nii.gz file (told apart by content, not by name) to its last byte.
+
+    Returns: Nifti. Warns where the file holds no position (sform and qform code 0) or another unit than mm.
+    Raises: InputError, one line with the file's name, for whatever is wrong with it: absent, empty, not NIfTI,
+    truncated, checksum, size not plausible (refused before memory is taken), number type, NaN or Inf, affine.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if size == 0:
+            raise InputError(f"{path}: the file is empty (0 bytes), expected a NIfTI volume; copy it again")
+        with open(path, "rb") as raw:
+            packed = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            header, buffer = _read_stream(gzip.GzipFile(fileobj=raw) if packed else raw, path, size, packed)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        text = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise InputError(f"{path}: the gzip stream is damaged or cut off ({text}); copy it again") from e
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror or e}), expected a NIfTI file; check the path") from e
+    affine = _affine_of(header, path)
+    data = _scaled(header, buffer, path)
+    return Nifti(data, affine, tuple(float(s) for s in nib.affines.voxel_sizes(affine)), header, path)
+
+
+def _read_stream(stream: Any, path: Path, size: int, packed: bool) -> tuple[Any, bytearray]:
+    """Header and voxel bytes from an open stream that is read to its end, so that the checksum is tested."""
+    header = _parse_header(stream.read(540), path)
+    shape, dtype = _shape_of(header, path), _dtype_of(header, path)
+    start = int(header["vox_offset"])
+    need = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    claim = f"{path}: the header promises {' x '.join(map(str, shape))} voxels ({need:,} bytes)"
+    remedy = "the file is cut off or its header is damaged; copy it again"
+    if need + start > (size * GZIP_RATIO if packed else size):
+        raise InputError(f"{claim}, more than the file of {size:,} bytes can hold; {remedy}")
+    if need * 3 > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        raise InputError(f"{claim}, too many for {memory:,} bytes of memory; crop or resample it first")
+    stream.seek(0)
+    stream.read(start)
+    buffer = bytearray()
+    while len(buffer) < need and (part := stream.read(min(CHUNK, need - len(buffer)))):
+        buffer += part
+    while stream.read(CHUNK):  # on to the end: a gzip checksum is tested only there
+        pass
+    if len(buffer) < need:
+        raise InputError(f"{claim}, the file holds {len(buffer):,} bytes of them; {remedy}")
+    return header, buffer
+
+
+def _parse_header(block: bytes, path: Path) -> Any:
+    """nibabel header (NIfTI-1 or 2, either byte order) from a file's first bytes. Raises InputError."""
+    if block.lstrip()[:1] == b"<":
+        raise InputError(f"{path}: holds an HTML or XML page, not a NIfTI volume (a failed download?); get it again")
+    for kind, size, magic in ((nib.Nifti1Header, 348, block[344:348]), (nib.Nifti2Header, 540, block[4:12])):
+        if int.from_bytes(block[:4], "little") != size and int.from_bytes(block[:4], "big") != size:
+            continue
+        if magic[:3] not in (b"n+1", b"n+2"):
+            raise InputError(f"{path}: header without the mark of a single-file NIfTI (n+1); save it as .nii.gz")
+        if len(block) < size:
+            break
+        try:
+            return kind(block[:size], check=False)
+        except (HeaderDataError, ImageFileError, ValueError) as e:
+            raise InputError(f"{path}: the header cannot be read ({e}); copy the file again") from e
+    raise InputError(f"{path}: starts with {block[:8]!r}, expected a NIfTI header; copy it again or convert it")
+
+
+def _shape_of(header: Any, path: Path) -> tuple[int, ...]:
+    """Shape as Python integers, axes of length 1 after the third left out."""
+    dim = [int(d) for d in header["dim"]]
+    if not 1 <= dim[0] <= 7 or min(dim[1 : dim[0] + 1]) < 1:
+        raise InputError(f"{path}: the header's dim is {dim}, expected 1 to 7 axes of length >= 1; copy it again")
+    first = header.single_vox_offset
+    if not first <= header["vox_offset"] < 2**40:  # also false for NaN
+        raise InputError(f"{path}: the header's vox_offset is {header['vox_offset']}, expected {first}; copy it again")
+    shape = dim[1 : dim[0] + 1]
+    return tuple(shape[:3] + [n for n in shape[3:] if n > 1])
+
+
+def _dtype_of(header: Any, path: Path) -> np.dtype:
+    """Number type of the stored voxels; real numbers of at most 8 bytes only."""
+    try:
+        dtype = header.get_data_dtype()
+    except (HeaderDataError, KeyError) as e:
+        raise InputError(f"{path}: unknown number type code {int(header['datatype'])}; convert it to float32") from e
+    if dtype.kind not in "iuf" or dtype.itemsize > 8:
+        raise InputError(f"{path}: voxels are of type {dtype}, expected integers or floats; convert it to float32")
+    return dtype
+
+
+def _affine_of(header: Any, path: Path) -> np.ndarray:
+    """Affine [4, 4] float64 in mm; warns where it is a guess. Raises InputError where it cannot be inverted."""
+    if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
+        warnings.warn(
+            f"{path}: sform and qform code are both 0: the file does not say where left and right are; "
+            "taken as LAS from the voxel sizes, as nibabel does",
+            stacklevel=3,
+        )
+    try:
+        affine = np.asarray(header.get_best_affine(), dtype=np.float64)
+        unit = header.get_xyzt_units()[0]
+    except (HeaderDataError, ValueError, KeyError) as e:
+        raise InputError(f"{path}: the header's orientation cannot be read ({e}); repair or convert it") from e
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+        raise InputError(f"{path}: the affine {matrix_text(affine)} cannot be inverted; repair the header")
+    if unit not in ("unknown", "mm"):
+        warnings.warn(f"{path}: the header's length unit is {unit}; its numbers are taken as mm", stacklevel=3)
+    return affine
+
+
+def _scaled(header: Any, buffer: bytearray, path: Path) -> np.ndarray:
+    """Voxels with scl_slope and scl_inter applied: integers where exact, else float32; all finite."""
+    shape = _shape_of(header, path)
+    data = np.frombuffer(buffer, _dtype_of(header, path)).reshape(shape, order="F")
+    data = data.astype(data.dtype.newbyteorder("="), copy=False)
+    try:
+        slope, inter = header.get_slope_inter()
+    except HeaderDataError as e:
+        raise InputError(f"{path}: scl_slope or scl_inter is not a number ({e}); repair the header") from e
+    slope, inter = 1.0 if slope is None else float(slope), 0.0 if inter is None else float(inter)
+    if data.dtype.kind == "f":
+        bad = data.size - np.count_nonzero(np.isfinite(data))
+        if bad:
+            raise InputError(f"{path}: {bad:,} voxels are NaN or Inf, expected numbers; replace them or leave it out")
+    if (slope, inter) != (1.0, 0.0):
+        whole = data.dtype.kind in "iu" and slope.is_integer() and inter.is_integer() and abs(slope) + abs(inter) < 1e6
+        if whole and data.dtype.itemsize <= 4:
+            data = data.astype(np.int64) * int(slope) + int(inter)
+        else:
+            data = data.astype(np.float64) * slope + inter
+    if data.dtype.kind == "f" and data.dtype != np.float32:
+        if max(abs(float(data.max())), abs(float(data.min()))) > np.finfo(np.float32).max:
+            raise InputError(f"{path}: values up to {float(np.abs(data).max()):g} do not fit float32; rescale it")
+        data = data.astype(np.float32)
+    return data
+
+
+def channels_first(nifti: Nifti) -> np.ndarray:
+    """[X, Y, Z] -> [1, X, Y, Z]; [X, Y, Z, C] (channels last, as Decathlon stores them) -> [C, X, Y, Z].
+
+    Raises: InputError for 2D and for five and more axes.
+    """
+    if nifti.data.ndim == 3:
+        return nifti.data[None]
+    if nifti.data.ndim == 4:
+        return np.moveaxis(nifti.data, -1, 0)
+    raise InputError(f"{nifti.path}: {_dims(nifti.data)}, expected 3D, or 4D with channels last; convert it")
+
+
+def as_volume(nifti: Nifti) -> np.ndarray:
+    """[X, Y, Z] of a file that must be 3D. Raises: InputError for any other number of axes."""
+    if nifti.data.ndim != 3:
+        raise InputError(f"{nifti.path}: {_dims(nifti.data)}, expected one 3D volume; give one file for each volume")
+    return nifti.data
+
+
+def _dims(data: np.ndarray) -> str:
+    return f"the volume is {data.ndim}D, {' x '.join(map(str, data.shape))}"
+
+
+def write_nifti(path: str | os.PathLike, array: np.ndarray, like: Nifti, dtype: Any) -> None:
+    """Write [X, Y, Z] on the grid of `like`: same affine, q/s-form matrices and codes; scl_slope 1, scl_inter 0.
+
+    The file appears complete or not at all. A name ending in .gz is compressed (same bytes for the same input).
+    Raises: InputError where the file cannot be written, or `path` is `like`'s own file.
+    """
+    path, dtype = Path(path), np.dtype(dtype)
+    if array.shape != like.data.shape[:3]:
+        raise ValueError(f"array {array.shape} is not on the grid {like.data.shape[:3]} of {like.path}")
+    check_not_input(path, [like.path])
+    header = like.header.copy()
+    header.set_data_dtype(dtype)
+    header.set_data_shape(array.shape)
+    header["scl_slope"], header["scl_inter"] = 1, 0
+    header["cal_min"], header["cal_max"] = 0, 0  # the input's display range would hide a mask
+    header["intent_code"] = 0
+    header["vox_offset"] = header.single_vox_offset
+    header["magic"] = header.single_magic
+    stored = np.asarray(array).astype(header.get_data_dtype())  # in the header's byte order
+    gap = header.single_vox_offset - len(header.binaryblock)
+    blob = header.binaryblock + bytes(gap) + stored.tobytes(order="F")
+    atomic_write(path, gzip.compress(blob, 6, mtime=0) if path.name.endswith(".gz") else blob)
+
+
+def check_not_input(output: str | os.PathLike, inputs: Iterable[str | os.PathLike]) -> None:
+    """Raise InputError where `output` is one of the inputs, also by a link; to be called before the work begins."""
+    for file in map(Path, inputs):
+        if Path(output).exists() and file.exists() and file.samefile(output):
+            raise InputError(f"{output}: the output would overwrite the input {file}; choose another output")
+
+
+def atomic_write(path: Path, blob: bytes) -> None:
+    """Write a file by way of a temporary one in the same folder, so that it is whole or absent. Raises InputError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as f:
+            f.write(blob)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({e.strerror or e}); free space or choose another place") from e
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+# --- geometry --------------------------------------------------------------------------------------------------------
+
+
+def matrix_text(affine: np.ndarray) -> str:
+    """The first three rows of an affine on one line."""
+    return "[" + ", ".join("[" + ", ".join(f"{v:.6g}" for v in row) + "]" for row in affine[:3]) + "]"
+
+
+def check_same_grid(
+    image: Nifti, label: Nifti, tolerance_mm: float = 1e-3, allow_affine_mismatch: bool = False
+) -> None:
+    """Raise InputError unless both files have the same shape (first three axes), spacing and affine.
+
+    tolerance_mm: for each entry of the matrix. allow_affine_mismatch: where only the affine differs, warn instead;
+    the caller then uses the image's affine for both. Codes of q- and s-form are not compared, only matrices.
+    """
+    a, b = image.data.shape[:3], label.data.shape[:3]
+    if a != b:
+        shapes = f"shape {' x '.join(map(str, b))}, while {image.path.name} has {' x '.join(map(str, a))}"
+        raise InputError(f"{label.path}: {shapes}; expected the same grid, pair the right files or resample one")
+    if np.abs(image.affine - label.affine).max() <= tolerance_mm:
+        return
+    what = f"affine {matrix_text(label.affine)}, while {image.path.name} has {matrix_text(image.affine)}"
+    if np.abs(np.subtract(image.spacing, label.spacing)).max() > tolerance_mm:
+        what = f"spacing {_mm(label.spacing)}, while {image.path.name} has {_mm(image.spacing)}; {what}"
+    if np.abs(np.abs(label.affine[:3, :3]) - np.eye(3)).max() <= tolerance_mm:
+        what += " (identity-like: perhaps saved without its geometry)"
+    if not allow_affine_mismatch:
+        raise InputError(
+            f"{label.path}: {what}; expected at most {tolerance_mm:g} mm between them; "
+            "if the voxels do lie on each other, pass --allow-affine-mismatch"
+        )
+    warnings.warn(f"{label.path}: {what}; the image's affine is used for both", stacklevel=2)
+
+
+def _mm(spacing: Iterable[float]) -> str:
+    return " x ".join(f"{s:g}" for s in spacing) + " mm"
+
+
+Orientation = tuple[tuple[int, bool], ...]  # for each axis of the file: its place in RAS order, whether it is flipped
+
+
+def to_ras(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray, Orientation]:
+    """Bring [..., X, Y, Z] to the axis order and directions nearest to RAS+, without interpolation.
+
+    Returns: array (a view), its affine [4, 4], and what `from_ras` needs. An oblique affine stays oblique.
+    """
+    axes = nib.io_orientation(affine)  # [3, 2]: for each input axis its output axis, and +1 or -1
+    undo = tuple((int(place), bool(sign < 0)) for place, sign in axes)
+    new_affine = np.asarray(affine, np.float64) @ nib.orientations.inv_ornt_aff(axes, array.shape[-3:])
+    lead = array.ndim - 3
+    flips = [slice(None)] * lead + [slice(None, None, -1 if flip else 1) for _, flip in undo]
+    order = sorted(range(3), key=lambda axis: undo[axis][0])
+    return array[tuple(flips)].transpose(*range(lead), *(lead + axis for axis in order)), new_affine, undo
+
+
+def from_ras(array: np.ndarray, undo: Orientation) -> np.ndarray:
+    """The exact inverse of `to_ras` for [..., X, Y, Z]; a view."""
+    lead = array.ndim - 3
+    array = array.transpose(*range(lead), *(lead + place for place, _ in undo))
+    return array[tuple([slice(None)] * lead + [slice(None, None, -1 if flip else 1) for _, flip in undo])]
+
+
+def orientation_name(affine: np.ndarray) -> str:
+    """Three letters, the directions in which the axes grow, such as LAS."""
+    return "".join(nib.aff2axcodes(affine))
+
+
+def resample(
+    array: np.ndarray, affine: np.ndarray, spacing: Sequence[float], order: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bring [..., X, Y, Z] to `spacing` (mm); order 1 is linear (images), 0 nearest (labels).
+
+    The new length is round(n s / s'), at least 1. Outer edges, not centres, are aligned: the first voxel's centre
+    moves by (s' - s) / 2 along each axis. Outside the old centres the border value holds. No smoothing before.
+    Returns: array (float32 for order 1, its own type for order 0) and affine [4, 4].
+    """
+    old = nib.affines.voxel_sizes(affine)
+    ratio = np.asarray(spacing, np.float64) / old
+    if np.abs(ratio - 1).max() < 1e-5:
+        return (array.astype(np.float32, copy=False) if order else array), np.asarray(affine, np.float64)
+    shape = tuple(max(1, round(n / r)) for n, r in zip(array.shape[-3:], ratio))
+    step = np.eye(4)
+    step[:3, :3] = np.diag(ratio)
+    step[:3, 3] = (ratio - 1) / 2  # in old voxels
+    new_affine = np.asarray(affine, np.float64) @ step
+    return resample_to(array, affine, shape, new_affine, order), new_affine
+
+
+def resample_to(
+    array: np.ndarray, affine: np.ndarray, target_shape: Sequence[int], target_affine: np.ndarray, order: int
+) -> np.ndarray:
+    """Read [..., X, Y, Z] at the voxel centres of another grid; order and borders as in `resample`."""
+    step = np.linalg.inv(affine) @ target_affine  # target voxel -> source voxel
+    diagonal = np.allclose(step[:3, :3], np.diag(np.diag(step[:3, :3])), atol=1e-9)
+    matrix = np.diag(step[:3, :3]) if diagonal else step[:3, :3]  # a diagonal is a quicker routine of scipy
+    shape, lead = tuple(int(n) for n in target_shape), array.shape[:-3]
+    if array.shape[-3:] == shape and np.allclose(step, np.eye(4), atol=1e-6):
+        return array.astype(np.float32) if order else array.copy()
+    out = np.empty((int(np.prod(lead)), *shape), np.float32 if order else array.dtype)
+    for source, target in zip(array.reshape(-1, *array.shape[-3:]), out):
+        source = source.astype(np.float32, copy=False) if order else source
+        ndimage.affine_transform(source, matrix, step[:3, 3], shape, target, order=order, mode="nearest")
+    return out.reshape(*lead, *shape)
+
+
+# --- normalisation ---------------------------------------------------------------------------------------------------
+
+
+def normalise(image: np.ndarray, spec: dict) -> np.ndarray:
+    """Bring the channels of [C, X, Y, Z] to [0, 1] as dataset.json["normalisation"] says.
+
+    spec["channels"]: for each channel either
+      {"kind": "percentile", "lower": 1, "upper": 99, "zero_fraction": 0.1}: percentiles of this very volume, over
+        the voxels that are not 0 where at least that fraction is exactly 0 (they stay 0), else over all voxels;
+      {"kind": "window", "low": a, "high": b}: the same window for every volume (CT).
+    A volume that is constant gives 0. It is meant for the publisher's own grid, before resampling blurs the zeros.
+    {"kind": "none"} instead of a list of channels: the values are in [0, 1] already and are only clipped (phantoms).
+    Returns: float32 [C, X, Y, Z]. Raises: InputError where the number of channels is another.
+    """
+    if spec.get("kind") == "none":
+        return np.clip(image.astype(np.float32), 0, 1)
+    rules = spec["channels"]
+    if len(rules) != len(image):
+        raise InputError(f"the image has {len(image)} channels, expected {len(rules)}; give one for each")
+    out = np.zeros(image.shape, np.float32)
+    for values, rule, target in zip(image, rules, out):
+        keep_zeros = False
+        if rule["kind"] == "window":
+            low, high = float(rule["low"]), float(rule["high"])
+        elif rule["kind"] == "percentile":
+            zeros = values.size - np.count_nonzero(values)
+            keep_zeros = rule["zero_fraction"] * values.size <= zeros < values.size
+            some = values[values != 0] if keep_zeros else values
+            low, high = (float(p) for p in np.percentile(some, [rule["lower"], rule["upper"]]))
+        else:
+            raise InputError(f"unknown normalisation {rule['kind']!r}, expected percentile or window")
+        if high <= low:
+            continue
+        for plane, result in zip(values, target):  # plane by plane: float64 copies of a whole CT are gigabytes
+            result[:] = np.clip((plane.astype(np.float64) - low) / (high - low), 0, 1)
+            if keep_zeros:
+                result[plane == 0] = 0
+    return out
+
+
+# --- windows and padding ---------------------------------------------------------------------------------------------
+
+
+def read_window(array: np.ndarray, start: Sequence[int], size: Sequence[int], fill: float = 0) -> np.ndarray:
+    """Cut [..., *size] out of [..., X, Y, Z], which may be a memory map: only the window is read from disk.
+
+    start: first voxel on each of the last axes; may be negative, and the window may reach beyond the end: such
+    voxels get `fill`, as if the volume were padded. Returns: a new array of the same type.
+    """
+    axes = len(size)
+    inner, place = [slice(None)] * (array.ndim - axes), [slice(None)] * (array.ndim - axes)
+    for first, length, extent in zip(start, size, array.shape[array.ndim - axes :]):
+        low = max(first, 0)
+        high = max(min(first + length, extent), low)  # high = low where the window lies outside
+        inner.append(slice(low, high))
+        place.append(slice(low - first, high - first))
+    out = np.full((*array.shape[: array.ndim - axes], *size), fill, array.dtype)
+    out[tuple(place)] = array[tuple(inner)]
+    return out
+
+
+def symmetric_pad(shape: Sequence[int], target: Sequence[int]) -> tuple[int, ...]:
+    """Voxels in front of each axis when `shape` is padded to `target`: floor((target - n) / 2), the rest behind.
+
+    Negative where the target is smaller (a crop). `read_window(volume, [-f for f in front], target)` pads.
+    """
+    return tuple((t - n) // 2 for n, t in zip(shape, target))
+
+
+def centre_crop(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """The inverse of padding with `symmetric_pad`: [..., *target] -> [..., *shape]."""
+    front = symmetric_pad(shape, array.shape[array.ndim - len(shape) :])
+    return read_window(array, front, shape)
+
+
+# --- prepared data ---------------------------------------------------------------------------------------------------
+
+
+class Prepared:
+    """A prepared folder. Arrays are opened memory-mapped at each call: no open files pile up, and none is read whole.
+
+    name: str. channels: names. classes: name -> value 1..K in the label (0 is background and has no entry).
+    meta: all of dataset.json.
+    """
+
+    def __init__(self, root: Path, meta: dict):
+        self.root, self.meta = root, meta
+        self.name: str = meta["name"]
+        self.channels: list[str] = list(meta["channels"])
+        self.classes: dict[str, int] = dict(meta["classes"])
+
+    def cases(self, split: str, limit: int | None = None) -> list[str]:
+        """Case ids of train, val, test (or unlabelled), at most `limit`. Raises: InputError for another name."""
+        if split not in self.meta["splits"]:
+            raise InputError(f"{self.root}: no split {split!r}, expected one of {', '.join(self.meta['splits'])}")
+        return list(self.meta["splits"][split])[:limit]
+
+    def image(self, case: str) -> np.ndarray:
+        """Memory map [C, X, Y, Z] float16 in [0, 1]."""
+        return self._open(case, "image.npy")
+
+    def label(self, case: str) -> np.ndarray:
+        """Memory map [X, Y, Z] uint8. Raises: InputError where the case has no label."""
+        if not self.has_label(case):
+            raise InputError(f"{self.root}: case {case} has no label, expected label.npy; use a labelled split")
+        return self._open(case, "label.npy")
+
+    def has_label(self, case: str) -> bool:
+        return (self.root / "cases" / case / "label.npy").exists()
+
+    def spacing(self, case: str) -> tuple[float, ...]:
+        """(sx, sy, sz) in mm."""
+        return tuple(float(s) for s in self._case(case)["spacing_mm"])
+
+    def affine(self, case: str) -> np.ndarray:
+        """[4, 4] float64, prepared voxel -> mm."""
+        return np.asarray(self._case(case)["affine"], np.float64)
+
+    def shape(self, case: str) -> tuple[int, ...]:
+        """(X, Y, Z)."""
+        return tuple(int(n) for n in self._case(case)["shape"])
+
+    def _case(self, case: str) -> dict:
+        if case not in self.meta["cases"]:
+            raise InputError(f"{self.root}: no case {case!r} in dataset.json; check the name")
+        return self.meta["cases"][case]
+
+    def _open(self, case: str, name: str) -> np.ndarray:
+        path = self.root / "cases" / case / name
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError as e:
+            raise InputError(f"{path}: missing, expected an array; prepare the data again") from e
+        except (OSError, ValueError, EOFError) as e:
+            raise InputError(f"{path}: not a readable array ({e}); remove its folder and prepare again") from e
+
+
+def open_prepared(path: str | os.PathLike) -> Prepared:
+    """Open a prepared folder and check each array's presence, shape and type (headers only).
+
+    Raises: InputError; where nothing is prepared it holds the command that prepares, else it lists all faults.
+    """
+    root = Path(path)
+    file = root / "dataset.json"
+    command = f"prepare it first: python -m data_prep.msd --src DIR --dst {root}"
+    if not file.exists():
+        what = "is empty" if root.is_dir() and not any(root.iterdir()) else "holds no dataset.json"
+        if (root / "prepare.json").exists():
+            what, command = "was not prepared to its end", "run the same preparation again, it continues"
+        raise InputError(f"{root}: the data folder {what if root.is_dir() else 'does not exist'}; {command}")
+    try:
+        meta = json.loads(file.read_text(encoding="utf-8"))
+        if meta["format"] > FORMAT:
+            raise InputError(f"{file}: format {meta['format']}, expected at most {FORMAT}; use newer code")
+        data = Prepared(root, meta)
+        faults = [fault for case, facts in meta["cases"].items() for fault in _array_faults(data, case, facts)]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{file}: not a description of prepared data ({type(e).__name__}: {e}); {command}") from e
+    if faults:
+        more = f" (and {len(faults) - 20} more)" if len(faults) > 20 else ""
+        listed = "; ".join(faults[:20]) + more
+        raise InputError(f"{root}: {len(faults)} faults: {listed}; remove these cases' folders and {command}")
+    return data
+
+
+def _array_faults(data: Prepared, case: str, facts: dict) -> list[str]:
+    """What is wrong with the arrays of one case, in words."""
+    faults = []
+    shape = tuple(facts["shape"])
+    wanted: list[tuple[str, tuple, np.dtype]] = [("image.npy", (len(data.channels), *shape), np.dtype(np.float16))]
+    if facts["labelled"]:
+        wanted.append(("label.npy", shape, np.dtype(np.uint8)))
+    for name, expected, dtype in wanted:
+        try:
+            array = data._open(case, name)
+        except InputError as e:
+            faults.append(str(e).split(";")[0])
+            continue
+        if array.shape != expected or array.dtype != dtype:
+            faults.append(f"{case}/{name} is {array.dtype} {array.shape}, expected {dtype} {expected}")
+    return faults
+
+
+def data_record(data: Prepared) -> dict:
+    """The entry `data` of a checkpoint: all that `load_for_prediction` needs, in plain Python types.
+
+    spacing: the common target spacing in mm, or None where each case keeps its own. grid: only where the set names one.
+    """
+    keys = ("name", "channels", "classes", "label_values", "spacing", "orientation", "normalisation", "statistics")
+    record = {key: data.meta[key] for key in keys} | ({"grid": data.meta["grid"]} if "grid" in data.meta else {})
+    return json.loads(json.dumps(record))
+
+
+def make_splits(
+    ids: Iterable[str], seed: int = 0, fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+) -> dict[str, list[str]]:
+    """Sorted ids, shuffled by numpy's RandomState(seed): first train, then val, the rest test.
+
+    At least one case each from three cases on; two give train and val, one gives train.
+    """
+    order = sorted(ids)
+    n = len(order)
+    np.random.RandomState(seed).shuffle(order)  # the generator of the published splits
+    val = min(max(1, round(n * fractions[1])), max(n - 1, 0))
+    train = min(max(1, round(n * fractions[0])), max(n - val - 1, min(n, 1)))
+    return {"train": order[:train], "val": order[train : train + val], "test": order[train + val :]}
+
+
+# --- prediction ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Restore:
+    """The way back from the network's grid to the grid of a user's file. like: that file (its first channel's)."""
+
+    like: Nifti
+    undo: Orientation
+    native_shape: tuple[int, ...]  # RAS order
+    native_affine: np.ndarray
+    affine: np.ndarray  # of the network's grid
+    label_values: dict[int, int]  # prepared -> published
+
+    def mask(self, array: np.ndarray) -> np.ndarray:
+        """uint8 [X, Y, Z] of prepared values -> the file's grid with the published values (uint8 where they fit)."""
+        array = np.asarray(array, np.uint8)
+        native = resample_to(array, self.affine, self.native_shape, self.native_affine, order=0)
+        highest = max(self.label_values.values())
+        table = np.zeros(max(self.label_values) + 1, np.uint8 if highest < 256 else np.uint16)
+        for prepared, published in self.label_values.items():
+            table[prepared] = published
+        return np.ascontiguousarray(table[from_ras(native, self.undo)])
+
+    def map(self, array: np.ndarray) -> np.ndarray:
+        """float [..., X, Y, Z] -> float32 in the file's grid, linearly."""
+        native = resample_to(array, self.affine, self.native_shape, self.native_affine, order=1)
+        return np.ascontiguousarray(from_ras(native, self.undo))
+
+
+def load_for_prediction(paths: Sequence[str | os.PathLike], record: dict) -> tuple[np.ndarray, Restore]:
+    """One case for a trained network: read, normalise, reorient and resample as the training data were.
+
+    paths: one file for each channel, in the order of record["channels"], or a single 4D file. record: `data_record`.
+    Returns: image [C, X, Y, Z] float32 in [0, 1] on the network's grid, and the way back.
+    Raises: InputError for a wrong number of channels, 2D, 4D where 3D is meant, channels on different grids.
+    """
+    files = [read_nifti(p) for p in paths]
+    image = stack_channels(files, record["channels"])
+    image = normalise(image, record["normalisation"])
+    ras, native_affine, undo = to_ras(image, files[0].affine)
+    grid, affine = (ras, native_affine)
+    if record["spacing"]:
+        grid, affine = resample(ras, native_affine, record["spacing"], order=1)
+    grid = np.ascontiguousarray(grid, np.float16).astype(np.float32)  # as coarse as the prepared files
+    values = {int(k): int(v) for k, v in record["label_values"].items()}
+    return grid, Restore(files[0], undo, ras.shape[1:], native_affine, affine, values)
+
+
+def stack_channels(
+    files: Sequence[Nifti], channels: Sequence[str], allow_affine_mismatch: bool = False
+) -> np.ndarray:
+    """[C, X, Y, Z] from one file for each channel, or from one 4D file. Raises: as load_for_prediction."""
+    names = f"{len(channels)} channel{'s' * (len(channels) != 1)} ({', '.join(channels)})"
+    if len(files) == 1:
+        image = channels_first(files[0])
+    else:
+        for file in files[1:]:
+            as_volume(file)
+            check_same_grid(files[0], file, allow_affine_mismatch=allow_affine_mismatch)
+        image = np.stack([as_volume(file) for file in files])
+    if len(image) != len(channels):
+        shape = _dims(files[0].data) if len(files) == 1 else f"and {len(files) - 1} more files"
+        raise InputError(f"{files[0].path}: {shape}: channels found {len(image)}, expected {names}; give exactly these")
+    return image
+
+
+def natural_key(name: str) -> list:
+    """Sort key with which case2 comes before case10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def nifti_stem(path: Path) -> str:
+    """File name without .nii or .nii.gz."""
+    return re.sub(r"\.nii(\.gz)?$", "", path.name)
+
+
+def find_inputs(paths: Sequence[str | os.PathLike], channels: int | Sequence[str]) -> list[tuple[str, list[Path]]]:
+    """The cases among files, or in one folder, for `predict`: [(case name, its files in channel order)], sorted.
+
+    Files x_0000.nii.gz, x_0001.nii.gz … are the channels of case x. As many files as the network has channels, each
+    3D and without such endings, are one case. Names that begin with . or _ are left out. channels: number or names.
+    Raises: InputError for a missing path, a folder without volumes, an incomplete set of channels.
+    """
+    n = channels if isinstance(channels, int) else len(channels)
+    given = [Path(p) for p in paths]
+    if missing := [str(p) for p in given if not p.exists()]:
+        raise InputError(f"{', '.join(missing)}: no such file or folder; check the path")
+    files = [f for p in given for f in (p.iterdir() if p.is_dir() else [p])]
+    files = [f for f in files if f.is_file() and f.name[0] not in "._" and re.search(r"\.nii(\.gz)?$", f.name)]
+    if not files:
+        raise InputError(f"{', '.join(map(str, given))}: no .nii or .nii.gz file found; give files or a folder of them")
+    groups: dict[tuple[str, str], dict[int, Path]] = {}
+    for file in files:
+        if match := re.fullmatch(r"(.+)_(\d{4})", nifti_stem(file)):
+            groups.setdefault((str(file.parent), match[1]), {})[int(match[2])] = file
+    found: list[tuple[str, list[Path]]] = []
+    for (_, name), group in groups.items():
+        if 0 not in group:  # x_0001 alone is a case's number, not a channel's
+            continue
+        if sorted(group) != list(range(n)):
+            have = ", ".join(f"{i:04d}" for i in sorted(group))
+            raise InputError(f"{group[0]}: channel files {have} of {name}, expected 0000 to {n - 1:04d}; complete it")
+        found.append((name, [group[i] for i in range(n)]))
+    taken = {f for _, group in found for f in group}
+    rest = [f for f in files if f not in taken]
+    if 1 < n == len(rest) == len(given) and all(read_nifti(f).data.ndim == 3 for f in rest):
+        found.append((nifti_stem(rest[0]), rest))
+    else:
+        found += [(nifti_stem(f), [f]) for f in rest]
+    names = [name for name, _ in found]
+    if double := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"{', '.join(double)}: found more than once; rename, or predict the folders one by one")
+    return sorted(found, key=lambda case: natural_key(case[0]))
+
+# --- phantoms --------------------------------------------------------------------------------------------------------
+
+# Normals of the lamellae of class 1, 2, ...: the 13 lines through a voxel and its neighbours; the first four lie in
+# the plane, so 2D images share them (and repeat them with a wider period from class 5 on). Every pair is >= 35 degrees
+# apart. Mirroring an axis keeps classes 1, 2 and 5 but turns diagonal classes into each other, as it would left and
+# right organs.
+NORMALS = np.array([(1, 0, 0), (0, 1, 0), (1, 1, 0), (1, -1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1), (1, 0, -1),
+                    (0, 1, -1), (1, 1, 1), (1, 1, -1), (1, -1, 1), (-1, 1, 1)], dtype=float)
+PERIOD = 4.5  # of the lamellae, in voxels of the coarsest axis that their normal has a part in
+TEXTURE_SD = 0.09  # of lamellae and of tissue alike; the image lies in [0, 1]
+CONTRAST = (0.05, 0.20)  # |mean of a blob - mean of the tissue|; the sign is drawn too
+
+
+def _smooth_field(rng, shape, modes):
+    """Random sum of `modes[a]` cosines along each axis a -> float32 [*shape], mean 0, SD 1."""
+    field = rng.standard_normal(modes)
+    for n, m in zip(shape, modes):
+        wave = np.cos(np.pi * np.outer(np.arange(m), (np.arange(n) + 0.5) / n))  # [m, n]
+        field = np.tensordot(field, wave, axes=(0, 0))  # the axis just done moves to the end: after all, the old order
+    field -= field.mean()
+    return (field / (field.std() + 1e-8)).astype(np.float32)
+
+
+def _place_blobs(rng, extent, spacing, classes):
+    """Centres and half axes in mm of `classes` organs, then of as many distractors + 1: two arrays [N, ndim]."""
+    ndim, count = len(extent), 2 * classes + 1
+    sphere = np.pi if ndim == 2 else 4 * np.pi / 3
+    radius = min((0.3 * np.prod(extent) / count / sphere) ** (1 / ndim), 0.25 * extent.min())  # blobs fill 30 %
+    stretch = rng.uniform(-0.2, 0.2, (count, ndim))
+    half = radius * rng.uniform(0.88, 1.12, (count, 1)) * np.exp(stretch - stretch.mean(1, keepdims=True))
+    half[classes:2 * classes] = half[:classes]  # each organ has a distractor of its own size
+    # Anatomical prior: class k's home, in fractions of the box; the irrational steps spread any number of classes.
+    k = np.arange(classes)
+    home = np.stack([(k + 0.5) / classes, (0.3 + 0.4142 * k) % 1, (0.3 + 0.6180 * k) % 1][:ndim], axis=1)
+    centres = np.zeros((0, ndim))
+    for i in range(count):
+        margin = np.maximum(0.15 * extent, 0.75 * half[i])  # keeps most of the blob, and its centre, in the body
+        if i < classes:
+            tries = (0.5 + 0.6 * (home[i] - 0.5) + 0.08 * rng.standard_normal((60, ndim))) * extent
+        else:
+            tries = rng.random((60, ndim)) * extent
+        # On a voxel's centre, where the blob's level is 0, so that even a tiny blob has one voxel.
+        tries = (np.floor(np.clip(tries, margin, extent - margin) / spacing) + 0.5) * spacing
+        distance = np.linalg.norm(tries[:, None] - centres[None], axis=2)  # [60, i]
+        gap = (distance - 1.1 * (half[i].mean() + half[:i].mean(1))).min(1, initial=0)  # 0: touches no other blob
+        centres = np.vstack([centres, tries[gap.argmax()]])  # the first free place, else the least crowded
+    return centres, half
+
+
+def phantom(seed: int, index: int, shape=(48, 48, 32), spacing=(1.0, 1.0, 1.5), channels=1, classes=2
+            ) -> tuple[np.ndarray, np.ndarray]:
+    """Draw toy scan `index` -> image float32 [C, *shape] in [0, 1], label uint8 [*shape] with values 0..classes.
+
+    Blobs of random contrast lie in noisy tissue. An organ is told from a distractor of the same size and contrast, and
+    from the other organs, by its lamellae: their direction is the class. Lamellae and tissue have the same Gaussian
+    distribution of intensities, so no threshold finds them; each class also has a usual place. `shape` has 2 or 3
+    axes, `spacing` is in mm (anatomy is drawn in mm: the same box at another spacing holds the same organs),
+    `classes` is 1..13. All depends on (seed, index) and these arguments only, not on earlier calls; seed, index >= 0.
+    """
+    shape, spacing = tuple(shape), np.asarray(spacing, float)[:len(shape)]
+    if len(shape) not in (2, 3) or len(spacing) != len(shape) or not 1 <= classes <= len(NORMALS):
+        raise ValueError(f"phantom: shape {shape}, spacing {spacing}, {classes} classes; expected 2 or 3 axes, a "
+                         f"spacing for each and 1 to {len(NORMALS)} classes; change these arguments")
+    rng = np.random.default_rng((seed, index))
+    ndim, extent = len(shape), np.array(shape) * spacing  # mm
+
+    # 1. Anatomy, before any draw whose size depends on the voxels.
+    centres, half = _place_blobs(rng, extent, spacing, classes)
+    modes = 2 + np.ceil(extent / (1.5 * half.mean())).astype(int)
+    bumps = np.clip(_smooth_field(rng, shape, modes), -2, 2)
+    axes = [((np.arange(n) + 0.5) * s).astype(np.float32) for n, s in zip(shape, spacing)]  # mm, voxel centres
+    level = np.full(shape, np.inf, np.float32)  # of the nearest blob: 0 at its centre, 1 on its surface
+    owner = np.full(shape, -1, np.int8)  # which blob that is
+    for i, (centre, h) in enumerate(zip(centres, half)):
+        lo = np.maximum(np.floor((centre - 2 * h) / spacing), 0).astype(int)
+        box = tuple(slice(a, b) for a, b in zip(lo, np.ceil((centre + 2 * h) / spacing).astype(int)))
+        offsets = np.ix_(*[(x[b] - c) / r for x, b, c, r in zip(axes, box, centre, h)])
+        mine = np.sqrt(sum(o ** 2 for o in offsets)) * (1 + 0.15 * bumps[box])
+        nearer = mine < level[box]  # blobs that meet share the border where their levels are equal
+        level[box][nearer] = mine[nearer]
+        owner[box][nearer] = i
+    # A rounded box, cut off by the first and last slice in 3D, as a scan of a trunk is.
+    body = sum(np.abs(u) ** 4 for u in np.ix_(*[2 * x / e - 1 for x, e in zip(axes[:2], extent)])) < 0.85
+    body = body.reshape(body.shape + (1,) * (ndim - 2))  # [X, Y] or [X, Y, 1]
+    owner[(level > 1) | ~body] = -1
+    label = np.where(owner < classes, owner + 1, 0).astype(np.uint8)
+    contrast = rng.choice((-1, 1), (channels, len(half))) * rng.uniform(*CONTRAST, (channels, len(half)))
+    contrast[:, classes:2 * classes] = contrast[:, :classes]  # the distractor of the same size has the same contrast
+    tissue = rng.uniform(0.42, 0.52, channels)
+    bias = 1 + 0.08 * np.clip(_smooth_field(rng, shape, (3,) * ndim), -2, 2)
+
+    # 2. Texture: correlated noise, and in organ k lamellae across its normal, slightly tilted and bent.
+    blur = 0.18 * PERIOD * spacing.max() / spacing
+    texture = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), np.minimum(blur, 2.0), mode="wrap")
+    texture /= texture.std()
+    for k in range(classes):
+        normal = NORMALS[k % (4 if ndim == 2 else 13), :ndim]
+        period = PERIOD * spacing[normal != 0].max() * 1.5 ** (k // 4 if ndim == 2 else 0)  # mm
+        normal = normal / np.linalg.norm(normal) + 0.08 * rng.standard_normal(ndim)
+        inside = np.nonzero(label == k + 1)
+        turns = sum(n * x[at] for n, x, at in zip(normal, axes, inside)) / period + 0.12 * bumps[inside] + rng.random()
+        # A triangle wave is uniform on [0, 1]; the normal quantile gives it the tissue's Gaussian distribution.
+        texture[inside] = ndtri(0.01 + 0.98 * np.abs(2 * (turns % 1) - 1))
+
+    # 3. Image: the body in dark air, a thin dark capsule round each blob, bias field, noise of the scanner.
+    capsule = np.exp(-((level - 1) * half.mean() / spacing.min()) ** 2)
+    image = np.empty((channels, *shape), np.float32)
+    for c in range(channels):
+        step = np.append(contrast[c], 0.0).astype(np.float32)[owner]  # owner -1 reads the 0 at the end
+        inside = tissue[c] + step + TEXTURE_SD * texture - 0.08 * capsule
+        image[c] = np.where(body, inside, 0.06) * bias
+        image[c] += rng.uniform(0.015, 0.03) * rng.standard_normal(shape, dtype=np.float32)
+    return np.clip(image, 0, 1), label
+
+
+class Phantoms:
+    """`--data synthetic`: the interface of `Prepared` over phantoms that are drawn when asked for and then kept.
+
+    seed: of all phantoms; counts: cases in train, val and test. Nothing is read or written.
+    """
+
+    def __init__(
+        self, seed: int = 0, counts: tuple[int, int, int] = (64, 4, 10), shape: tuple[int, ...] = (48, 48, 32)
+    ):
+        self.root, self.name, self.seed, self.grid = Path("."), "synthetic", seed, shape
+        self.classes = {"striped across x": 1, "striped across y": 2}
+        self.channels = ["intensity"]
+        names = [f"phantom_{i:04d}" for i in range(sum(counts))]
+        first, second = counts[0], counts[0] + counts[1]
+        self.meta: dict[str, Any] = {
+            "format": FORMAT,
+            "name": "synthetic",
+            "source": f"phantoms of seed {seed}",
+            "channels": self.channels,
+            "classes": self.classes,
+            "label_values": {"0": 0, "1": 1, "2": 2},
+            "normalisation": {"kind": "none"},
+            "statistics": {},
+            "orientation": "RAS",
+            "spacing": [1.0, 1.0, 1.5],  # mm
+            "splits": {"train": names[:first], "val": names[first:second], "test": names[second:]},
+        }
+        self._kept: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def cases(self, split: str, limit: int | None = None) -> list[str]:
+        return self.meta["splits"][split][:limit]
+
+    def _draw(self, case: str) -> tuple[np.ndarray, np.ndarray]:
+        if case not in self._kept:
+            self._kept[case] = phantom(self.seed, int(case.split("_")[1]), self.grid, self.meta["spacing"])
+        return self._kept[case]
+
+    def image(self, case: str) -> np.ndarray:
+        return self._draw(case)[0]
+
+    def label(self, case: str) -> np.ndarray:
+        return self._draw(case)[1]
+
+    def has_label(self, case: str) -> bool:
+        return True
+
+    def shape(self, case: str) -> tuple[int, ...]:
+        return self.grid
+
+    def spacing(self, case: str) -> tuple[float, ...]:
+        return tuple(self.meta["spacing"])
+
+    def affine(self, case: str) -> np.ndarray:
+        return np.diag([*self.spacing(case), 1.0])
+
+
+def open_data(name: str, seed: int = 0) -> Prepared | Phantoms:
+    """`--data`: `synthetic`, a prepared folder, or the name of one below data/. InputError where it is none of them."""
+    if name == "synthetic":
+        return Phantoms(seed)
+    folder = Path(name)
+    return open_prepared(folder if (folder / "dataset.json").exists() or folder.is_absolute() else Path("data") / name)
+
+
+def on_grid(shape: Sequence[int], affine: np.ndarray) -> Nifti:
+    """An empty NIfTI of this grid, as the `like` of `write_nifti` for arrays that come from no file."""
+    image = nib.Nifti1Image(np.zeros(tuple(shape), np.uint8), affine)
+    return Nifti(np.asarray(image.dataobj), affine, tuple(nib.affines.voxel_sizes(affine)), image.header, Path("grid"))

@@ -1,0 +1,393 @@
+"""Plumbing that is the same in all scripts and teaches nothing about a paper.
+
+Processes and device, the stop flag, atomic saving and checked loading, the log, seeds, and flags made from a
+dataclass. Plain functions that call no script; the training loop, its data parallelism and its number formats
+stand in the scripts.
+"""
+
+import argparse
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pickle
+import resource
+import signal
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from common import InputError
+
+FORMAT = 1  # of checkpoints; raised when an old program could misread a new file
+CHECKPOINT_KEYS = ("format", "script", "config", "model", "ema", "optimizer", "scaler", "step", "best", "data")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes and device
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """Who this process is: its number, how many there are, its number on this machine, its device."""
+
+    rank: int
+    world: int
+    local: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def start_processes(device: str) -> Ranks:
+    """Read torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK), choose the device, join the process group.
+
+    device: auto | cpu | cuda | cuda:N. Raises InputError for a device that is not there.
+    """
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda"):
+        n = torch.cuda.device_count()
+        index = int(device[5:]) if ":" in device else local
+        if index >= n:
+            raise InputError(f"--device {device}: process {rank} needs GPU {index}, {n} found here; use --device cpu")
+        device = f"cuda:{index}"
+        torch.cuda.set_device(index)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    return Ranks(rank, world, local, torch.device(device))
+
+
+def stop_processes() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def check_same_weights(model: torch.nn.Module, ranks: Ranks, when: str) -> str:
+    """SHA-256 of all parameters; raises RuntimeError where the processes do not hold the same weights."""
+    digest = hashlib.sha256()
+    for p in model.parameters():
+        digest.update(p.detach().to("cpu", torch.float32).numpy().tobytes())
+    found: list[Any] = [digest.hexdigest()] * ranks.world
+    if ranks.world > 1:
+        dist.all_gather_object(found, digest.hexdigest())
+    if len(set(found)) > 1:
+        raise RuntimeError(f"the processes hold different weights {when}: {[d[:12] for d in found]}")
+    return found[0]
+
+
+def number_format(amp: str, device: torch.device) -> tuple[torch.dtype | None, str]:
+    """`--amp` -> (autocast's type or None for fp32, the reason in words)."""
+    if amp != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp], f"--amp {amp}"
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return torch.bfloat16, "the GPU computes in bf16"
+        return torch.float16, "the GPU is older than bf16"
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if "avx512_bf16" in flags or "amx_bf16" in flags:
+        return torch.bfloat16, "the CPU computes in bf16"
+    return None, "the CPU does not compute in bf16"
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Largest memory so far in GB: allocated on the GPU, or resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def seed_of(*parts: int | str) -> int:
+    """A 63-bit seed that is a function of its parts alone, e.g. (seed, "step", step, sample)."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping and leaving
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class StopFlag:
+    """SIGINT and SIGTERM set a flag; the loop asks at the end of a step and all processes get the same answer."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.before = {n: signal.signal(n, self._set) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore(self) -> None:
+        """Give the signals back their old meaning once there is nothing left to save."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _set(self, number: int, frame: types.FrameType | None) -> None:
+        self.signal = max(self.signal, number)
+
+    def agreed(self, ranks: Ranks, time_is_up: bool = False) -> int:
+        """0 to go on, else the signal's number, or -1 where only the time is up; the same on all processes."""
+        if ranks.world == 1:
+            return self.signal or -int(time_is_up)
+        flags = torch.tensor([self.signal, int(time_is_up)])
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return int(flags[0]) or -int(flags[1])
+
+
+def say(text: str, ranks: Ranks | None = None) -> None:
+    """Print from the first process; a closed or full stdout never stops a run."""
+    if ranks is not None and not ranks.first:
+        return
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def run_main(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """Call `main`; InputError becomes one line `NAME: what is wrong; what to do` on stderr and exit code 2.
+
+    Under torchrun the first process prints the line; another one waits, to be ended by torchrun, and speaks only if
+    it is alone with its error. Every other exception is a defect of ours and keeps its traceback (exit code 1).
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        return main(argv)
+    except InputError as error:
+        if int(os.environ.get("RANK", 0)) != 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(15)
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    if world > 1:
+        os._exit(code)  # leaving the process group in order would wait for the others
+    return code
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving and loading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_atomic(path: Path, write: Callable[[Any], None], previous: Path | None = None) -> None:
+    """Write a file so that at each moment a whole one is there: the old or the new.
+
+    Temporary file in the same folder, flush, fsync; the old file moves to `previous` (if given); rename; fsync of the
+    folder, since the rename itself is lost in a power cut otherwise. InputError if the disk is full or read-only:
+    the old file is then untouched.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        kept = "the file that was there is untouched" if path.exists() else "nothing was there before"
+        raise InputError(
+            f"{path} cannot be written ({_first_line(error)}); {kept}; free space, then run again"
+        ) from error
+    if previous is not None and path.exists():
+        os.replace(path, previous)
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any], previous: Path | None = None) -> None:
+    write_atomic(path, lambda f: torch.save(dict(state), f), previous)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_atomic(path, lambda f: f.write((json.dumps(content, indent=1) + "\n").encode()))
+
+
+def load_tensors(path: Path) -> Any:
+    """`torch.load` that runs no code (weights_only) and names what is wrong with a file (InputError)."""
+    if not path.is_file():
+        raise InputError(f"checkpoint {path} does not exist; train first, or name another with --checkpoint or --init")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} holds something other than tensors and plain values, or is not a checkpoint, and was not opened "
+            f"({_first_line(error)}); use a file written by this program"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise InputError(f"{path} is damaged or not a checkpoint ({_first_line(error)}); use another file") from error
+
+
+def load_checkpoint(path: Path, script: str) -> dict[str, Any]:
+    """One of our checkpoints, complete; InputError names a missing part, a newer format or another script."""
+    state = load_tensors(path)
+    if not isinstance(state, dict) or "format" not in state:
+        raise InputError(f"{path} is not a checkpoint of this program (no `format`); public weights go to --init")
+    if state["format"] > FORMAT:
+        raise InputError(f"{path} has format {state['format']}, this program reads up to {FORMAT}; use a newer version")
+    missing = [k for k in CHECKPOINT_KEYS if k not in state]
+    if missing:
+        raise InputError(f"{path} lacks {', '.join(missing)}; it was not written to its end; use another file")
+    if state["script"] != script:
+        raise InputError(
+            f"{path} belongs to {state['script']}.py, this is {script}.py; run that script, or choose another"
+        )
+    return state
+
+
+def load_newest(out: Path, script: str) -> dict[str, Any] | None:
+    """The checkpoint to continue from: last.pt, or last.prev.pt where last.pt is damaged or absent; None if neither."""
+    last, previous = out / "last.pt", out / "last.prev.pt"
+    if not last.exists() and not previous.exists():
+        return None
+    try:
+        return load_checkpoint(last, script)
+    except InputError as error:
+        if not previous.exists():
+            raise
+        say(f"note: {error}. Continuing from {previous.name}.")
+        return load_checkpoint(previous, script)
+
+
+def check_same_config(old: Mapping[str, Any], new: Mapping[str, Any], may_differ: Iterable[str], out: Path) -> None:
+    """Refuse to continue a run with other settings; InputError lists each differing flag with both values."""
+    allowed = set(may_differ)
+    keys = [k for k in {**old, **new} if k not in allowed and old.get(k) != new.get(k)]
+    if keys:
+        rows = ", ".join(f"--{k.replace('_', '-')} was {old.get(k)} and is {new.get(k)}" for k in keys)
+        raise InputError(f"{out} holds a run with other settings ({rows}); use them, another --out, or --overwrite")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return (text.splitlines()[0] if text else type(error).__name__)[:160]
+
+
+class Log:
+    """log.csv and the console: the same numbers in both. A continued run drops the rows after its checkpoint."""
+
+    def __init__(self, path: Path, columns: Sequence[str], step: int, active: bool):
+        self.path, self.columns, self.active = path, list(columns), active
+        if not active:
+            return
+        rows: list[dict[str, str]] = []
+        if step and path.exists():
+            with open(path, newline="") as f:
+                rows = [r for r in csv.DictReader(f) if (r.get("step") or "").isdigit() and int(r["step"]) <= step]
+        lines = [",".join(self.columns), *(",".join(r.get(c) or "" for c in self.columns) for r in rows)]
+        write_atomic(path, lambda f: f.write(("\n".join(lines) + "\n").encode()))
+
+    def row(self, values: Mapping[str, float | int], silent: bool = False) -> None:
+        """Append one row and print it unless `silent`; a column without a value stays empty; six digits."""
+        if not self.active:
+            return
+        cells = [
+            format(values[c], ".6g") if isinstance(values.get(c), float) else str(values.get(c, ""))
+            for c in self.columns
+        ]
+        try:
+            with open(self.path, "a") as f:
+                f.write(",".join(cells) + "\n")
+        except OSError as error:
+            raise InputError(
+                f"{self.path} cannot be written ({_first_line(error)}); free space, then run again"
+            ) from error
+        if not silent:
+            say("  ".join(f"{c} {v}" for c, v in zip(self.columns, cells) if v != ""))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags from a dataclass
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def flag(default: Any, text: str) -> Any:
+    """A dataclass field with its help: unit, range, the paper's value."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise InputError(f"{message}; see --help")
+
+
+def _tuple_of(kind: type) -> Callable[[str], tuple[Any, ...]]:
+    def parse(text: str) -> tuple[Any, ...]:
+        return tuple(kind(part) for part in text.split(","))
+
+    parse.__name__ = f"comma-separated {kind.__name__}"
+    return parse
+
+
+def make_parser(config: type, verbs: Sequence[str], description: str) -> argparse.ArgumentParser:
+    """`SCRIPT.py [VERB] [--flag value ...]` from a dataclass whose fields were made with `flag`.
+
+    int, float, str, Path-like str, Literal (choices), bool (--flag / --no-flag), tuple[int, ...] (1,2,4) and
+    tuple[str, ...] (several words). Flags that are not given are absent from the result, so presets can fill in.
+    """
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "verb",
+        nargs="?",
+        choices=["", *verbs],
+        default="",
+        metavar="VERB",
+        help=f"{' | '.join(verbs)}; none: all of it",
+    )
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        kind: Any = hints[field.name]
+        text = field.metadata["help"] + f" (default: {field.default})"
+        options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is typing.Literal:
+            options["choices"] = typing.get_args(kind)
+        elif typing.get_origin(kind) is tuple and typing.get_args(kind)[0] is str:
+            options |= {"nargs": "+", "metavar": "PATH"}
+        elif typing.get_origin(kind) is tuple:
+            options |= {"type": _tuple_of(typing.get_args(kind)[0]), "metavar": "N,N"}
+        else:
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    return parser
+
+
+def parse_flags(
+    config: type, argv: Sequence[str], verbs: Sequence[str], presets: Mapping[str, Mapping[str, Any]], description: str
+) -> tuple[str, Any, dict[str, Any]]:
+    """(verb, the resolved config, the flags that were given). The preset fills in what was not given.
+
+    Without --preset: `tiny` for synthetic data, else `paper`. InputError for unknown flags and bad values.
+    """
+    given = vars(make_parser(config, verbs, description).parse_args(list(argv)))
+    verb = given.pop("verb")
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    synthetic = given.get("data", "synthetic") == "synthetic"
+    preset = given.get("preset", "tiny" if synthetic else "paper")
+    return verb, config(**{**presets[preset], "preset": preset, **given}), given
+
+
+def check_range(config: Any, name: str, low: float, high: float = math.inf, open_low: bool = False) -> None:
+    """InputError unless low <= value < inf (low < value with open_low) and value <= high; NaN is refused."""
+    value = getattr(config, name)
+    if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+        bounds = f"a number {'above' if open_low else 'from'} {low:g}" + (
+            "" if high == math.inf else f" up to {high:g}"
+        )
+        raise InputError(f"--{name.replace('_', '-')} is {value}, expected {bounds}; correct the flag")

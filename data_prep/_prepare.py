@@ -1,0 +1,589 @@
+"""What all data preparations share: check everything, prepare each case, continue after a stop, print a manifest.
+
+A preparation (`data_prep/msd.py` and its siblings) only knows its publisher's layout: it turns a folder into a
+`Source`, a plain list of cases. Everything from there to the prepared folder is done here, in two passes: the first
+reads every file and collects every fault before a byte is written, the second writes one case after the other.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from common import InputError
+from common.loaders import (
+    FORMAT,
+    PERCENTILES,
+    Nifti,
+    as_volume,
+    atomic_write,
+    check_same_grid,
+    make_splits,
+    natural_key,
+    normalise,
+    orientation_name,
+    read_nifti,
+    resample,
+    stack_channels,
+    to_ras,
+)
+
+ROUNDING = 1e-3  # a float label this close to an integer was one; farther off it was interpolated
+QUANTILES = np.linspace(0, 1, 1001)  # of the foreground of one CT, the same weight for each case
+
+
+@dataclass(frozen=True)
+class Case:
+    """One volume: its id, one image file for each channel (or one 4D file), its label file or None."""
+
+    id: str
+    images: tuple[Path, ...]
+    label: Path | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        return [*self.images, *([self.label] if self.label else [])]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A publisher's folder, read. label_map: published value -> prepared value, for every value that may occur."""
+
+    name: str
+    channels: tuple[str, ...]
+    ct: tuple[bool, ...]  # for each channel: absolute units, one window for all cases
+    classes: dict[str, int]  # name -> prepared value, 1..K; background, 0, has no entry
+    label_values: dict[int, int]  # prepared value -> published value
+    label_map: dict[int, int]
+    cases: tuple[Case, ...]
+    faults: tuple[str, ...] = ()  # found while listing
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Report:
+    """What a pass found about one case: faults stop the preparation, notes are only said."""
+
+    id: str
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    facts: dict = field(default_factory=dict)
+
+
+# --- one case --------------------------------------------------------------------------------------------------------
+
+
+def clean_label(values: np.ndarray, known: dict[int, int], path: Path) -> tuple[np.ndarray, list[str]]:
+    """Published label values to prepared ones, uint8, same shape; and what is wrong with them, in words.
+
+    Floats within 1e-3 of an integer are that integer; an astype without rounding would make 3 of 3.9999.
+    """
+    faults = []
+    if values.dtype.kind == "f":
+        rounded = np.rint(values)
+        off = np.abs(values - rounded) >= ROUNDING
+        if count := int(off.sum()):
+            some = ", ".join(f"{v:g}" for v in np.unique(values[off])[:5])
+            faults.append(f"{path}: {count:,} label voxels are not integers ({some}), expected whole numbers; "
+                          "was it interpolated linearly? get the original")  # fmt: skip
+        values = np.clip(np.where(off, 0, rounded), -(2**62), 2**62).astype(np.int64)
+    table, legal = np.zeros(max(known) + 1, np.uint8), np.zeros(max(known) + 1, bool)
+    for published, prepared in known.items():
+        table[published], legal[published] = prepared, True
+    inside = (values >= 0) & (values <= max(known))
+    index = np.where(inside, values, 0)
+    unknown = values[~(inside & legal[index])]
+    wanted = ", ".join(str(k) for k in sorted(known))
+    for value, count in zip(*(a.tolist() for a in np.unique(unknown, return_counts=True))):
+        kind = "negative" if value < 0 else "unknown"
+        faults.append(f"{path}: {kind} label value {value} in {count:,} voxels, expected {wanted}; correct the label")
+    return table[index], faults
+
+
+def load_case(
+    source: Source, case: Case, allow: bool, report: Report
+) -> tuple[np.ndarray, np.ndarray | None, Nifti] | None:
+    """Read one case: image [C, X, Y, Z], prepared label [X, Y, Z] or None, and the first image file.
+
+    allow: an affine that differs between files of one shape is said, not refused. Faults go into the report, each of
+    them; then the return value is None.
+    """
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        files = [_attempt(report, read_nifti, path) for path in case.images]
+        label_file = _attempt(report, read_nifti, case.label) if case.label else None
+        image = labels = None
+        if all(files):
+            for other in files[1:]:
+                _attempt(report, check_same_grid, files[0], other, allow_affine_mismatch=allow)
+            if not report.faults or len(files) == 1:
+                image = _attempt(report, stack_channels, files, source.channels, allow)
+        if label_file is not None and (volume := _attempt(report, as_volume, label_file)) is not None:
+            if files[0] is not None and files[0].data.ndim > 2:  # 2D is a fault that is named already
+                _attempt(report, check_same_grid, files[0], label_file, allow_affine_mismatch=allow)
+            labels, wrong = clean_label(volume, source.label_map, label_file.path)
+            report.faults += wrong
+    report.notes += [str(w.message) for w in said if str(w.message) not in report.notes]
+    return None if report.faults or image is None else (image, labels, files[0])
+
+
+def _attempt(report: Report, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """The function's value; or None, and the report has one fault more."""
+    try:
+        return function(*args, **kwargs)
+    except InputError as e:
+        if str(e) not in report.faults:
+            report.faults.append(str(e))
+    except MemoryError:
+        report.faults.append(f"{args[0]}: does not fit the memory; use fewer --workers")
+    return None
+
+
+def check_case(source: Source, case: Case, allow: bool) -> Report:
+    """First pass: read all files of a case, write nothing. facts["quantiles"]: of each CT channel's foreground."""
+    report = Report(case.id)
+    loaded = load_case(source, case, allow, report)
+    if loaded is not None:
+        image, labels, _ = loaded
+        if labels is not None and any(source.ct) and labels.any():
+            inside = [channel[labels > 0] if ct else None for channel, ct in zip(image, source.ct)]
+            report.facts["quantiles"] = [None if v is None else np.quantile(v, QUANTILES).tolist() for v in inside]
+    return report
+
+
+def prepare_case(source: Source, case: Case, recipe: dict, folder: Path) -> Report:
+    """Second pass: write cases/ID with image.npy, label.npy and case.json; the folder appears whole or not at all."""
+    report = Report(case.id)
+    sources = file_facts(case)  # before reading, so that a file that changes meanwhile counts as changed
+    loaded = load_case(source, case, recipe["allow_affine_mismatch"], report)
+    if loaded is None:
+        return report
+    image, labels, first = loaded
+    image, affine, _ = to_ras(normalise(image, recipe["normalisation"]), first.affine)
+    if labels is not None:
+        labels, _, _ = to_ras(labels, first.affine)
+    if recipe["spacing"]:
+        native = affine
+        image, affine = resample(image, native, recipe["spacing"], order=1)
+        if labels is not None:
+            labels, _ = resample(labels, native, recipe["spacing"], order=0)
+    report.facts = {
+        "shape": list(image.shape[1:]),
+        "spacing_mm": [round(float(np.linalg.norm(affine[:3, axis])), 6) for axis in range(3)],
+        "affine": affine.tolist(),
+        "labelled": labels is not None,
+        "original": {
+            "shape": list(first.data.shape[:3]),
+            "spacing_mm": [round(s, 6) for s in first.spacing],
+            "orientation": orientation_name(first.affine),
+        },
+        "label_voxels": None,
+        "sources": sources,
+    }
+    if labels is not None:
+        report.facts["label_voxels"] = np.bincount(labels.ravel(), minlength=max(source.label_values) + 1).tolist()
+    temporary = folder / f".{case.id}.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+        temporary.mkdir(parents=True)
+        _save(temporary / "image.npy", np.ascontiguousarray(image, np.float16))
+        if labels is not None:
+            _save(temporary / "label.npy", np.ascontiguousarray(labels, np.uint8))
+        record = {"recipe": recipe, "facts": report.facts, "notes": report.notes}
+        atomic_write(temporary / "case.json", json.dumps(record).encode())
+        shutil.rmtree(folder / case.id, ignore_errors=True)
+        temporary.rename(folder / case.id)
+    except OSError as e:
+        raise InputError(f"{folder / case.id}: cannot be written ({e.strerror or e}); free space and run again") from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return report
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    """An .npy file of a C-contiguous array, on the disk when this returns. Raises: OSError.
+
+    Not np.save: on a full disk it loses the last block without an error (numpy 2.4, tofile ignores fclose).
+    """
+    with open(path, "wb") as f:
+        np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(array))
+        f.write(array.data)
+        f.flush()
+        os.fsync(f.fileno())  # the rename that follows must not overtake the data
+
+
+def file_facts(case: Case) -> list[dict]:
+    """Path, size and modification time of each file: what tells a finished case from a changed one."""
+    return [{"path": str(p), "bytes": (s := p.stat()).st_size, "mtime_ns": s.st_mtime_ns} for p in case.files]
+
+
+def finished(case: Case, folder: Path) -> dict | None:
+    """The record of a case that an earlier run has written from these very files, or None."""
+    try:
+        record = json.loads((folder / case.id / "case.json").read_text(encoding="utf-8"))
+        return record if record["facts"]["sources"] == file_facts(case) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+# --- many cases ------------------------------------------------------------------------------------------------------
+
+
+def _start_worker(parent: int) -> None:
+    """End when the parent is gone: a killed parent says no goodbye."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def over_cases(function: Callable, jobs: list[tuple], workers: int, title: str, quiet: bool) -> Iterator[Report]:
+    """Call function(*job) for each job, in this process or in `workers`, with a progress bar; yields in any order."""
+    with tqdm(total=len(jobs), desc=title, unit="case", file=sys.stderr, disable=quiet) as bar:
+        if workers <= 1:
+            for job in jobs:
+                yield function(*job)
+                bar.update()
+            return
+        context = multiprocessing.get_context("spawn")  # fork beside tqdm's thread can hang
+        pool = ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(),))
+        try:
+            waiting: set[Future] = set()
+            queue = iter(jobs)
+            while True:
+                # a short queue, so that a stop does not wait for many cases; the range comes first in zip, which
+                # would else take a job and drop it
+                with _sigint_blocked():
+                    waiting |= {pool.submit(function, *job) for _, job in zip(range(2 * workers - len(waiting)), queue)}
+                if not waiting:
+                    break
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+                    bar.update()
+        except BrokenProcessPool as e:
+            raise InputError("a worker process was killed (out of memory?); run again with fewer --workers") from e
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """Workers started in here inherit the blocked signal: Ctrl-C reaches all processes, and the parent answers it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def normalisation_of(source: Source, train: list[str], quantiles: dict[str, list | None]) -> dict:
+    """The rule for each channel: percentiles of each volume (MR), or one window for all (CT).
+
+    The window is the 0.5th and 99.5th percentile of the labelled foreground of the training cases; each case counts
+    the same, by 1001 quantiles of its own.
+    """
+    rules: list[dict] = []
+    for channel, ct in enumerate(source.ct):
+        if not ct:
+            rules.append(dict(PERCENTILES))
+            continue
+        pooled = [own[channel] for case in train if (own := quantiles.get(case))]
+        if not pooled:
+            raise InputError(
+                f"{source.name}: no training case has a labelled voxel, expected some for the CT window; add labels"
+            )
+        low, high = (round(float(p), 3) for p in np.percentile(np.concatenate(pooled), [0.5, 99.5]))
+        rules.append({"kind": "window", "low": low, "high": high})
+    return {"channels": rules}
+
+
+def statistics_of(cases: dict[str, dict], classes: dict[str, int]) -> dict:
+    """Sizes, spacing and label histogram over all prepared cases."""
+    shapes = np.array([facts["shape"] for facts in cases.values()])
+    spacings = np.array([facts["spacing_mm"] for facts in cases.values()])
+    labelled = [facts["label_voxels"] for facts in cases.values() if facts["labelled"]]
+    counts = np.sum(labelled, axis=0) if labelled else np.zeros(max(classes.values()) + 1, int)
+    present = np.sum(np.array(labelled) > 0, axis=0) if labelled else np.zeros_like(counts)
+    names = {0: "background"} | {value: name for name, value in classes.items()}
+    return {
+        "shape_min": shapes.min(axis=0).tolist(),
+        "shape_median": np.median(shapes, axis=0).tolist(),
+        "shape_max": shapes.max(axis=0).tolist(),
+        "spacing_min_mm": spacings.min(axis=0).tolist(),
+        "spacing_median_mm": np.median(spacings, axis=0).tolist(),
+        "spacing_max_mm": spacings.max(axis=0).tolist(),
+        "label_voxels": {names[value]: int(n) for value, n in enumerate(counts)},
+        "label_cases": {names[value]: int(n) for value, n in enumerate(present)},
+    }
+
+
+def manifest(meta: dict, root: Path) -> str:
+    """The lines printed at the end of a preparation."""
+    s, cases = meta["statistics"], meta["cases"]
+    splits = ", ".join(f"{len(ids)} {name}" for name, ids in meta["splits"].items())
+    size = sum(f.stat().st_size for f in (root / "cases").rglob("*.npy"))
+    total = max(1, sum(s["label_voxels"].values()))
+
+    def row(values: list[float]) -> str:
+        return " x ".join(f"{v:g}" for v in values)
+
+    orientations = sorted({facts["original"]["orientation"] for facts in cases.values()})
+    lines = [
+        f"{meta['name']}: {len(cases)} cases ({splits}), {size / 1e6:.1f} MB in {root}",
+        f"  channels     {', '.join(meta['channels'])}",
+        f"  shape        min {row(s['shape_min'])}, median {row(s['shape_median'])}, max {row(s['shape_max'])}",
+        f"  spacing mm   min {row(s['spacing_min_mm'])}, median {row(s['spacing_median_mm'])}, "
+        f"max {row(s['spacing_max_mm'])}",
+        f"  orientation  {', '.join(orientations)} -> {meta['orientation']}",
+    ]
+    for name, value in [("background", 0), *meta["classes"].items()]:
+        n = s["label_voxels"][name]
+        published = meta["label_values"][str(value)]
+        lines.append(
+            f"  label {value} (published {published}) {name}: {n:,} voxels, {100 * n / total:.2f} %, "
+            f"in {s['label_cases'][name]} cases"
+        )
+    return "\n".join(lines)
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+class Faults(InputError):
+    """More than one fault, each a line of its own."""
+
+    def __init__(self, faults: list[str], closing: str):
+        super().__init__(closing)
+        self.faults = faults
+
+
+def check_all(source: Source, todo: list[Case], options: argparse.Namespace) -> dict[str, Report]:
+    """Read every file of the cases; returns a report for each. Raises: InputError, Faults with all that was found."""
+    lean = replace(source, cases=())  # travels with each job
+    jobs = [(lean, case, options.allow_affine_mismatch) for case in todo]
+    reports = {r.id: r for r in over_cases(check_case, jobs, options.workers, "check", options.quiet)}
+    faults = list(source.faults) + [fault for case in todo for fault in reports[case.id].faults]
+    bad = sum(bool(r.faults) for r in reports.values())
+    if len(faults) == 1:
+        raise InputError(f"{faults[0]}; nothing was written")
+    if faults:
+        raise Faults(faults, f"{len(faults)} faults, in {bad} cases and the list; correct them; nothing was written")
+    return reports
+
+
+def setup_of(source: Source, options: argparse.Namespace, tool: str) -> dict:
+    """What must be the same for a run to continue another one's folder."""
+    return {
+        "format": FORMAT,
+        "tool": tool,
+        "source": str(Path(options.src).resolve()),
+        "channels": list(source.channels),
+        "label_map": {str(k): v for k, v in source.label_map.items()},
+        "spacing": list(options.spacing) if options.spacing else None,
+        "allow_affine_mismatch": options.allow_affine_mismatch,
+    }
+
+
+def check_destination(dst: Path, setup: dict) -> None:
+    """Raise InputError where dst holds something other than an earlier run of the same set-up."""
+    if not dst.exists() or (dst.is_dir() and not any(dst.iterdir())):
+        return
+    try:
+        earlier = json.loads((dst / "prepare.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"{dst}: holds other files, expected an empty or new folder; choose another --dst") from None
+    for key, value in setup.items():
+        if earlier.get(key) != value:
+            raise InputError(
+                f"{dst}: was prepared with {key} {earlier.get(key)}, now {value}; remove it or choose another --dst"
+            )
+
+
+def prepare(source: Source, options: argparse.Namespace, tool: str) -> str:
+    """Check all, prepare what is not yet there, write dataset.json last. Returns the manifest."""
+    dst, setup = Path(options.dst), setup_of(source, options, tool)
+    if not options.check:
+        check_destination(dst, setup)
+    folder = dst / "cases"
+    done = {} if options.check else {c.id: r for c in source.cases if (r := finished(c, folder))}
+    reports = check_all(source, [c for c in source.cases if c.id not in done], options)
+    notes = [r.notes for r in reports.values()] + [r["notes"] for r in done.values()]
+    for note in dict.fromkeys([*source.notes, *(n for own in notes for n in own)]):
+        print(f"{tool}: note: {note}", file=sys.stderr)
+    if options.check:
+        return f"{tool}: {len(reports)} cases checked, no faults; nothing was written"
+
+    splits = make_splits(case.id for case in source.cases if case.label)
+    splits["unlabelled"] = sorted((case.id for case in source.cases if not case.label), key=natural_key)
+    if any(source.ct):  # finished cases are read again: their window is made from all training cases
+        missing = [c for c in source.cases if c.id in done and c.id in set(splits["train"])]
+        reports |= check_all(source, missing, options)
+    quantiles = {r.id: r.facts.get("quantiles") for r in reports.values()}
+    recipe = {
+        "normalisation": normalisation_of(source, splits["train"], quantiles),
+        "spacing": setup["spacing"],
+        "allow_affine_mismatch": options.allow_affine_mismatch,
+        "label_map": setup["label_map"],
+    }
+    records = {case: record["facts"] for case, record in done.items() if record["recipe"] == recipe}
+    todo = [case for case in source.cases if case.id not in records]
+    if records:
+        print(f"{tool}: {len(records)} cases are there from an earlier run, {len(todo)} to do", file=sys.stderr)
+    if todo:
+        (dst / "dataset.json").unlink(missing_ok=True)  # it would describe cases that are about to change
+    atomic_write(dst / "prepare.json", json.dumps(setup, indent=1).encode())
+    jobs = [(replace(source, cases=()), case, recipe, folder) for case in todo]
+    for report in over_cases(prepare_case, jobs, options.workers, "prepare", options.quiet):
+        if report.faults:
+            raise Faults(report.faults, f"{report.id} changed while it was read; run again")
+        records[report.id] = report.facts
+    return _finish(source, dst, setup, recipe, splits, records)
+
+
+def _finish(source: Source, dst: Path, setup: dict, recipe: dict, splits: dict, records: dict) -> str:
+    """Write dataset.json, after which the folder counts as prepared. Returns the manifest."""
+    records = {case.id: records[case.id] for case in source.cases}  # the same bytes whatever the order of work
+    meta = {
+        "format": FORMAT,
+        "name": source.name,
+        "source": setup["source"],
+        "channels": list(source.channels),
+        "classes": source.classes,
+        "label_values": {str(k): v for k, v in source.label_values.items()},
+        "spacing": setup["spacing"],
+        "orientation": "RAS",
+        "normalisation": recipe["normalisation"],
+        "statistics": statistics_of(records, source.classes),
+        "splits": splits,
+        "cases": records,
+    }
+    text = manifest(meta, dst)
+    meta["manifest"] = text.splitlines()[1:]
+    atomic_write(dst / "dataset.json", json.dumps(meta, indent=1).encode())
+    return text
+
+
+class Parser(argparse.ArgumentParser):
+    """An unknown flag is an InputError, so that it is one line and exit code 2 like every other."""
+
+    def error(self, message: str) -> Any:
+        raise InputError(f"{message}; see --help")
+
+
+def parse_spacing(text: str) -> tuple[float, ...]:
+    """`1,1,2.5` in mm, or one number for all axes."""
+    numbers = [float(part) for part in text.split(",")]
+    numbers = numbers * 3 if len(numbers) == 1 else numbers
+    if len(numbers) != 3 or not all(0.01 <= n <= 100 for n in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one or three numbers of 0.01 to 100 mm, such as 1,1,2.5")
+    return tuple(numbers)
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
+    return int(text)
+
+
+def parser_of(tool: str, description: str, layouts: tuple[str, ...]) -> Parser:
+    """The flags that all preparations have."""
+    p = Parser(prog=f"python -m data_prep.{tool}", description=description, allow_abbrev=False)
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    p.add_argument("--src", metavar="DIR", help="the publisher's folder")
+    p.add_argument("--dst", metavar="DIR", help="the prepared folder, data/NAME; the same command again continues")
+    p.add_argument("--check", action="store_true", help="read all files, list all faults, write nothing")
+    p.add_argument("--workers", type=positive, default=1, metavar="N", help="processes (default 1)")
+    p.add_argument("--spacing", type=parse_spacing, metavar="X,Y,Z", help="resample to this, mm, RAS order")
+    p.add_argument(
+        "--allow-affine-mismatch",
+        action="store_true",
+        help="where shapes agree and affines do not, use the first image's affine for all files of the case",
+    )
+    p.add_argument("--make-fake", metavar="DIR", help="write a tiny legal copy of the publisher's layout and stop")
+    if layouts:
+        p.add_argument("--layout", choices=layouts, default=layouts[0], help="of --make-fake")
+    p.add_argument("--quiet", action="store_true", help="no progress bars")
+    return p
+
+
+def main(
+    argv: list[str] | None,
+    tool: str,
+    description: str,
+    read_source: Callable[[Path], Source],
+    make_fake: Callable[[Path, str], None],
+    layouts: tuple[str, ...] = (),
+) -> int:
+    """Run a preparation from its command line; returns the exit code (0, 2, 130, 143, or 1 for a defect of ours)."""
+    try:
+        with _stop_signals():
+            options = parser_of(tool, description, layouts).parse_args(argv)
+            if options.make_fake:
+                target = Path(options.make_fake)
+                if target.exists() and (not target.is_dir() or any(target.iterdir())):
+                    raise InputError(f"{target}: is not empty, expected a new folder; choose another")
+                make_fake(target, getattr(options, "layout", ""))
+                print(f"{tool}: wrote {target}")
+                return 0
+            if not options.src or not (options.dst or options.check):
+                raise InputError("--src and --dst are needed (or --src and --check, or --make-fake); see --help")
+            options.dst = options.dst or ""
+            text = prepare(read_source(Path(options.src)), options, tool)
+            try:
+                print(text, flush=True)
+            except BrokenPipeError:  # `| head`: all is prepared, only nobody reads on
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+    except InputError as e:
+        for line in [*getattr(e, "faults", []), str(e)]:
+            print(f"{tool}: {line}", file=sys.stderr)
+        return 2
+    except OSError as e:
+        print(f"{tool}: {e.filename or 'a file'}: {e.strerror or e}; check path, rights and space", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as e:
+        return int(e.code or 0)
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[None]:
+    """SIGTERM leaves by an exception, as SIGINT does, so that the case in work is cleaned up. Then 143."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

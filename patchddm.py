@@ -1,0 +1,1051 @@
+"""PatchDDM: train a 3D diffusion model on patches, sample the whole volume at once.
+
+Paper
+    F. Bieder, J. Wolleb, A. Durrer, R. Sandkühler, P. C. Cattin: Memory-Efficient 3D Denoising Diffusion Models for
+    Medical Image Processing. MIDL 2023.
+
+Idea
+    A segmentation mask is generated from noise by a diffusion model that sees the image as extra input channels.
+    A 3D network with attention and concatenated skips does not fit a GPU at full resolution, so (1) the attention
+    goes, (2) skips are averaged instead of concatenated, which lets the network take any input size, (3) training
+    sees random patches, an eighth of the volume, together with three channels that say where in the volume each
+    voxel lies, and (4) sampling runs on the whole volume in one piece: no tiles, no seams. Different starting noise
+    gives different masks; their mean is the result, their variance says where the model is unsure.
+
+Symbols
+    x_0        x0    [B, K', *P]   mask: K' = 1 channel in {0, 1}, or K + 1 one-hot channels for K > 1 classes
+    x_t        xt    [B, K', *P]   mask with noise, t = 1..T (t = 0: no noise)
+    eps        eps   [B, K', *P]   standard normal noise
+    b          cond  [B, C + 3, *P]  image in [-1, 1], then the coordinates x, y, z in [-1, 1]
+    abar_t     abar[t]             product of 1 - beta_s for s = 1..t, abar[0] = 1
+    eps_theta  model([cond, xt], t - 1)   the network; it is fed the index t - 1 = 0..T-1, as the public code does
+    P is the patch (X, Y, Z in voxels) in training and the whole padded volume in sampling.
+
+Equations
+    (1) q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)
+    (2) q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I)
+    (3) p(x_{t-1} | x_t) = N(mu_theta, Sigma_theta)
+    (4) L = || eps - eps_theta(sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t) ||^2
+    (5) x_{t-1} = sqrt(abar_{t-1}) (x_t - sqrt(1 - abar_t) eps_theta) / sqrt(abar_t)
+                  + sqrt(1 - abar_{t-1}) eps_theta
+
+Differs
+    D1  betas run from 1e-4 (t = 1) to 0.02 (t = T); the paper prints the two ends exchanged.
+    D2  S steps visit T, T - T/S, ..., T/S and end at 0. The public code's grid spends its last evaluation on nothing.
+    D3  eps is computed again from the clipped x0, as in the public code (the paper does not say).
+    D4  several classes: K + 1 one-hot channels and the largest wins; the paper has one class.
+    D5  noise is a function of (seed, case, member); the public code starts every case from the same noise.
+    D6  --target x0 and v besides eps. An error of the mask at t = 500 weighs 0.085 in the eps loss and 0.0003 at
+        t = 900, where sampling decides the mask; so eps learns it slowly, and the small presets predict x0.
+    D7  the small presets use a larger learning rate with warm-up and cosine, EMA and gradient clipping.
+    D8  masks come back in the geometry of the input; the public code writes the padded grid without its geometry.
+
+Usage
+    python patchddm.py                                            all of it on phantoms: train, sample, score
+    python -m data_prep.msd --src Task04_Hippocampus --dst data/hippocampus
+    python patchddm.py train --data hippocampus --preset laptop
+    python patchddm.py evaluate --data hippocampus --preset laptop --ensemble 5
+    python patchddm.py predict --data hippocampus --preset laptop --image scan.nii.gz --output mask.nii.gz
+    torchrun --nproc_per_node=4 patchddm.py --data brats          the paper's setting
+
+Expect
+    The bare run takes about four minutes on two cores and prints Dice and HD95 of ten unseen phantoms (mean
+    foreground Dice about 0.9), beside the best Dice that any intensity threshold could reach.
+"""
+
+import copy
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+from common import InputError, figures, loaders, metrics, runtime
+from common.runtime import Ranks, flag, say, seed_of
+from common.unet import (
+    Downsample,
+    EmbedSequential,
+    GroupNorm,
+    ResBlock,
+    Upsample,
+    conv,
+    load_public,
+    timestep_embedding,
+    zero_module,
+)
+
+T = 1000  # diffusion steps; t = 1..T throughout this file
+LOG_EVERY = 50  # steps
+NESTED = (1, 3, 5, 7, 15)  # ensemble sizes reported on the way to --ensemble (table 3)
+
+# =====================================================================================================================
+# Config
+# =====================================================================================================================
+
+
+@dataclass(frozen=True)
+class Config:
+    """All flags. The defaults are the paper's (`--preset paper`); sections and tables are the paper's too."""
+
+    # fmt: off
+    data: str = flag("synthetic", "`synthetic`, a name below data/, or a prepared folder")
+    preset: Literal["tiny", "laptop", "paper"] = flag("paper", "defaults of all other flags; tiny for synthetic data")
+    out: str = flag("", "run folder; empty: runs/patchddm-DATA-PRESET")
+    init: str = flag("", "start from these weights: one of our checkpoints or a public state dict")
+    overwrite: bool = flag(False, "throw the run folder's old contents away")
+    quiet: bool = flag(False, "no progress bars; one line at each evaluation")
+    seed: int = flag(0, "of weights, order of cases, patches, noise")
+    device: str = flag("auto", "auto | cpu | cuda | cuda:N")
+    amp: Literal["auto", "bf16", "fp16", "off"] = flag("auto", "number format of convolutions (public code: fp16)")
+    compile: bool = flag(False, "torch.compile the training network")
+    recompute: bool = flag(False, "keep block inputs only for backward: less memory, x 4/3 time")
+    workers: int = flag(4, "processes that load patches, per rank; 0: in the training process")
+    # network (section 2.2 and the public code)
+    num_channels: int = flag(29, "width C of the first level")
+    channel_mult: tuple[int, ...] = flag((1, 3, 4, 4, 4, 4, 4), "width of each level in units of C")
+    num_res_blocks: int = flag(2, "residual blocks a level")
+    num_groups: int = flag(29, "groups of each group norm")
+    skips: Literal["average", "concat"] = flag("average", "how a skip meets the decoder (section 2.2)")
+    # patches (section 2.3)
+    patch: tuple[int, ...] = flag((128,), "patch size in voxels, N or N,N,N (paper: 128 of 256)")
+    patch_dist: Literal["paper", "code", "uniform"] = flag("paper", "distribution of patch starts (appendix A)")
+    coords: Literal["on", "off"] = flag("on", "coordinate channels")
+    # diffusion (section 2.1)
+    target: Literal["eps", "x0", "v"] = flag("eps", "what the network predicts (paper: eps)")
+    clip: Literal["unit", "mask", "off"] = flag("unit", "range of the predicted x0: [-1, 1], [0, 1], none")
+    # training (section 3)
+    steps: int = flag(4_450_000, "optimisation steps (paper: 420 h, about 4.45 million)")
+    minutes: float = flag(0.0, "stop after so many minutes of training; 0: no limit")
+    batch: int = flag(1, "patches a step, over all processes and accumulation")
+    accumulate: int = flag(1, "split the batch into so many parts, one after the other")
+    lr: float = flag(1e-5, "learning rate (paper: 1e-5)")
+    lr_schedule: Literal["constant", "cosine"] = flag("constant", "cosine: with 2 % warm-up (paper: constant)")
+    weight_decay: float = flag(0.01, "of AdamW (paper: its default, 0.01)")
+    ema: float = flag(0.0, "decay of the averaged weights used for sampling; 0: off (paper: none)")
+    grad_clip: float = flag(0.0, "largest gradient norm; 0: off (paper: none)")
+    eval_every: int = flag(50_000, "steps between validations")
+    save_every: int = flag(1000, "steps between saves")
+    # sampling and evaluation (sections 2.4 and 4.3)
+    sampler: Literal["ddim", "ddpm"] = flag("ddim", "ddim (paper), or ddpm = ddim with eta 1")
+    sampling_steps: int = flag(20, "network evaluations S of one sample, 1..1000 (paper: 1000, and 20 in figure 5)")
+    eta: float = flag(0.0, "noise of the reverse process, 0..1 (paper: 0)")
+    ensemble: int = flag(1, "members: samples from different noise (paper: 1 to 15)")
+    save_members: bool = flag(False, "evaluate, predict: write each member's mask")
+    save_maps: bool = flag(False, "evaluate, predict: write mean and variance maps")
+    checkpoint: str = flag("", "evaluate, predict: weights; empty: OUT/best.pt, else OUT/last.pt")
+    split: Literal["train", "val", "test"] = flag("test", "evaluate: which cases")
+    limit: int = flag(0, "evaluate and validation: at most so many cases; 0: all")
+    image: tuple[str, ...] = flag((), "predict: NIfTI files (one per channel, or 4D) or one folder")
+    output: str = flag("", "predict: file (for one image) or folder")
+    # fmt: on
+
+    @property
+    def patch_size(self) -> tuple[int, ...]:
+        return self.patch * 3 if len(self.patch) == 1 else self.patch
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.out or f"runs/patchddm-{Path(self.data).name}-{self.preset}")
+
+    def __post_init__(self) -> None:
+        """Ranges and the rules between flags; InputError names the flag."""
+        for name in ("num_channels", "num_res_blocks", "num_groups", "steps", "batch", "accumulate", "ensemble"):
+            runtime.check_range(self, name, 1)
+        for name in ("eval_every", "save_every"):
+            runtime.check_range(self, name, 1)
+        for name in ("minutes", "weight_decay", "grad_clip", "workers", "limit", "seed"):
+            runtime.check_range(self, name, 0)
+        runtime.check_range(self, "lr", 0, 1, open_low=True)
+        runtime.check_range(self, "ema", 0, 0.999999)
+        runtime.check_range(self, "eta", 0, 1)
+        runtime.check_range(self, "sampling_steps", 1, T)
+        if len(self.patch) not in (1, 3) or min(self.patch) < 1:
+            raise InputError(f"--patch is {self.patch}, expected N or N,N,N with N of 1 or more")
+        if not self.channel_mult or min(self.channel_mult) < 1:
+            raise InputError(f"--channel-mult is {self.channel_mult}, expected whole numbers of 1 or more")
+        step = 2 ** (len(self.channel_mult) - 1)
+        if any(p % step for p in self.patch):
+            raise InputError(
+                f"--patch {self.patch_size} cannot be halved {len(self.channel_mult) - 1} times (--channel-mult has "
+                f"{len(self.channel_mult)} levels); use multiples of {step}, or fewer levels"
+            )
+        widths = [self.num_channels * m for m in self.channel_mult] + [self.num_channels]
+        for width in widths:
+            if width % self.num_groups:
+                raise InputError(
+                    f"--num-groups {self.num_groups} does not divide the width {width}; choose a divisor of it"
+                )
+        if math.prod(p // step for p in self.patch_size) * widths[-2] == self.num_groups:
+            raise InputError(
+                f"--patch {self.patch_size} leaves one voxel at the lowest level, one value a group of the norm with "
+                f"--num-groups {self.num_groups}; use a larger patch, fewer levels or fewer groups"
+            )
+        if self.skips == "concat" and self.channel_mult[0] != 1:
+            raise InputError("--skips concat needs --channel-mult to begin with 1; use it, or --skips average")
+
+
+SMALL = {"target": "x0", "lr_schedule": "cosine", "grad_clip": 1.0, "workers": 0, "sampling_steps": 10}  # D6, D7
+SMALL |= {"channel_mult": (1, 2, 4), "num_res_blocks": 1, "num_groups": 8, "patch": (32,), "batch": 4}
+LAPTOP = {"num_channels": 16, "lr": 1e-3, "ema": 0.999, "steps": 6000, "eval_every": 1000, "save_every": 200}
+TINY = {"num_channels": 8, "lr": 2e-3, "ema": 0.99, "steps": 1200, "eval_every": 400, "save_every": 100}
+PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "laptop": SMALL | LAPTOP, "tiny": SMALL | TINY}
+
+# =====================================================================================================================
+# Model
+# =====================================================================================================================
+
+
+class UNet(nn.Module):
+    """The 3D U-Net of section 2.2: residual blocks, no attention, averaged skips.
+
+    Called as model(x, t): x [B, C_in, X, Y, Z] with each side a multiple of 2^(levels - 1), t [B] the index 0..T-1;
+    returns [B, C_out, X, Y, Z]. Parameter names are the public code's.
+    """
+
+    def __init__(self, config: Config, in_channels: int, out_channels: int):
+        super().__init__()
+        c, mult, groups = config.num_channels, config.channel_mult, config.num_groups
+        self.width, self.average, self.recompute = c, config.skips == "average", config.recompute
+        self.time_embed = nn.Sequential(nn.Linear(c, 4 * c), nn.SiLU(), nn.Linear(4 * c, 4 * c))
+
+        def block(a: int, b: int) -> ResBlock:
+            return ResBlock(3, a, b, 4 * c, groups)
+
+        # Encoder. The output of each of its blocks, the first convolution and the Downs included, is a skip.
+        self.input_blocks = nn.ModuleList([EmbedSequential(conv(3, in_channels, c))])
+        skips, width = [c], c  # widths
+        for level, m in enumerate(mult):
+            for _ in range(config.num_res_blocks):
+                self.input_blocks.append(EmbedSequential(block(width, c * m)))
+                width = c * m
+                skips.append(width)
+            if level < len(mult) - 1:
+                self.input_blocks.append(EmbedSequential(Downsample(3, width)))
+                skips.append(width)
+        self.middle_block = EmbedSequential(block(width, width), block(width, width))
+
+        # Decoder. A block that averages must come out as wide as the skip it meets next, so the last block of a
+        # level already has the finer level's width; a block that concatenates has its own level's width.
+        self.output_blocks = nn.ModuleList()
+        for level, m in reversed(list(enumerate(mult))):
+            for i in range(config.num_res_blocks + 1):
+                skip = skips.pop()
+                wide = (skips[-1] if skips else c) if self.average else c * m
+                layers: list[nn.Module] = [block(width if self.average else width + skip, wide)]
+                if level > 0 and i == config.num_res_blocks:
+                    layers.append(Upsample(3, wide))
+                self.output_blocks.append(EmbedSequential(*layers))
+                width = wide
+        self.out = nn.Sequential(GroupNorm(groups, c), nn.SiLU(), zero_module(conv(3, c, out_channels)))
+
+    def run(self, block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(block, x, emb, use_reentrant=False)
+        return block(x, emb)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        emb = self.time_embed(timestep_embedding(t, self.width))  # [B, 4C]
+        skips = []
+        for block in self.input_blocks:
+            x = self.run(block, x, emb)  # [B, C m, X / 2^level, ...]
+            skips.append(x)
+        x = self.run(self.middle_block, x, emb)
+        for block in self.output_blocks:
+            skip = skips.pop()
+            x = (x + skip) / 2 if self.average else torch.cat([x, skip], dim=1)
+            x = self.run(block, x, emb)
+        return self.out(x)  # [B, C_out, X, Y, Z]
+
+
+def build_model(config: Config, in_channels: int, out_channels: int) -> nn.Module:
+    """The network; in_channels = image channels + 3 (--coords on) + mask channels, in this order."""
+    return UNet(config, in_channels, out_channels)
+
+
+def network_for(config: Config, record: dict[str, Any]) -> nn.Module:
+    """The network for the data that `record` describes (the `data` entry of a checkpoint)."""
+    k = mask_channels(record)
+    return build_model(config, len(record["channels"]) + 3 * (config.coords == "on") + k, k)
+
+
+def config_of_public(state: dict[str, Tensor]) -> dict[str, Any]:
+    """Network flags read off the shapes of a public state dict; the groups cannot be seen: C, the authors' rule."""
+    c = state["input_blocks.0.0.weight"].shape[0]
+    mult: list[int] = []
+    blocks, k = 0, 1
+    while f"input_blocks.{k}.0.in_layers.2.weight" in state or f"input_blocks.{k}.0.op.weight" in state:
+        if f"input_blocks.{k}.0.op.weight" not in state:
+            width = state[f"input_blocks.{k}.0.in_layers.2.weight"].shape[0]
+            first = k == 1 or f"input_blocks.{k - 1}.0.op.weight" in state
+            mult, blocks = (mult + [width // c], 1) if first else (mult, blocks + 1)
+        k += 1
+    average = state["output_blocks.0.0.in_layers.0.weight"].shape[0] == mult[-1] * c
+    skips = "average" if average else "concat"
+    return {"num_channels": c, "channel_mult": tuple(mult), "num_res_blocks": blocks, "num_groups": c, "skips": skips}
+
+
+# =====================================================================================================================
+# Diffusion: schedule, q, loss
+# =====================================================================================================================
+
+
+def abar_table() -> np.ndarray:
+    """abar[t] for t = 0..T in float64; beta_t is linear from 1e-4 (t = 1) to 0.02 (t = T)."""
+    beta = np.linspace(1e-4, 0.02, T)  # D1
+    return np.concatenate([[1.0], np.cumprod(1 - beta)])  # [T + 1]
+
+
+def at(table: np.ndarray, t: Tensor, like: Tensor) -> Tensor:
+    """table[t] as [B, 1, 1, 1, 1] in the number type of `like`; the table itself stays in float64."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.as_tensor(table, device=t.device)[t].to(dtype).reshape(-1, *(1,) * (like.ndim - 1))
+
+
+ABAR = abar_table()
+SQRT_ABAR, SQRT_1M_ABAR = np.sqrt(ABAR), np.sqrt(1 - ABAR)
+
+
+def q_sample(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """x_t from x_0 in one step; t [B] in 1..T."""
+    return at(SQRT_ABAR, t, x0) * x0 + at(SQRT_1M_ABAR, t, x0) * eps  # eq. (2), which is eq. (1) applied t times
+
+
+def target_of(kind: str, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """What the network is to predict: eps (the paper), x0, or v = sqrt(abar) eps - sqrt(1 - abar) x0."""
+    if kind == "eps":
+        return eps
+    return x0 if kind == "x0" else at(SQRT_ABAR, t, x0) * eps - at(SQRT_1M_ABAR, t, x0) * x0  # D6
+
+
+def x0_of(kind: str, output: Tensor, xt: Tensor, t: Tensor) -> Tensor:
+    """The mask that a network output stands for."""
+    a, b = at(SQRT_ABAR, t, xt), at(SQRT_1M_ABAR, t, xt)
+    if kind == "eps":
+        return (xt - b * output) / a  # the bracket of eq. (5)
+    return output if kind == "x0" else a * xt - b * output  # D6
+
+
+def diffusion_loss(model: nn.Module, kind: str, cond: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """Mean over voxels and channels of (target - output)^2, unweighted: [B] in fp32."""
+    xt = q_sample(x0, eps, t)
+    output = model(torch.cat([cond, xt], dim=1), t - 1).float()  # [B, K', *P]
+    return (target_of(kind, x0, eps, t) - output).square().flatten(1).mean(dim=1)  # eq. (4)
+
+
+# =====================================================================================================================
+# Data: patches, coordinates, masks as channels
+# =====================================================================================================================
+
+
+def mask_channels(record: dict[str, Any]) -> int:
+    """K' of the mask: 1 for one class, else K + 1 with the background first."""
+    k = len(record["classes"])
+    return 1 if k == 1 else k + 1  # D4
+
+
+def mask_to_x0(label: Tensor, channels: int) -> Tensor:
+    """[B, X, Y, Z] integers -> [B, K', X, Y, Z] fp32 in {0, 1}."""
+    if channels == 1:
+        return (label > 0).float()[:, None]
+    return F.one_hot(label.long(), channels).movedim(-1, 1).float()  # D4
+
+
+def x0_to_mask(x0: Tensor) -> Tensor:
+    """[K', X, Y, Z] continuous -> [X, Y, Z] uint8: above 0.5, or the largest channel (a tie goes to the lower one)."""
+    return ((x0[0] > 0.5) if len(x0) == 1 else x0.argmax(dim=0)).to(torch.uint8)  # D4
+
+
+def padded_shape(shape: Sequence[int], config: Config, whole: Sequence[int] | None = None) -> tuple[int, ...]:
+    """The grid that a volume is padded to: at least the patch, each side a multiple of 2^(levels - 1).
+
+    whole: a grid that the prepared data name for all cases (BraTS: 256^3).
+    """
+    step = 2 ** (len(config.channel_mult) - 1)
+    least = [max(*sides) for sides in zip(shape, config.patch_size, whole or shape)]
+    return tuple(-(-n // step) * step for n in least)
+
+
+def draw_start(rng: np.random.Generator, size: int, patch: int, kind: str) -> int:
+    """First voxel of a patch on one axis, 0..size - patch (appendix A, figure 6: the centre is favoured)."""
+    n = size - patch
+    if kind == "uniform":
+        return int(rng.integers(0, n + 1))
+    if kind == "code":  # quarters instead of the paper's thirds
+        q = (n + 2) // 4
+        return int(rng.integers(0, q + 1) + rng.integers(0, n - q + 1))
+    z = rng.uniform(-1 / 3, 1 / 3) + rng.uniform(-2 / 3, 2 / 3)  # in [-1, 1], a trapezoid
+    return math.floor((z + 1) / 2 * n + 0.5)
+
+
+def coordinates(full: Sequence[int], start: Sequence[int], size: Sequence[int]) -> np.ndarray:
+    """[3, *size] fp32: position of each voxel in the whole padded volume, -1 at its first voxel, +1 at its last.
+
+    Made for the volume and cut with the patch, so that a patch knows where it lies (section 2.3).
+    """
+    axes = [np.linspace(-1, 1, d)[s : s + n] if d > 1 else np.zeros(1) for d, s, n in zip(full, start, size)]
+    return np.stack(np.meshgrid(*axes, indexing="ij")).astype(np.float32)
+
+
+def condition(
+    image: np.ndarray, full: Sequence[int], start: Sequence[int], size: Sequence[int], coords: bool
+) -> np.ndarray:
+    """The condition b of one patch, or of the whole volume with start 0 and size = full: [C (+ 3), *size] fp32.
+
+    image: [C, X, Y, Z] in [0, 1], possibly a memory map of which only the patch is read. The volume is padded
+    symmetrically with background to `full` without ever being copied; the network sees [-1, 1].
+    """
+    front = loaders.symmetric_pad(image.shape[1:], full)
+    window = loaders.read_window(image, [s - f for s, f in zip(start, front)], size)  # [C, *size]
+    window = 2 * window.astype(np.float32) - 1
+    return np.concatenate([window, coordinates(full, start, size)]) if coords else window
+
+
+class Patches(Dataset):
+    """Sample n = 0, 1, 2, ... of the training: everything about it is a function of (seed, n).
+
+    n counts over the global batches, so the number of processes, workers and restarts changes nothing.
+    """
+
+    def __init__(self, data: Any, config: Config):
+        self.data, self.config = data, config
+        self.cases = [c for c in data.cases("train") if data.has_label(c)]
+        if not self.cases:
+            raise InputError(f"{config.data} has no labelled training case; prepare data with labels")
+
+    def __getitem__(self, n: int) -> dict[str, Any]:
+        config, size = self.config, self.config.patch_size
+        epoch, place = divmod(n, len(self.cases))
+        order = np.random.default_rng(seed_of(config.seed, "order", epoch)).permutation(len(self.cases))
+        case = self.cases[order[place]]
+        rng = np.random.default_rng(seed_of(config.seed, "patch", n))
+        image, label = self.data.image(case), self.data.label(case)
+        full = padded_shape(label.shape, config, self.data.meta.get("grid"))
+        start = [draw_start(rng, d, p, config.patch_dist) for d, p in zip(full, size)]
+        front = loaders.symmetric_pad(label.shape, full)
+        return {
+            "cond": condition(image, full, start, size, config.coords == "on"),  # [C + 3, *P]
+            "label": loaders.read_window(label, [s - f for s, f in zip(start, front)], size),  # [*P] uint8
+            "t": int(rng.integers(1, T + 1)),  # uniform on 1..T
+            "n": n,
+        }
+
+
+class Sharded(Sampler):
+    """Index lists of this process, one a forward pass: step s has samples s B .. s B + B - 1 of all processes."""
+
+    def __init__(self, config: Config, ranks: Ranks, step: int):
+        self.config, self.ranks, self.step = config, ranks, step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        part = self.config.batch // (self.ranks.world * self.config.accumulate)
+        for step in range(self.step, self.config.steps):
+            for k in range(self.config.accumulate):
+                first = step * self.config.batch + (self.ranks.rank * self.config.accumulate + k) * part
+                yield list(range(first, first + part))
+
+
+def noise(seed: int, ns: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
+    """eps [B, *shape] on the device, sample n from its own generator: equal on one process and on four."""
+    generator = torch.Generator(device)
+    return torch.stack(
+        [torch.randn(*shape, device=device, generator=generator.manual_seed(seed_of(seed, "noise", n))) for n in ns]
+    )
+
+
+# =====================================================================================================================
+# Train
+# =====================================================================================================================
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network with what sampling needs to know. record: the `data` entry of a checkpoint; number: of autocast."""
+
+    config: Config
+    model: nn.Module
+    record: dict[str, Any]
+    device: torch.device
+    number: torch.dtype | None
+    step: int
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Constant (paper), or a linear warm-up over 2 % of the steps and a half cosine to zero."""
+    if config.lr_schedule == "constant":
+        return config.lr
+    warm = max(1, config.steps // 50)
+    done = max(0.0, (step - warm) / max(1, config.steps - warm))
+    return config.lr * min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * done)))  # D7
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, updates: int) -> None:
+    """ema <- d ema + (1 - d) model, d = min(decay, (1 + n) / (10 + n)): young averages forget their start."""
+    d = min(decay, (1 + updates) / (10 + updates))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
+
+
+def prepare_folder(config: Config, ranks: Ranks) -> dict[str, Any] | None:
+    """Make the run folder; returns the checkpoint to continue from, or None. Refuses a run with other settings."""
+    out = config.run_folder
+    if config.overwrite and ranks.first and out.exists():
+        if any(out.iterdir()) and not (out / "config.json").exists():
+            raise InputError(f"{out} holds files but no run (no config.json) and is left alone; choose another --out")
+        shutil.rmtree(out)
+    if ranks.world > 1:
+        dist.barrier()
+    out.mkdir(parents=True, exist_ok=True)
+    state = runtime.load_newest(out, "patchddm")
+    if state is not None:
+        runtime.check_same_config(state["config"], asdict(config), MAY_DIFFER, out)
+    elif ranks.first:
+        runtime.write_json(out / "config.json", asdict(config))
+    return state
+
+
+def start_weights(config: Config, model: nn.Module) -> None:
+    """--init: weights of one of our checkpoints (the averaged ones if it has them) or of a public state dict."""
+    state = runtime.load_tensors(Path(config.init))
+    if isinstance(state, dict) and "format" in state:
+        state = runtime.load_checkpoint(Path(config.init), "patchddm")
+        state = state["ema"] or state["model"]
+    else:
+        say(
+            f"note: a public state dict does not show the groups of its norms; --num-groups {config.num_groups} is used"
+        )
+    try:
+        load_public(model, state)
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"--init {config.init} does not fit: {error}") from error
+
+
+def train(config: Config, data: Any, ranks: Ranks) -> int:
+    """The training loop. Returns 0, or 130 / 143 after a signal, with everything saved."""
+    share = ranks.world * config.accumulate
+    if config.batch % share:
+        raise InputError(
+            f"--batch {config.batch} cannot be shared by {ranks.world} processes x --accumulate {config.accumulate}; "
+            f"use a multiple of {share}"
+        )
+    device, out, stop = ranks.device, config.run_folder, runtime.StopFlag()
+    state = prepare_folder(config, ranks)
+    record = loaders.data_record(data)
+    channels, names = mask_channels(record), list(record["classes"])
+
+    # 1. network, averaged weights, optimiser
+    torch.manual_seed(seed_of(config.seed, "weights") % 2**32)
+    model = network_for(config, record).to(device)
+    if config.init and state is None:
+        start_weights(config, model)
+    if device.type == "cpu" and not config.compile:
+        model = model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # much faster in bf16
+    ema = copy.deepcopy(model).eval().requires_grad_(False) if config.ema else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    number, reason = runtime.number_format(config.amp, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=number == torch.float16)
+    step, seconds, best = 0, 0.0, {"dice": -1.0, "step": 0}
+
+    # 2. continue where the last run stopped
+    if state is not None:
+        model.load_state_dict(state["model"])
+        if config.ema:
+            ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        step, seconds, best = state["step"], state["seconds"], state["best"]
+    runtime.check_same_weights(model, ranks, "at the start")
+    print_header(config, data, ranks, model, number, reason, step)
+
+    def save(name: str) -> None:
+        if not ranks.first:
+            return
+        contents = {"format": runtime.FORMAT, "script": "patchddm", "config": asdict(config), "data": record}
+        contents |= {"model": model.state_dict(), "ema": ema.state_dict() if config.ema else {}}
+        contents |= {"optimizer": optimizer.state_dict() if name == "last.pt" else {}, "scaler": scaler.state_dict()}
+        contents |= {"step": step, "seconds": seconds, "best": best}
+        runtime.save_checkpoint(out / name, contents, out / "last.prev.pt" if name == "last.pt" else None)
+
+    # 3. all processes work on parts of one global batch; DDP averages their gradients
+    net: Any = DistributedDataParallel(model) if ranks.world > 1 else model
+    net = torch.compile(net) if config.compile else net
+    net.train()
+    batches = iter(
+        DataLoader(
+            Patches(data, config),
+            batch_sampler=Sharded(config, ranks, step),
+            num_workers=config.workers,
+            pin_memory=device.type == "cuda",
+        )
+    )
+    log = runtime.Log(out / "log.csv", [*COLUMNS, *(f"val_dice_{c}" for c in names)], step, ranks.first)
+    quartiles = torch.zeros(2, 4, device=device)  # sum of losses, number of samples; by quartile of t
+    logged, skipped, bad_in_a_row, signal_number = (step, seconds), 0, 0, 0
+    limit = 60 * config.minutes or math.inf
+    bar = tqdm(total=config.steps, initial=step, unit="step", disable=config.quiet or not ranks.first or None)
+    running = step < config.steps and seconds < limit
+    while running:
+        begin = time.perf_counter()
+        lr = learning_rate(config, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad(set_to_none=True)
+        for part in range(config.accumulate):
+            batch = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
+            x0, t = mask_to_x0(batch["label"], channels), batch["t"]  # [B, K', *P], [B]
+            eps = noise(config.seed, batch["n"].tolist(), x0.shape[1:], device)
+            alone = ranks.world == 1 or part == config.accumulate - 1  # gradients travel with the last part only
+            with nullcontext() if alone else net.no_sync():
+                with torch.autocast(device.type, number, enabled=number is not None):
+                    losses = diffusion_loss(net, config.target, batch["cond"], x0, t, eps)  # [B]
+                scaler.scale(losses.mean() / config.accumulate).backward()
+            quartiles.index_add_(1, (t - 1) * 4 // T, torch.stack([losses.detach(), torch.ones_like(losses)]))
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        finite = bool(torch.isfinite(norm))  # the same on all processes: gradients are averaged by now
+        if finite:
+            scaler.step(optimizer)
+        scaler.update()
+        step += 1
+        skipped, bad_in_a_row = (skipped, 0) if finite else (skipped + 1, bad_in_a_row + 1)
+        if config.ema:
+            update_ema(ema, model, config.ema, step)
+        seconds += time.perf_counter() - begin
+        bar.update()
+
+        # 4. log, validate, save, stop
+        if bad_in_a_row >= 20:
+            raise InputError(f"no finite gradient in the 20 steps up to {step}; lower --lr, or use --amp off")
+        signal_number = stop.agreed(ranks, seconds >= limit)
+        running = step < config.steps and not signal_number
+        validate = (step % config.eval_every == 0 or not running) and signal_number <= 0
+        if step % LOG_EVERY == 0 or step == 10 or validate:
+            row = log_row(quartiles, ranks, config, step, seconds, logged)
+            row |= {"lr": lr, "grad_norm": float(norm), "skipped": skipped}
+            logged = (step, seconds)
+            if validate and data.cases("val"):
+                scores = validation(Network(config, ema, record, device, number, step), data, ranks)
+                row |= {"val_dice": scores["mean"]} | {f"val_dice_{c}": scores[c] for c in names}
+                if scores["mean"] > best["dice"]:
+                    best = {"dice": scores["mean"], "step": step}
+                    save("best.pt")
+            log.row(row, config.quiet and not validate)
+        if step % config.save_every == 0 or validate or signal_number:
+            save("last.pt")
+    bar.close()
+    stop.restore()
+    runtime.check_same_weights(model, ranks, "at the end")
+    if signal_number > 0:
+        say(f"stopped by signal {signal_number}, step {step} is saved in {out}; the same command continues", ranks)
+    elif ranks.first and step:
+        title = f"PatchDDM, {Path(config.data).name}, target {config.target}"
+        figures.loss_curve(out / "log.csv", out / "loss.png", title=title)
+    return 128 + signal_number if signal_number > 0 else 0
+
+
+COLUMNS = ["step", "seconds", "loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "lr", "grad_norm", "samples_per_s"]
+COLUMNS += ["memory_gb", "left_s", "skipped", "val_dice"]
+
+
+def log_row(
+    quartiles: Tensor, ranks: Ranks, config: Config, step: int, seconds: float, logged: tuple[int, float]
+) -> dict[str, Any]:
+    """The numbers since the row of `logged` (step, seconds), over all processes; empties `quartiles`."""
+    if ranks.world > 1:
+        dist.all_reduce(quartiles)
+    total, count = quartiles.tolist()
+    quartiles.zero_()
+    rate = (step - logged[0]) / max(seconds - logged[1], 1e-9)  # steps a second
+    row: dict[str, Any] = {"step": step, "seconds": seconds, "loss": sum(total) / max(sum(count), 1)}
+    row |= {f"loss_q{i + 1}": total[i] / count[i] for i in range(4) if count[i]}
+    row |= {"samples_per_s": rate * config.batch, "left_s": (config.steps - step) / rate}
+    return row | {"memory_gb": runtime.peak_memory_gb(ranks.device)}
+
+
+def print_header(
+    config: Config, data: Any, ranks: Ranks, model: nn.Module, number: torch.dtype | None, reason: str, step: int
+) -> None:
+    """What this run is, before it starts."""
+    counts = ", ".join(f"{len(data.cases(s))} {s}" for s in ("train", "val", "test"))
+    share = f"{ranks.world} processes x {config.accumulate} parts x {config.batch // (ranks.world * config.accumulate)}"
+    parameters, patch = sum(p.numel() for p in model.parameters()), "x".join(map(str, config.patch_size))
+    paper, notes = Config(), ["D1", "D2", "D3", "D5", "D8"]
+    notes += ["D4"] * (len(data.classes) > 1) + ["D6"] * (config.target != "eps")
+    notes += ["D7"] * any(getattr(config, k) != getattr(paper, k) for k in ("lr_schedule", "ema", "grad_clip"))
+    small = [c for c in data.cases("train") if any(n < p for n, p in zip(data.shape(c), config.patch_size))]
+    say(f"PatchDDM (Bieder et al. 2023) -> {config.run_folder}", ranks)
+    say(f"  data      {config.data}: {counts}; {', '.join(data.channels)}; classes {', '.join(data.classes)}", ranks)
+    if small:
+        say(f"            {len(small)} training cases are smaller than the patch and are padded with background", ranks)
+    say(f"  network   {parameters:,} parameters, patch {patch}", ranks)
+    say(f"  training  step {step} to {config.steps}, batch {config.batch} = {share}; target {config.target}", ranks)
+    say(f"  device    {ranks.device}, {'fp32' if number is None else str(number)[6:]} ({reason})", ranks)
+    say(f"  differs   {' '.join(sorted(notes))} (see the top of patchddm.py)", ranks)
+
+
+# =====================================================================================================================
+# Sample
+# =====================================================================================================================
+
+
+def timesteps(steps: int) -> list[int]:
+    """S + 1 times from T down to 0: tau_i = (T i + S // 2) // S, i = S..0."""
+    return [(T * i + steps // 2) // steps for i in range(steps, -1, -1)]  # D2
+
+
+def ddim_step(x0: Tensor, xt: Tensor, t: int, s: int, eta: float, z: Tensor | None) -> Tensor:
+    """From x_t to x_s, s < t, given the (clipped) prediction of x_0; at eta 0 and s = t - 1 this is equation 5.
+
+    z: standard normal, needed where eta > 0 and s > 0. At s = 0 the result is x0.
+    """
+    if s == 0:
+        return x0
+    a_t, a_s = ABAR[t], ABAR[s]
+    e = (xt - math.sqrt(a_t) * x0) / math.sqrt(1 - a_t)  # D3
+    sigma = eta * math.sqrt((1 - a_s) / (1 - a_t)) * math.sqrt(1 - a_t / a_s)  # eq. (3): Sigma is sigma^2 I
+    x = math.sqrt(a_s) * x0 + math.sqrt(1 - a_s - sigma**2) * e  # eq. (5)
+    return x if z is None or sigma == 0 else x + sigma * z
+
+
+Predictor = Callable[[Tensor, Tensor], Tensor]
+
+
+def sample(
+    predict: Predictor, xt: Tensor, config: Config, draw: Callable[[], Tensor], frames: list[Any] | None = None
+) -> Tensor:
+    """x_0 from x_T = xt ~ N(0, I), [1, K', X, Y, Z]; the state stays in the number type of xt (fp32 or wider).
+
+    predict(xt, index [1]) is the network with its condition; draw() gives standard normal noise like xt.
+    frames: receives (t, x_t, predicted x_0) of each step.
+    """
+    eta = 1.0 if config.sampler == "ddpm" else config.eta
+    low, high = {"unit": (-1.0, 1.0), "mask": (0.0, 1.0), "off": (-math.inf, math.inf)}[config.clip]
+    times = timesteps(config.sampling_steps)
+    for t, s in pairwise(times):
+        tt = torch.full((1,), t, device=xt.device)
+        x0 = x0_of(config.target, predict(xt, tt - 1), xt, tt).clamp(low, high)
+        if frames is not None:
+            frames.append((t, xt, x0))
+        xt = ddim_step(x0, xt, t, s, eta, draw() if eta > 0 and s > 0 else None)
+    return xt
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Result of `size` members: mean [K', *S], variance [*S], and the newest member [K', *S], all in [0, 1]."""
+
+    size: int
+    mean: Tensor
+    variance: Tensor
+    member: Tensor
+
+
+@torch.no_grad()
+def ensemble(net: Network, cond: Tensor, case: str, frames: list[Any] | None = None) -> Iterator[Ensemble]:
+    """Sample `--ensemble` members of the whole volume one after the other; yields after each of them.
+
+    cond: [C (+ 3), *S]. A member is the final continuous mask clipped to [0, 1], from noise that depends on
+    (seed, case, member) only. Variance with ddof 0; of several channels half the sum, which for two exclusive
+    channels is the variance of one.
+    """
+    cond, channels = cond[None], mask_channels(net.record)
+    mean = square = torch.zeros(())
+    for member in range(net.config.ensemble):
+        generator = torch.Generator().manual_seed(seed_of(net.config.seed, "sample", case, member))  # D5
+        draw = partial(draw_like, generator, (1, channels, *cond.shape[2:]), cond.device)
+
+        def predict(xt: Tensor, index: Tensor) -> Tensor:
+            with torch.autocast(net.device.type, net.number, enabled=net.number is not None):
+                return net.model(torch.cat([cond, xt], dim=1), index).float()
+
+        x0 = sample(predict, draw(), net.config, draw, frames if member == 0 else None)[0].clamp(0, 1)  # [K', *S]
+        delta = x0 - mean
+        mean = mean + delta / (member + 1)
+        square = square + delta * (x0 - mean)  # running sum of squared differences from the mean
+        yield Ensemble(member + 1, mean, square.sum(dim=0) / (member + 1) / (1 if channels == 1 else 2), x0)
+
+
+def draw_like(generator: torch.Generator, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Standard normal noise drawn on the CPU, so that every device starts from the same."""
+    return torch.randn(shape, generator=generator).to(device)
+
+
+# =====================================================================================================================
+# Evaluate
+# =====================================================================================================================
+
+
+def whole_condition(
+    image: np.ndarray, net: Network, grid: Sequence[int] | None
+) -> tuple[Tensor, tuple[slice, slice, slice]]:
+    """The condition of the whole padded volume, [C (+ 3), *S], and the slices that cut the volume out of it again."""
+    full = padded_shape(image.shape[1:], net.config, grid)
+    x, y, z = (slice(f, f + n) for f, n in zip(loaders.symmetric_pad(image.shape[1:], full), image.shape[1:]))
+    whole = condition(image, full, (0, 0, 0), full, net.config.coords == "on")
+    return torch.from_numpy(whole).to(net.device), (x, y, z)
+
+
+Rows = list[dict[str, Any]]
+
+
+def score_cases(
+    net: Network, data: Any, ranks: Ranks, cases: Sequence[str], folder: Path | None = None
+) -> dict[int, Rows]:
+    """Sample and score `cases`, shared over the processes: ensemble size -> rows of metrics.csv, in order of cases.
+
+    folder: where masks, maps and pictures go; None: nothing is written.
+    """
+    config = net.config
+    sizes = sorted({n for n in NESTED if n < config.ensemble} | {config.ensemble})
+    mine: dict[int, list[tuple[int, Rows]]] = {n: [] for n in sizes}
+    turn = list(enumerate(cases))[ranks.rank :: ranks.world]
+    for index, case in tqdm(turn, desc="cases", leave=False, disable=config.quiet or not ranks.first or None):
+        truth = np.asarray(data.label(case))
+        cond, inside = whole_condition(data.image(case), net, data.meta.get("grid"))
+        frames: list[Any] = []
+        for result in ensemble(net, cond, case, frames if folder and index == 0 else None):
+            mask = x0_to_mask(result.mean)[inside].cpu().numpy()
+            if result.size in mine:
+                rows = metrics.evaluate_case(case, mask, truth, data.spacing(case), data.classes)
+                mine[result.size].append((index, rows))
+            if folder and config.save_members:
+                member = x0_to_mask(result.member)[inside]
+                write_array(folder / f"{case}_member{result.size - 1}.nii.gz", member, data.affine(case))
+        if folder:
+            write_array(folder / f"{case}.nii.gz", mask, data.affine(case))
+            if config.save_maps:
+                for name, values in maps_of(result, net.record, inside).items():
+                    write_array(folder / f"{case}{name}.nii.gz", values, data.affine(case))
+            if frames:
+                variance = result.variance[inside].cpu().numpy()
+                draw_case(folder.parent / "figures", case, data, truth, mask, variance, frames, inside)
+    gathered: list[Any] = [mine]
+    if ranks.world > 1:
+        gathered = [None] * ranks.world
+        dist.all_gather_object(gathered, mine)
+    in_order = {n: sorted((pair for part in gathered for pair in part[n]), key=lambda p: p[0]) for n in sizes}
+    return {n: [row for _, rows in pairs for row in rows] for n, pairs in in_order.items()}
+
+
+def validation(net: Network, data: Any, ranks: Ranks) -> dict[str, float]:
+    """Foreground Dice of the validation cases, one member with fixed noise: class -> Dice, and `mean`."""
+    net = replace(net, config=replace(net.config, ensemble=1))
+    training = net.model.training
+    net.model.eval()
+    rows = score_cases(net, data, ranks, data.cases("val", net.config.limit or None))[1]
+    net.model.train(training)
+    summary = metrics.summarise(rows)
+    return {c: v["dice"]["mean"] for c, v in summary["classes"].items()} | {"mean": summary["mean"]["dice"]["mean"]}
+
+
+def evaluate(config: Config, data: Any, ranks: Ranks) -> int:
+    """Score a split on the prepared grid: prints the table, writes metrics.csv, summary.json, masks, pictures."""
+    net = load_network(config, ranks)
+    here = loaders.data_record(data)
+    for key in ("channels", "classes", "spacing", "normalisation"):
+        if net.record[key] != here[key]:
+            raise InputError(
+                f"{config.data} has {key} {here[key]}, the checkpoint was trained with {net.record[key]}; "
+                "use data prepared alike"
+            )
+    out = config.run_folder
+    cases = data.cases(config.split, config.limit or None)
+    if not cases:
+        raise InputError(f"{config.data} has no labelled case in its split {config.split}; choose another --split")
+    begin = time.perf_counter()
+    by_size = score_cases(net, data, ranks, cases, out / "predictions")
+    seconds = time.perf_counter() - begin
+    if not ranks.first:
+        return 0
+    how = f"{config.sampler}, {config.sampling_steps} steps, target {config.target}, weights of step {net.step}"
+    say(f"\n{config.split} split of {config.data}, {len(cases)} cases, {how}, {seconds:.0f} s")
+    for n, rows in by_size.items():
+        summary, suffix = metrics.summarise(rows), "" if n == config.ensemble else f"_ensemble{n}"
+        metrics.write_metrics_csv(out / f"metrics{suffix}.csv", rows)
+        metrics.write_summary(out / f"summary{suffix}.json", summary)
+        say(f"\nensemble of {n}\n{metrics.format_summary(summary)}")
+    if config.data == "synthetic":  # what intensity alone could reach, chosen with the truth
+        images, labels = [data.image(c)[0] for c in cases], [data.label(c) for c in cases]
+        best = [metrics.best_interval_dice(images, labels, value) for value in data.classes.values()]
+        text = ", ".join(f"{c} {b['threshold']:.3f} / {b['interval']:.3f}" for c, b in zip(data.classes, best))
+        say(f"\nbest Dice of any threshold / interval of intensity on these cases, chosen with the truth: {text}")
+    say(f"\nmasks, pictures and tables are in {out}")
+    return 0
+
+
+def draw_case(
+    folder: Path,
+    case: str,
+    data: Any,
+    truth: np.ndarray,
+    mask: np.ndarray,
+    variance: np.ndarray,
+    frames: Any,
+    inside: Any,
+) -> None:
+    """Pictures of one case: mask over slices, the variance of the ensemble, and the way from noise to mask."""
+    image, spacing = np.asarray(data.image(case))[0].astype(np.float32), data.spacing(case)
+    masks = {"truth": truth, "prediction": mask}
+    figures.mask_slices(image, masks, folder / f"{case}.png", spacing, data.classes, title=case)
+    z = int((truth > 0).sum(axis=(0, 1)).argmax())
+
+    def axial(volume: Tensor) -> np.ndarray:  # [1, K', *S] -> the last channel's slice z, seen from the feet
+        return figures.radiological(volume[0, -1][inside][:, :, z].float().cpu().numpy())
+
+    some = [frames[i] for i in sorted({round(i) for i in np.linspace(0, len(frames) - 1, 6)})]
+    rows = {"x_t": [axial(xt) for _, xt, _ in some], "predicted x_0": [axial(x0) for _, _, x0 in some]}
+    title = f"{case}, {list(data.classes)[-1]}, slice {z}"
+    figures.denoising_strip(rows, [f"t = {t}" for t, _, _ in some], folder / f"{case}_steps.png", title=title)
+    if variance.max() > 0:
+        pair = [figures.radiological(v[:, :, z]) for v in (image, variance)]
+        figures.montage(pair, ["image", "variance of the ensemble"], folder / f"{case}_variance.png", title=case)
+
+
+def maps_of(result: Ensemble, record: dict[str, Any], inside: Any) -> dict[str, np.ndarray]:
+    """File name suffix -> [X, Y, Z] fp32: the mean of each channel, and the variance."""
+    names = ["background"] * (len(result.mean) > 1) + [name.replace(" ", "-") for name in record["classes"]]
+    maps = {f"_mean_{name}": mean for name, mean in zip(names, result.mean)} | {"_variance": result.variance}
+    return {name: values[inside].cpu().numpy() for name, values in maps.items()}
+
+
+def write_array(path: Path, array: Any, affine: np.ndarray) -> None:
+    """A mask or map on the prepared grid (RAS+) as NIfTI."""
+    array = np.asarray(array.cpu() if isinstance(array, Tensor) else array)
+    loaders.write_nifti(path, array, loaders.on_grid(array.shape[:3], affine), array.dtype)
+
+
+def load_network(config: Config, ranks: Ranks) -> Network:
+    """The network of a checkpoint, with its averaged weights if it has them."""
+    state = runtime.load_checkpoint(checkpoint_path(config), "patchddm")
+    model = network_for(config, state["data"])
+    model.load_state_dict(state["ema"] or state["model"])
+    layout = torch.channels_last_3d if ranks.device.type == "cpu" else torch.preserve_format
+    model = model.to(ranks.device, memory_format=layout).eval()  # type: ignore[call-overload]
+    number, _ = runtime.number_format(config.amp, ranks.device)
+    return Network(config, model, state["data"], ranks.device, number, state["step"])
+
+
+# =====================================================================================================================
+# Predict
+# =====================================================================================================================
+
+
+def predict(config: Config, ranks: Ranks) -> int:
+    """Masks for NIfTI files or a folder of them, in the input's grid and with the published label values."""  # D8
+    if not config.image or not config.output:
+        raise InputError("predict needs --image FILE... (or one folder) and --output FILE (or folder)")
+    net = load_network(config, ranks)
+    inputs = loaders.find_inputs([Path(p) for p in config.image], net.record["channels"])
+    output = Path(config.output)
+    to_file = output.name.endswith((".nii", ".nii.gz"))
+    if to_file and len(inputs) > 1:
+        raise InputError(f"--output {output} is one file, --image names {len(inputs)} images; give a folder")
+    for case, paths in inputs[ranks.rank :: ranks.world]:
+        target = output if to_file else output / f"{case}.nii.gz"
+        if any(target.resolve() == p.resolve() for p in paths):
+            raise InputError(f"--output {target} is the input itself; choose another name or folder")
+        image, restore = loaders.load_for_prediction(paths, net.record)  # [C, X, Y, Z] on the network's grid
+        cond, inside = whole_condition(image, net, net.record.get("grid"))
+
+        def write(name: str, array: np.ndarray, target: Path = target, like: Any = restore.like) -> None:
+            stem = target.name.removesuffix(".gz").removesuffix(".nii")
+            path = target.with_name(f"{stem}{name}{target.name.removeprefix(stem)}")
+            loaders.write_nifti(path, array, like, array.dtype)
+
+        for result in ensemble(net, cond, case):
+            if config.save_members:
+                write(f"_member{result.size - 1}", restore.mask(x0_to_mask(result.member)[inside].cpu().numpy()))
+        mask = restore.mask(x0_to_mask(result.mean)[inside].cpu().numpy())
+        write("", mask)
+        if config.save_maps:
+            for name, values in maps_of(result, net.record, inside).items():
+                write(name, restore.map(values))
+        counts = [
+            f"{name} {int((mask == published(net.record, v)).sum())}" for name, v in net.record["classes"].items()
+        ]
+        say(f"{target}: voxels of {', '.join(counts)}")
+    return 0
+
+
+def published(record: dict[str, Any], value: int) -> int:
+    """The publisher's label value of a prepared one."""
+    return int(record["label_values"][str(value)])
+
+
+# =====================================================================================================================
+# Command line
+# =====================================================================================================================
+
+VERBS = ("train", "evaluate", "predict")
+# How a trained network is used, which says nothing about the training.
+ONCE = {
+    "checkpoint",
+    "split",
+    "limit",
+    "ensemble",
+    "save_members",
+    "save_maps",
+    "image",
+    "output",
+    "overwrite",
+    "quiet",
+}
+USE = ONCE | {"sampler", "sampling_steps", "eta", "clip"}
+# On continuing a run these may differ: they change where, how fast and how long, not what.
+MAY_DIFFER = {"steps", "minutes", "device", "amp", "compile", "recompute", "workers", "accumulate", "eval_every"}
+MAY_DIFFER |= USE | {"save_every", "out", "preset"}
+
+
+def checkpoint_path(config: Config) -> Path:
+    best = config.run_folder / "best.pt"
+    return Path(config.checkpoint) if config.checkpoint else best if best.exists() else config.run_folder / "last.pt"
+
+
+def from_checkpoint(config: Config, given: dict[str, Any]) -> Config:
+    """For evaluate and predict: the checkpoint's settings, changed by the given flags, which must concern its use."""
+    saved = runtime.load_checkpoint(checkpoint_path(config), "patchddm")["config"]
+    free = USE | {"data", "preset", "out", "device", "amp", "seed", "workers", "recompute"}
+    fixed = [f"--{k.replace('_', '-')} {saved.get(k)}" for k in given if k not in free and given[k] != saved.get(k)]
+    if fixed:
+        raise InputError(f"the checkpoint was trained with {', '.join(fixed)}; leave these flags out")
+    kept = {k: v for k, v in saved.items() if k in Config.__dataclass_fields__ and k not in ONCE | {"device", "amp"}}
+    return Config(**{**kept, **given, "out": str(config.run_folder) if "checkpoint" not in given else config.out})
+
+
+def main(argv: Sequence[str]) -> int:
+    verb, config, given = runtime.parse_flags(Config, argv, VERBS, PRESETS, (__doc__ or "").split("\n\n")[0])
+    if config.init and verb in ("", "train"):
+        public = runtime.load_tensors(Path(config.init))
+        if isinstance(public, dict) and "input_blocks.0.0.weight" in public:
+            config = replace(config, **{k: v for k, v in config_of_public(public).items() if k not in given})
+    if verb in ("evaluate", "predict"):
+        config = from_checkpoint(config, given)
+    ranks = runtime.start_processes(config.device)
+    if verb == "predict":
+        code = predict(config, ranks)
+    else:
+        data = loaders.open_data(config.data)
+        code = train(config, data, ranks) if verb != "evaluate" else 0
+        if verb != "train" and code == 0:
+            code = evaluate(config, data, ranks)
+    runtime.stop_processes()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(runtime.run_main("patchddm", main, sys.argv[1:]))
