@@ -902,7 +902,7 @@ def draw_case(
     image, spacing = np.asarray(data.image(case))[0].astype(np.float32), data.spacing(case)
     masks = {"truth": truth, "prediction": mask}
     figures.mask_slices(image, masks, folder / f"{case}.png", spacing, data.classes, title=case)
-    z = int((truth > 0).sum(axis=(0, 1)).argmax())
+    z = int((truth == max(data.classes.values())).sum(axis=(0, 1)).argmax())
 
     def axial(volume: Tensor) -> np.ndarray:  # [1, K', *S] -> the last channel's slice z, seen from the feet
         return figures.radiological(volume[0, -1][inside][:, :, z].float().cpu().numpy())
@@ -957,8 +957,7 @@ def predict(config: Config, ranks: Ranks) -> int:
         raise InputError(f"--output {output} is one file, --image names {len(inputs)} images; give a folder")
     for case, paths in inputs[ranks.rank :: ranks.world]:
         target = output if to_file else output / f"{case}.nii.gz"
-        if any(target.resolve() == p.resolve() for p in paths):
-            raise InputError(f"--output {target} is the input itself; choose another name or folder")
+        loaders.check_not_input(target, paths)
         image, restore = loaders.load_for_prediction(paths, net.record)  # [C, X, Y, Z] on the network's grid
         cond, inside = whole_condition(image, net, net.record.get("grid"))
 

@@ -8,6 +8,7 @@ stand in the scripts.
 import argparse
 import csv
 import dataclasses
+import difflib
 import hashlib
 import json
 import math
@@ -375,7 +376,13 @@ def parse_flags(
 
     Without --preset: `tiny` for synthetic data, else `paper`. InputError for unknown flags and bad values.
     """
-    given = vars(make_parser(config, verbs, description).parse_args(list(argv)))
+    parser = make_parser(config, verbs, description)
+    known = list(parser._option_string_actions)
+    for word in (w.split("=")[0] for w in argv if w.startswith("--")):
+        if word not in known:  # said here, since argparse would blame the value that follows
+            close = difflib.get_close_matches(word, known, 1)
+            raise InputError(f"unknown flag {word}; " + (f"did you mean {close[0]}?" if close else "see --help"))
+    given = vars(parser.parse_args(list(argv)))
     verb = given.pop("verb")
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     synthetic = given.get("data", "synthetic") == "synthetic"

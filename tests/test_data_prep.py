@@ -1,0 +1,576 @@
+"""From a publisher's folder to a prepared one: both layouts, each fault by its text, stops and continuations."""
+
+import gzip
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from common import InputError, loaders
+from common.loaders import load_for_prediction, open_prepared, read_nifti, write_nifti
+from data_prep import _prepare, msd
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def fakes(tmp_path_factory) -> Path:
+    """Two folders as publishers give them, `msd` and `nnunet`; not to be changed."""
+    root = tmp_path_factory.mktemp("fakes")
+    assert msd.main(["--make-fake", str(root / "msd")]) == 0
+    assert msd.main(["--make-fake", str(root / "nnunet"), "--layout", "nnunet"]) == 0
+    return root
+
+
+@pytest.fixture
+def src(fakes, tmp_path) -> Path:
+    """A copy of the Decathlon fake that a test may damage."""
+    return shutil.copytree(fakes / "msd", tmp_path / "src")
+
+
+def run(*flags: object, capsys=None) -> tuple[int, str, list[str]]:
+    """Exit code, stdout, and the lines on stderr."""
+    if capsys:
+        capsys.readouterr()
+    code = msd.main([*map(str, flags), "--quiet"])
+    out, err = capsys.readouterr() if capsys else ("", "")
+    return code, out, err.splitlines()
+
+
+def refused(src: Path, dst: Path, capsys, *flags: object) -> str:
+    """The one line on stderr of a preparation that leaves with 2 and writes nothing."""
+    code, out, lines = run("--src", src, "--dst", dst, *flags, capsys=capsys)
+    assert (code, out, len(lines)) == (2, "", 1), lines
+    assert not dst.exists() and lines[0].startswith("msd: ")
+    return lines[0].removeprefix("msd: ")
+
+
+def change(file: Path, function, affine=None, dtype=None) -> Path:
+    """Rewrite a NIfTI file with function(array)."""
+    image = nib.load(file)
+    array = function(np.asarray(image.dataobj).copy())
+    new = nib.Nifti1Image(array.astype(dtype or array.dtype), image.affine if affine is None else affine)
+    del image
+    nib.save(new, file)
+    return file
+
+
+def edit(src: Path, **entries) -> None:
+    """Replace entries of dataset.json; None takes one out."""
+    meta = json.loads((src / "dataset.json").read_text()) | entries
+    (src / "dataset.json").write_text(json.dumps({k: v for k, v in meta.items() if v is not None}))
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(root)): f.read_bytes() for f in sorted(root.rglob("*")) if f.is_file()}
+
+
+def at(index: int, value: float):
+    """A function for `change`: sets five voxels from a flat index on."""
+
+    def set_voxels(array: np.ndarray) -> np.ndarray:
+        array = array if np.isfinite(value) else array.astype(np.float32)
+        array.flat[index : index + 5] = value
+        return array
+
+    return set_voxels
+
+
+# --- sound folders ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("layout", "channels"), [("msd", ["MRI"]), ("nnunet", ["T2", "ADC"])])
+def test_msd_prepares_both_layouts(fakes, tmp_path, capsys, layout, channels):
+    code, out, lines = run("--src", fakes / layout, "--dst", tmp_path / "p", capsys=capsys)
+    assert (code, lines) == (0, [])
+    data = open_prepared(tmp_path / "p")
+    assert data.channels == channels and data.classes == {"core": 1, "shell": 2}
+    assert [len(data.cases(s)) for s in ("train", "val", "test", "unlabelled")] == [8, 1, 1, 1]
+    assert data.cases("unlabelled") == ["fake_011"] and not data.has_label("fake_011")
+    assert data.meta["label_values"] == {"0": 0, "1": 1, "2": 2}
+    image, label = np.array(data.image("fake_002")), np.array(data.label("fake_002"))
+    assert image.dtype == np.float16 and image.min() >= 0 and image.max() <= 1
+    assert image.shape == (len(channels), *label.shape) and set(np.unique(label)) == {0, 1, 2}
+    assert "11 cases (8 train, 1 val, 1 test, 1 unlabelled)" in out and "orientation  LAS, RAS -> RAS" in out
+    assert data.meta["cases"]["fake_002"]["original"]["orientation"] == "LAS"
+
+
+def test_msd_turns_voxels_to_ras_with_image_and_label_together(fakes, tmp_path):
+    run("--src", fakes / "msd", "--dst", tmp_path / "p")
+    data = open_prepared(tmp_path / "p")
+    published = np.asarray(nib.load(fakes / "msd" / "labelsTr" / "fake_002.nii.gz").dataobj)
+    np.testing.assert_array_equal(data.label("fake_002"), published[::-1])  # LAS
+    assert data.spacing("fake_002") == (1, 1, 2) and data.affine("fake_002")[0, 0] > 0
+    raw = np.asarray(nib.load(fakes / "msd" / "imagesTr" / "fake_002.nii.gz").dataobj)[::-1]
+    order = np.argsort(raw.ravel())
+    assert (np.diff(np.array(data.image("fake_002"))[0].ravel()[order].astype(float)) >= 0).all()
+
+
+def test_msd_manifest_counts_every_voxel(fakes, tmp_path, capsys):
+    _, out, _ = run("--src", fakes / "msd", "--dst", tmp_path / "p", capsys=capsys)
+    labels = [np.asarray(nib.load(f).dataobj) for f in (fakes / "msd" / "labelsTr").iterdir() if f.name[0] != "."]
+    count = sum(int((label == 2).sum()) for label in labels)
+    assert f"label 2 (published 2) shell: {count:,} voxels" in out
+    meta = json.loads((tmp_path / "p" / "dataset.json").read_text())
+    assert meta["statistics"]["label_voxels"]["shell"] == count
+    assert meta["manifest"] == out.splitlines()[1:]
+
+
+def test_msd_resamples_to_the_spacing_asked_for(fakes, tmp_path):
+    assert run("--src", fakes / "msd", "--dst", tmp_path / "p", "--spacing", "2,1,1")[0] == 0
+    data = open_prepared(tmp_path / "p")
+    assert data.spacing("fake_001") == (2, 1, 1) and data.shape("fake_001") == (12, 28, 32)
+    assert data.meta["spacing"] == [2, 1, 1]
+    assert set(np.unique(data.label("fake_001"))) <= {0, 1, 2}
+
+
+def test_msd_gives_prediction_the_very_image_that_it_stored(fakes, tmp_path):
+    run("--src", fakes / "msd", "--dst", tmp_path / "p", "--spacing", "1,1,1.5")
+    data = open_prepared(tmp_path / "p")
+    image, _ = load_for_prediction([fakes / "msd" / "imagesTr" / "fake_002.nii.gz"], loaders.data_record(data))
+    np.testing.assert_array_equal(image, np.array(data.image("fake_002"), np.float32))
+
+
+def test_msd_maps_labels_to_consecutive_values_and_prediction_maps_them_back(src, tmp_path):
+    edit(src, labels={"0": "background", "2": "core", "4": "shell"})
+    for file in (src / "labelsTr").glob("f*.nii.gz"):
+        change(file, lambda a: a * 2)
+    assert run("--src", src, "--dst", tmp_path / "p")[0] == 0
+    data = open_prepared(tmp_path / "p")
+    assert data.classes == {"core": 1, "shell": 2}
+    assert data.meta["label_values"] == {"0": 0, "1": 2, "2": 4}
+    file = src / "imagesTr" / "fake_002.nii.gz"
+    _, restore = load_for_prediction([file], loaders.data_record(data))
+    mask = restore.mask(np.array(data.label("fake_002")))
+    np.testing.assert_array_equal(mask, np.asarray(nib.load(src / "labelsTr" / "fake_002.nii.gz").dataobj))
+    write_nifti(tmp_path / "mask.nii.gz", mask, restore.like, np.uint8)
+    np.testing.assert_array_equal(read_nifti(tmp_path / "mask.nii.gz").affine, read_nifti(file).affine)
+
+
+def test_msd_splits_a_4d_image_with_channels_last(fakes, tmp_path):
+    src = shutil.copytree(fakes / "nnunet", tmp_path / "src")
+    meta = json.loads((src / "dataset.json").read_text())
+    stems = sorted({f.name[:8] for f in (src / "imagesTr").glob("f*.nii.gz")})
+    for stem in stems:
+        parts = [nib.load(src / "imagesTr" / f"{stem}_{i:04d}.nii.gz") for i in range(2)]
+        stack = np.stack([np.asarray(p.dataobj) for p in parts], axis=-1)
+        nib.save(nib.Nifti1Image(stack, parts[0].affine), src / "imagesTr" / f"{stem}.nii.gz")
+    listed = [{"image": f"./imagesTr/{s}.nii.gz", "label": f"./labelsTr/{s}.nii.gz"} for s in stems]
+    labels = {str(v): k for k, v in meta["labels"].items()}
+    edit(src, channel_names=None, modality={"0": "T2", "1": "ADC"}, training=listed, labels=labels)
+    assert run("--src", src, "--dst", tmp_path / "4d")[0] == 0
+    assert run("--src", fakes / "nnunet", "--dst", tmp_path / "3d")[0] == 0
+    one, two = open_prepared(tmp_path / "4d"), open_prepared(tmp_path / "3d")
+    np.testing.assert_array_equal(one.image("fake_002"), two.image("fake_002"))
+
+
+def test_msd_reads_explicit_paths_of_nnunet(fakes, tmp_path):
+    src = shutil.copytree(fakes / "nnunet", tmp_path / "src")
+    cases = {
+        f"one{i}": {
+            "images": [f"imagesTr/fake_00{i}_0000.nii.gz", f"imagesTr/fake_00{i}_0001.nii.gz"],
+            "label": f"labelsTr/fake_00{i}.nii.gz",
+        }
+        for i in (1, 2, 3)
+    }
+    edit(src, dataset=cases)
+    assert run("--src", src, "--dst", tmp_path / "p")[0] == 0
+    assert sorted(open_prepared(tmp_path / "p").meta["cases"]) == ["one1", "one2", "one3"]
+
+
+def test_msd_reads_lists_of_nnunet_version_1(src, tmp_path):
+    for file in (src / "imagesTr").glob("f*.nii.gz"):
+        file.rename(file.with_name(file.name.replace(".nii", "_0000.nii")))
+    assert run("--src", src, "--dst", tmp_path / "p")[0] == 0
+    assert len(open_prepared(tmp_path / "p").meta["cases"]) == 11
+
+
+def test_msd_takes_one_ct_window_from_the_training_foreground(src, tmp_path):
+    edit(src, modality={"0": "CT"})
+    assert run("--src", src, "--dst", tmp_path / "p")[0] == 0
+    data = open_prepared(tmp_path / "p")
+    rule = data.meta["normalisation"]["channels"][0]
+    pooled = []
+    for case in data.cases("train"):
+        image, label = (np.asarray(nib.load(src / d / f"{case}.nii.gz").dataobj) for d in ("imagesTr", "labelsTr"))
+        pooled.append(np.quantile(image[label > 0], np.linspace(0, 1, 1001)))
+    low, high = np.percentile(np.concatenate(pooled), [0.5, 99.5])
+    assert rule == {"kind": "window", "low": round(low, 3), "high": round(high, 3)}
+    raw = np.asarray(nib.load(src / "imagesTr" / "fake_001.nii.gz").dataobj).astype(float)
+    np.testing.assert_allclose(data.image("fake_001")[0], np.clip((raw - low) / (high - low), 0, 1), atol=1e-3)
+    before = contents(tmp_path / "p")
+    assert run("--src", src, "--dst", tmp_path / "p")[0] == 0
+    assert contents(tmp_path / "p") == before
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("CT", "window"), ("ct", "window"), ("CTA phase", "percentile"), ("T1ct", "percentile")]
+)
+def test_msd_tells_ct_by_the_channels_name(src, tmp_path, name, kind):
+    edit(src, modality={"0": name})
+    run("--src", src, "--dst", tmp_path / "p")
+    assert open_prepared(tmp_path / "p").meta["normalisation"]["channels"][0]["kind"] == kind
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.0009])
+def test_msd_accepts_float_labels_that_are_integers_and_trailing_axes(src, tmp_path, offset):
+    published = np.asarray(nib.load(src / "labelsTr" / "fake_004.nii.gz").dataobj)
+    change(src / "labelsTr" / "fake_004.nii.gz", lambda a: (a - offset)[..., None], dtype=np.float64)
+    change(src / "imagesTr" / "fake_004.nii.gz", lambda a: a[..., None])
+    assert run("--src", src, "--dst", tmp_path / "p")[0] == 0
+    np.testing.assert_array_equal(open_prepared(tmp_path / "p").label("fake_004"), published)
+
+
+def test_msd_uses_the_images_affine_where_a_mismatch_is_allowed(src, tmp_path, capsys):
+    file = change(src / "labelsTr" / "fake_002.nii.gz", lambda a: a, affine=np.eye(4))  # the image is LAS
+    code, _, lines = run("--src", src, "--dst", tmp_path / "p", "--allow-affine-mismatch", capsys=capsys)
+    assert code == 0 and len(lines) == 1
+    assert lines[0].startswith(f"msd: note: {file}: ") and lines[0].endswith("the image's affine is used for both")
+    published = np.asarray(nib.load(file).dataobj)
+    np.testing.assert_array_equal(open_prepared(tmp_path / "p").label("fake_002"), published[::-1])
+
+
+def test_msd_with_two_workers_writes_the_same_bytes(fakes, tmp_path):
+    assert run("--src", fakes / "msd", "--dst", tmp_path / "one")[0] == 0
+    assert run("--src", fakes / "msd", "--dst", tmp_path / "two", "--workers", "2")[0] == 0
+    one = contents(tmp_path / "one")
+    assert one == contents(tmp_path / "two") and len(one) == 2 + 3 * 11 - 1
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-30])
+
+
+def flip_checksum(file: Path) -> None:
+    blob = bytearray(file.read_bytes())
+    blob[-6] ^= 1
+    file.write_bytes(blob)
+
+
+def claim_huge(file: Path) -> None:
+    blob = bytearray(gzip.decompress(file.read_bytes()))
+    blob[40:48] = np.array([3, 32767, 32767, 32767], "<i2").tobytes()
+    file.write_bytes(gzip.compress(blob))
+
+
+FILE_FAULTS = {
+    "truncated": (truncate, "the gzip stream is damaged or cut off"),
+    "checksum": (flip_checksum, "the gzip stream is damaged or cut off (CRC check failed"),
+    "empty": (lambda f: f.write_bytes(b""), "the file is empty (0 bytes), expected a NIfTI volume; copy it again"),
+    "page": (lambda f: f.write_text("<html>404</html>"), "holds an HTML or XML page, not a NIfTI volume"),
+    "huge": (claim_huge, "the header promises 32767 x 32767 x 32767 voxels"),
+    "missing": (lambda f: f.unlink(), "missing, case fake_005 of dataset.json needs it"),
+}
+
+
+@pytest.mark.parametrize("folder", ["imagesTr", "labelsTr"])
+@pytest.mark.parametrize("fault", FILE_FAULTS)
+def test_msd_names_a_damaged_file(src, tmp_path, capsys, folder, fault):
+    file = src / folder / "fake_005.nii.gz"
+    damage, text = FILE_FAULTS[fault]
+    damage(file)
+    line = refused(src, tmp_path / "p", capsys)
+    assert line.startswith(f"{file}: {text}") and line.endswith("; nothing was written")
+
+
+NOT_FINITE = "5 voxels are NaN or Inf, expected numbers"
+CONTENT_FAULTS = {  # folder, damage, text
+    "nan": ("imagesTr", lambda f: change(f, at(100, np.nan)), NOT_FINITE),
+    "inf": ("imagesTr", lambda f: change(f, at(0, np.inf)), NOT_FINITE),
+    "nan label": ("labelsTr", lambda f: change(f, at(0, np.nan)), NOT_FINITE),
+    "shape": (
+        "labelsTr",
+        lambda f: change(f, lambda a: a[:, :-1]),
+        "shape 25 x 27 x 16, while fake_005.nii.gz has 25 x 28 x 16",
+    ),
+    "spacing": (
+        "labelsTr",
+        lambda f: change(f, lambda a: a, affine=np.diag([-1.0, 1, 3, 1])),
+        "spacing 1 x 1 x 3 mm, while fake_005.nii.gz has 1 x 1 x 2 mm",
+    ),
+    "2D image": ("imagesTr", lambda f: change(f, lambda a: a[:, :, 0]), "the volume is 2D, 25 x 28, expected 3D"),
+    "2D label": ("labelsTr", lambda f: change(f, lambda a: a[:, :, 0]), "the volume is 2D, 25 x 28, expected one 3D"),
+    "4D image": (
+        "imagesTr",
+        lambda f: change(f, lambda a: np.stack([a] * 3, -1)),
+        "the volume is 4D, 25 x 28 x 16 x 3: channels found 3, expected 1 channel (MRI)",
+    ),
+    "4D label": (
+        "labelsTr",
+        lambda f: change(f, lambda a: np.stack([a] * 3, -1)),
+        "the volume is 4D, 25 x 28 x 16 x 3, expected one 3D volume",
+    ),
+    "unknown": ("labelsTr", lambda f: change(f, at(0, 7)), "unknown label value 7 in 5 voxels, expected 0, 1, 2"),
+    "negative": (
+        "labelsTr",
+        lambda f: change(f, lambda a: at(0, -1)(a.astype(np.int8))),
+        "negative label value -1 in 5 voxels, expected 0, 1, 2",
+    ),
+    "fraction": (
+        "labelsTr",
+        lambda f: change(f, lambda a: at(0, 0.5)(a.astype(np.float32))),
+        "5 label voxels are not integers (0.5), expected whole numbers",
+    ),
+    "nearly": (
+        "labelsTr",
+        lambda f: change(f, lambda a: at(0, 1.998)(a.astype(np.float32))),
+        "5 label voxels are not integers (1.998), expected whole numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", CONTENT_FAULTS)
+def test_msd_names_a_fault_of_the_content(src, tmp_path, capsys, fault):
+    folder, damage, text = CONTENT_FAULTS[fault]
+    file = src / folder / "fake_005.nii.gz"
+    damage(file)
+    line = refused(src, tmp_path / "p", capsys)
+    assert line.startswith(f"{file}: {text}"), line
+
+
+def test_msd_refuses_an_identity_affine_and_prints_both(src, tmp_path, capsys):
+    file = change(src / "labelsTr" / "fake_005.nii.gz", lambda a: a, affine=np.diag([1.0, 1, 2, 1]))
+    line = refused(src, tmp_path / "p", capsys)
+    image = "fake_005.nii.gz has [[-1, 0, 0, -12], [0, 1, 0, -14], [0, 0, 2, -16]]"
+    both = f"affine [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 2, 0]], while {image}"
+    assert line.startswith(f"{file}: {both}; expected") and "--allow-affine-mismatch" in line
+
+
+def test_msd_names_channel_files_on_different_grids(fakes, tmp_path, capsys):
+    src = shutil.copytree(fakes / "nnunet", tmp_path / "src")
+    file = change(src / "imagesTr" / "fake_003_0001.nii.gz", lambda a: a[1:])
+    line = refused(src, tmp_path / "p", capsys)
+    assert line.startswith(f"{file}: shape 25 x 28 x 16, while fake_003_0000.nii.gz has 26 x 28 x 16")
+
+
+@pytest.mark.parametrize(("removed", "text"), [
+    ("imagesTr/fake_003_0001.nii.gz", "imagesTr/fake_003: channel files 0000, expected 0000 to 0001; complete it"),
+    ("labelsTr/fake_003.nii.gz", "labelsTr/fake_003.nii.gz: missing, case fake_003 of imagesTr needs it"),
+])  # fmt: skip
+def test_msd_names_what_nnunet_lacks(fakes, tmp_path, capsys, removed, text):
+    src = shutil.copytree(fakes / "nnunet", tmp_path / "src")
+    (src / removed).unlink()
+    assert refused(src, tmp_path / "p", capsys).startswith(f"{src}/{text}")
+
+
+def test_msd_names_a_label_without_image(fakes, tmp_path, capsys):
+    src = shutil.copytree(fakes / "nnunet", tmp_path / "src")
+    for file in (src / "imagesTr").glob("fake_003_*"):
+        file.unlink()
+    assert refused(src, tmp_path / "p", capsys).startswith(f"{src}/labelsTr/fake_003.nii.gz: a label without image")
+
+
+@pytest.mark.parametrize(("entries", "text"), [
+    ({"labels": {"background": 0, "whole": [1, 2], "core": 2}}, "label whole is a region, [1, 2]; expected one number"),
+    ({"labels": {"background": 0, "core": 1, "ignore": 2}}, "has an ignore label (2), expected none"),
+    ({"labels": {"0": "a", "1": "b", "2": "b"}}, "repeat a name or a value"),
+    ({"labels": {"background": 1, "core": 0}}, "give background another value than 0"),
+    ({"labels": {"core": "one"}}, "label core has the value 'one', expected an integer"),
+    ({"labels": None}, "labels is None, expected names and numbers"),
+    ({"modality": None}, "modality or channel_names is None"),
+    ({"modality": {"1": "MRI"}}, "modality or channel_names is {'1': 'MRI'}"),
+    ({"file_ending": ".mha"}, "file_ending is .mha, expected .nii.gz or .nii"),
+    ({"training": [{"image": "./imagesTr/fake_001.nii.gz"}]}, "expected image and label"),
+])  # fmt: skip
+def test_msd_names_what_is_wrong_in_dataset_json(src, tmp_path, capsys, entries, text):
+    edit(src, **entries)
+    line = refused(src, tmp_path / "p", capsys)
+    assert line.startswith(f"{src / 'dataset.json'}: ") and text in line
+
+
+def test_msd_names_a_case_listed_twice(src, tmp_path, capsys):
+    training = json.loads((src / "dataset.json").read_text())["training"]
+    edit(src, training=[*training, training[3]])
+    assert refused(src, tmp_path / "p", capsys).startswith(f"{src}: case fake_004 is there twice; remove one")
+
+
+def test_msd_names_a_folder_that_is_none(tmp_path, capsys):
+    line = refused(tmp_path / "none", tmp_path / "p", capsys)
+    assert line == f"{tmp_path / 'none'}: no such folder, expected a Decathlon or nnU-Net raw folder; check --src"
+    (tmp_path / "none").mkdir()
+    assert refused(tmp_path / "none", tmp_path / "p", capsys).startswith(f"{tmp_path / 'none'}: holds no dataset.json")
+
+
+def test_msd_says_which_files_it_leaves_out(src, tmp_path, capsys):
+    edit(src, training=json.loads((src / "dataset.json").read_text())["training"][1:])
+    code, _, lines = run("--src", src, "--dst", tmp_path / "p", capsys=capsys)
+    assert code == 0 and len(lines) == 2
+    assert lines[0].endswith("2 files are not in dataset.json and left out: fake_001.nii.gz, fake_001.nii.gz")
+    assert lines[1].endswith("numTraining is 10, labelled cases are 9")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("check", [True, False])
+def test_msd_lists_all_faults_of_all_files_in_one_run(src, tmp_path, capsys, check, workers):
+    truncate(src / "imagesTr" / "fake_001.nii.gz")
+    change(src / "labelsTr" / "fake_001.nii.gz", at(0, 9))  # a second fault of the same case
+    two = src / "labelsTr" / "fake_002.nii.gz"  # and two in one file
+    change(two, lambda a: at(9, 300)(at(0, 9)(a.astype(np.int16))))
+    (src / "labelsTr" / "fake_003.nii.gz").unlink()
+    change(src / "imagesTr" / "fake_004.nii.gz", at(0, np.nan))
+    before = contents(src)
+    where = ["--check"] if check else ["--dst", tmp_path / "p"]
+    code, out, lines = run("--src", src, *where, "--workers", workers, capsys=capsys)
+    assert (code, out) == (2, "") and not (tmp_path / "p").exists() and contents(src) == before
+    wanted = [
+        (src / "labelsTr" / "fake_003.nii.gz", "missing"),
+        (src / "imagesTr" / "fake_001.nii.gz", "the gzip stream"),
+        (src / "labelsTr" / "fake_001.nii.gz", "unknown label value 9 in 5"),
+        (src / "labelsTr" / "fake_002.nii.gz", "unknown label value 9 in 5"),
+        (src / "labelsTr" / "fake_002.nii.gz", "unknown label value 300 in 5"),
+        (src / "imagesTr" / "fake_004.nii.gz", "5 voxels are NaN"),
+    ]
+    assert len(lines) == 7 and lines[-1].startswith("msd: 6 faults")
+    for line, (file, text) in zip(lines, wanted):
+        assert line.startswith(f"msd: {file}: {text}")
+
+
+def test_msd_check_of_a_sound_folder_writes_nothing(src, tmp_path, capsys):
+    before = contents(tmp_path)
+    code, out, lines = run("--src", src, "--check", "--dst", tmp_path / "p", capsys=capsys)
+    assert (code, lines) == (0, []) and "11 cases checked, no faults" in out and contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(("flags", "text"), [
+    (["--bogus"], "unrecognized arguments: --bogus"),
+    (["--workers", "0"], "'0' is not an integer of at least 1"),
+    (["--spacing", "1,2"], "'1,2' is not one or three numbers"),
+    (["--spacing", "1,nan,1"], "'1,nan,1' is not one or three numbers"),
+    (["--spacing", "1,x,1"], "invalid"),
+    ([], "--src and --dst are needed"),
+    (["--make-fake", "."], "is not empty, expected a new folder"),
+])  # fmt: skip
+def test_msd_answers_a_wrong_flag_with_one_line(capsys, flags, text):
+    code, out, lines = run(*flags, capsys=capsys)
+    assert (code, out, len(lines)) == (2, "", 1) and text in lines[0] and lines[0].startswith("msd: ")
+
+
+# --- the destination, stops and continuations ------------------------------------------------------------------------
+
+
+def test_msd_refuses_a_destination_with_other_files(fakes, tmp_path, capsys):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "thesis.txt").write_text("mine")
+    code, _, lines = run("--src", fakes / "msd", "--dst", tmp_path / "p", capsys=capsys)
+    assert code == 2 and lines == [
+        f"msd: {tmp_path / 'p'}: holds other files, expected an empty or new folder; choose another --dst"
+    ]
+    assert contents(tmp_path / "p") == {"thesis.txt": b"mine"}
+
+
+def test_msd_refuses_another_setup_in_the_same_destination(fakes, tmp_path, capsys):
+    run("--src", fakes / "msd", "--dst", tmp_path / "p")
+    before = contents(tmp_path / "p")
+    code, _, lines = run("--src", fakes / "msd", "--dst", tmp_path / "p", "--spacing", "1", capsys=capsys)
+    assert code == 2 and "was prepared with spacing None, now [1.0, 1.0, 1.0]" in lines[0]
+    code, _, lines = run("--src", fakes / "nnunet", "--dst", tmp_path / "p", capsys=capsys)
+    assert code == 2 and "was prepared with source" in lines[0]
+    assert contents(tmp_path / "p") == before
+
+
+def test_msd_prepares_only_the_case_that_changed(src, tmp_path):
+    run("--src", src, "--dst", tmp_path / "p")
+    times = {f: f.stat().st_mtime_ns for f in (tmp_path / "p" / "cases").rglob("*.npy")}
+    change(src / "labelsTr" / "fake_006.nii.gz", lambda a: a * 0)
+    assert run("--src", src, "--dst", tmp_path / "p")[0] == 0
+    changed = {f.parent.name for f, t in times.items() if f.stat().st_mtime_ns != t}
+    assert changed == {"fake_006"} and not np.any(open_prepared(tmp_path / "p").label("fake_006"))
+
+
+SLOW = """
+import sys, time
+from data_prep import _prepare, msd
+save = _prepare._save
+def slow(path, array):
+    save(path, array)
+    time.sleep(0.05)
+_prepare._save = slow
+sys.exit(msd.main(sys.argv[1:]))
+"""
+
+
+def start_slow(src: Path, dst: Path, code: str = SLOW) -> subprocess.Popen:
+    """A preparation that takes 0.1 s a case, once it has finished three."""
+    flags = ["--src", str(src), "--dst", str(dst), "--quiet"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    deadline = time.time() + 30
+    while len(list(dst.glob("cases/fake*"))) < 3 and process.poll() is None and time.time() < deadline:
+        time.sleep(0.005)
+    return process
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_msd_continues_after_a_stop_and_gives_the_same_bytes(fakes, tmp_path, capsys, number, code):
+    process = start_slow(fakes / "msd", tmp_path / "p")
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code and "Traceback" not in err
+    assert not (tmp_path / "p" / "dataset.json").exists()
+    there = sorted(f.name for f in (tmp_path / "p" / "cases").glob("fake*"))
+    assert 3 <= len(there) < 11
+    if number != signal.SIGKILL:
+        assert not list((tmp_path / "p" / "cases").glob(".*"))  # the case in work is cleaned up
+    times = {n: (tmp_path / "p" / "cases" / n / "image.npy").stat().st_mtime_ns for n in there}
+
+    result, _, lines = run("--src", fakes / "msd", "--dst", tmp_path / "p", capsys=capsys)
+    assert result == 0 and lines == [f"msd: {len(there)} cases are there from an earlier run, {11 - len(there)} to do"]
+    assert all((tmp_path / "p" / "cases" / n / "image.npy").stat().st_mtime_ns == t for n, t in times.items())
+    run("--src", fakes / "msd", "--dst", tmp_path / "whole")
+    assert contents(tmp_path / "p") == contents(tmp_path / "whole")
+
+
+def test_msd_leaves_nothing_half_done_on_a_full_disk(fakes, tmp_path, capsys):
+    limited = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (22600, 22600))\n" + SLOW
+    process = start_slow(fakes / "msd", tmp_path / "p", limited)  # the third case's image has 23.4 kB
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 2 and out == "" and len(err.splitlines()) == 1
+    assert re.match(rf"msd: {tmp_path}/p/cases/fake_\d+: cannot be written \(File too large\); free space", err)
+    names = sorted(f.name for f in (tmp_path / "p" / "cases").iterdir())
+    assert names == ["fake_001", "fake_002"] and not (tmp_path / "p" / "dataset.json").exists()
+    assert run("--src", fakes / "msd", "--dst", tmp_path / "p")[0] == 0
+    assert len(open_prepared(tmp_path / "p").meta["cases"]) == 11
+
+
+def test_msd_loses_nothing_when_stdout_is_closed(fakes, tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    flags = ["--src", str(fakes / "msd"), "--dst", str(tmp_path / "p"), "--quiet"]
+    command = [sys.executable, "-m", "data_prep.msd", *flags]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(open_prepared(tmp_path / "p").meta["cases"]) == 11
+
+
+def test_over_cases_says_that_a_worker_was_killed():
+    with pytest.raises(InputError, match="a worker process was killed"):
+        list(_prepare.over_cases(os._exit, [(0,)] * 4, 2, "x", True))
+
+
+def test_over_cases_runs_every_job_once_with_workers():
+    done = sorted(_prepare.over_cases(abs, [(-i,) for i in range(23)], 3, "x", True))
+    assert done == list(range(23))
+
+
+def test_make_fake_writes_what_the_check_passes(fakes):
+    for layout in ("msd", "nnunet"):
+        assert run("--src", fakes / layout, "--check")[0] == 0
+        assert any(f.name.startswith("._") for f in (fakes / layout / "imagesTr").iterdir())
+    orientations = {loaders.orientation_name(nib.load(f).affine) for f in (fakes / "msd" / "labelsTr").glob("f*")}
+    types = {nib.load(f).get_data_dtype() for f in (fakes / "msd" / "labelsTr").glob("f*")}
+    assert orientations == {"RAS", "LAS"} and types == {np.dtype(np.uint8), np.dtype(np.float32)}

@@ -1,0 +1,267 @@
+"""Saving, loading, flags, log, seeds: what keeps a run safe."""
+
+import csv
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+
+from common import InputError, runtime
+from common.runtime import Ranks, flag
+
+ALONE = Ranks(0, 1, 0, torch.device("cpu"))
+
+
+def complete_state(**changes):
+    state = {key: {} for key in runtime.CHECKPOINT_KEYS} | {"format": runtime.FORMAT, "script": "patchddm", "step": 3}
+    return state | changes
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+
+def test_save_keeps_the_old_file_as_previous(tmp_path):
+    path, previous = tmp_path / "last.pt", tmp_path / "last.prev.pt"
+    for step in (1, 2, 3):
+        runtime.save_checkpoint(path, complete_state(step=step), previous)
+    assert runtime.load_checkpoint(path, "patchddm")["step"] == 3
+    assert runtime.load_checkpoint(previous, "patchddm")["step"] == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.prev.pt", "last.pt"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
+def test_failed_save_leaves_the_old_checkpoint_and_says_so(tmp_path, monkeypatch, error):
+    path, previous = tmp_path / "last.pt", tmp_path / "last.prev.pt"
+    runtime.save_checkpoint(path, complete_state(step=1), previous)
+
+    def half_written(state, file):
+        file.write(b"half")
+        raise error
+
+    monkeypatch.setattr(torch, "save", half_written)
+    with pytest.raises(InputError, match=r"last\.pt cannot be written .*untouched; free space"):
+        runtime.save_checkpoint(path, complete_state(step=2), previous)
+    assert runtime.load_checkpoint(path, "patchddm")["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
+def test_a_device_that_is_really_full_is_reported(tmp_path):
+    (tmp_path / "last.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(InputError, match="cannot be written"):
+        runtime.save_checkpoint(tmp_path / "last.pt", complete_state())
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_process_killed_inside_a_save_leaves_a_loadable_checkpoint(tmp_path):
+    runtime.save_checkpoint(tmp_path / "last.pt", complete_state(step=1))
+    code = (
+        "import os, signal, sys, torch\nfrom pathlib import Path\nfrom common import runtime\n"
+        "def half(f):\n    f.write(b'x' * 1000); f.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "runtime.write_atomic(Path(sys.argv[1]), half, Path(sys.argv[2]))\n"
+    )
+    arguments = [sys.executable, "-c", code, tmp_path / "last.pt", tmp_path / "last.prev.pt"]
+    assert subprocess.run(arguments, cwd=Path(__file__).parents[1]).returncode == -signal.SIGKILL
+    newest = runtime.load_newest(tmp_path, "patchddm")
+    assert newest is not None and newest["step"] == 1
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, (str(Path(os.environ["MALICE"])),)
+
+
+def test_malicious_checkpoint_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("MALICE", str(tmp_path / "owned"))
+    torch.save({"model": Malicious()}, tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes(pickle.dumps(Malicious()))
+    for name in ("a.pt", "b.pt"):
+        with pytest.raises(InputError, match=f"{name} .*(not opened|damaged)"):
+            runtime.load_tensors(tmp_path / name)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_truncated_checkpoint_is_refused_at_every_length(tmp_path):
+    path = tmp_path / "last.pt"
+    runtime.save_checkpoint(path, complete_state(model={"w": torch.randn(50)}))
+    whole = path.read_bytes()
+    for length in (0, 1, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputError, match=r"last\.pt"):
+            runtime.load_checkpoint(path, "patchddm")
+
+
+@pytest.mark.parametrize(
+    "state, words",
+    [
+        (complete_state(format=runtime.FORMAT + 1), "use a newer version"),
+        (complete_state(script="masked_diffusion"), "belongs to masked_diffusion.py, this is patchddm.py"),
+        ({k: v for k, v in complete_state().items() if k != "optimizer"}, "lacks optimizer"),
+        ({"conv.weight": torch.zeros(1)}, "public weights go to --init"),
+        ([1, 2], "not a checkpoint"),
+    ],
+)
+def test_foreign_checkpoint_is_refused_by_name(tmp_path, state, words):
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(InputError, match=words):
+        runtime.load_checkpoint(tmp_path / "x.pt", "patchddm")
+
+
+def test_missing_checkpoint_says_what_to_do(tmp_path):
+    with pytest.raises(InputError, match="does not exist; train first"):
+        runtime.load_checkpoint(tmp_path / "no.pt", "patchddm")
+
+
+def test_damaged_newest_checkpoint_falls_back_to_the_previous_one_aloud(tmp_path, capsys):
+    assert runtime.load_newest(tmp_path, "patchddm") is None
+    for step in (1, 2):
+        runtime.save_checkpoint(tmp_path / "last.pt", complete_state(step=step), tmp_path / "last.prev.pt")
+    (tmp_path / "last.pt").write_bytes(b"damaged")
+    newest = runtime.load_newest(tmp_path, "patchddm")
+    assert newest is not None and newest["step"] == 1
+    assert "Continuing from last.prev.pt" in capsys.readouterr().out
+    (tmp_path / "last.prev.pt").unlink()
+    with pytest.raises(InputError, match=r"last\.pt"):
+        runtime.load_newest(tmp_path, "patchddm")
+
+
+def test_other_settings_are_refused_with_a_list(tmp_path):
+    old, new = {"lr": 1e-5, "batch": 1, "steps": 10}, {"lr": 1e-4, "batch": 2, "steps": 20}
+    with pytest.raises(InputError, match=r"--lr was 1e-05 and is 0.0001, --batch was 1 and is 2\)"):
+        runtime.check_same_config(old, new, {"steps"}, tmp_path)
+    runtime.check_same_config(old, {**old, "steps": 5}, {"steps"}, tmp_path)
+
+
+# --- log -------------------------------------------------------------------------------------------------------------
+
+
+def test_log_of_a_continued_run_has_each_step_once(tmp_path):
+    path = tmp_path / "log.csv"
+    log = runtime.Log(path, ["step", "loss", "val_dice"], 0, True)
+    for step in (1, 2, 3):
+        log.row({"step": step, "loss": 0.123456789 * step}, silent=True)
+    with open(path, "a") as f:
+        f.write("4,0.")  # killed while writing
+    log = runtime.Log(path, ["step", "loss", "val_dice"], 2, True)
+    log.row({"step": 3, "loss": 9.0, "val_dice": 0.5})
+    rows = list(csv.DictReader(path.open()))
+    assert [r["step"] for r in rows] == ["1", "2", "3"]
+    assert rows[0]["loss"] == "0.123457" and rows[0]["val_dice"] == "" and rows[2]["val_dice"] == "0.5"
+
+
+def test_console_shows_the_numbers_of_the_log(tmp_path, capsys):
+    runtime.Log(tmp_path / "log.csv", ["step", "loss"], 0, True).row({"step": 7, "loss": 0.5})
+    assert capsys.readouterr().out == "step 7  loss 0.5\n"
+
+
+def test_closed_stdout_does_not_stop_a_run():
+    code = "import sys\nfrom common.runtime import say\nsys.stdout.close()\nsay('a')\nsay('b')\nsys.stderr.write('alive')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "alive"
+
+
+# --- flags, seeds, signals -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Flags:
+    data: str = flag("synthetic", "100 % help")
+    preset: Literal["tiny", "paper"] = flag("paper", "p")
+    lr: float = flag(1e-5, "rate")
+    mult: tuple[int, ...] = flag((1, 2), "tuple")
+    image: tuple[str, ...] = flag((), "files")
+    fast: bool = flag(False, "pair")
+
+
+PRESETS = {"tiny": {"lr": 0.5}, "paper": {}}
+
+
+def parse(*argv):
+    return runtime.parse_flags(Flags, argv, ("train", "predict"), PRESETS, "about")
+
+
+def test_flags_come_from_given_then_preset_then_default():
+    verb, config, given = parse("train", "--mult", "1,2,4", "--fast")
+    assert (verb, config.lr, config.mult, config.fast, config.preset) == ("train", 0.5, (1, 2, 4), True, "tiny")
+    assert given == {"mult": (1, 2, 4), "fast": True}
+    assert parse("--data", "brats")[1] == Flags(data="brats")
+    assert parse("--data", "brats", "--preset", "tiny", "--lr", "0.1")[1].lr == 0.1
+    assert parse("predict", "--image", "a", "b", "--no-fast")[1].image == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--nope", "1"], "--nope"),
+        (["--lr", "fast"], "--lr"),
+        (["--mult", "1,x"], "--mult"),
+        (["--preset", "huge"], "--preset"),
+        (["dance"], "dance"),
+        (["--la", "1"], "--la"),
+    ],
+)
+def test_unknown_flags_are_refused_by_name(argv, words):
+    with pytest.raises(InputError, match=words):
+        parse(*argv)
+
+
+def test_help_shows_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit) as leave:
+        parse("--help")
+    text = capsys.readouterr().out
+    assert leave.value.code == 0 and "100 % help (default: synthetic)" in " ".join(text.split())
+    assert all(f"--{name}" in text for name in ("data", "lr", "mult", "no-fast"))
+
+
+def test_range_check_refuses_nan_and_names_the_bound():
+    for value, words in ((float("nan"), "nan, expected a number above 0 up to 1"), (0.0, "above 0"), (2.0, "up to 1")):
+        with pytest.raises(InputError, match=words):
+            runtime.check_range(Flags(lr=value), "lr", 0, 1, open_low=True)
+
+
+def test_seeds_depend_on_every_part():
+    seeds = {runtime.seed_of(*parts) for parts in ((0, "a", 1), (0, "a", 2), (1, "a", 1), (0, "b", 1), (0, "a", "1"))}
+    assert len(seeds) == 5 and all(0 <= s < 2**63 for s in seeds)
+    assert runtime.seed_of(0, "noise", 3) == runtime.seed_of(0, "noise", 3)
+
+
+def test_stop_flag_catches_and_gives_back():
+    before = signal.getsignal(signal.SIGTERM)
+    stop = runtime.StopFlag()
+    assert stop.agreed(ALONE) == 0 and stop.agreed(ALONE, time_is_up=True) == -1
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.agreed(ALONE, time_is_up=True) == signal.SIGTERM
+    stop.restore()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_run_main_turns_bad_input_into_one_line_and_2(capsys):
+    def bad(argv):
+        raise InputError("x is 1; use 2")
+
+    assert runtime.run_main("name", bad, []) == 2
+    assert capsys.readouterr().err == "name: x is 1; use 2\n"
+    with pytest.raises(ZeroDivisionError):
+        runtime.run_main("name", lambda argv: 1 // 0, [])
+
+
+def test_device_that_is_not_there_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(InputError, match="--device cuda.*use --device cpu"):
+        runtime.start_processes("cuda")
+
+
+def test_amp_off_is_fp32_and_names_its_reason():
+    assert runtime.number_format("off", torch.device("cpu")) == (None, "--amp off")
+    assert runtime.number_format("fp16", torch.device("cpu"))[0] == torch.float16
