@@ -407,18 +407,18 @@ def test_patch_image_and_label_are_cut_at_the_same_place():
 
 
 def test_an_epoch_visits_each_case_once():
-    class Named(loaders.Phantoms):
-        asked: list = []
+    asked = []
 
+    class Named(loaders.Phantoms):
         def image(self, case):
-            self.asked.append(case)
+            asked.append(case)
             return super().image(case)
 
     data = Named(0, (5, 1, 1), shape=(16, 16, 12))
     patches = P.Patches(data, P.Config(**SMALL))
     for n in range(10):
         patches[n]
-    assert sorted(data.asked[:5]) == sorted(data.asked[5:]) == data.cases("train") and data.asked[:5] != data.asked[5:]
+    assert sorted(asked[:5]) == sorted(asked[5:]) == data.cases("train") and asked[:5] != asked[5:]
 
 
 def test_shards_divide_the_global_batch():
@@ -453,15 +453,18 @@ def test_masks_become_channels_and_come_back():
     assert P.x0_to_mask(torch.tensor([0.2, 0.4, 0.4])[:, None]).item() == 1  # a tie goes to the lower channel
 
 
+def network(config, model, classes=1):
+    record = {"channels": ["a"], "classes": {f"c{i}": i for i in range(1, classes + 1)}}
+    return P.Network(config, model, record, torch.device("cpu"), None, 0)
+
+
 def members_of(values: list[list[float]], monkeypatch) -> tuple[torch.Tensor, torch.Tensor]:
     outputs = iter(torch.tensor(v).reshape(1, -1, 1, 1, 1) for v in values)
     monkeypatch.setattr(P, "sample", lambda *a, **k: next(outputs))
-    config = P.Config(**SMALL, ensemble=len(values))
-    *_, (n, mean, variance, _) = P.ensemble(
-        nn.Identity(), torch.zeros(3, 1, 1, 1), len(values[0]), config, "case", None
-    )
-    assert n == len(values)
-    return mean.flatten(), variance.flatten()
+    net = network(P.Config(**SMALL, ensemble=len(values)), nn.Identity(), max(1, len(values[0]) - 1))
+    results = list(P.ensemble(net, torch.zeros(3, 1, 1, 1), "case"))
+    assert [r.size for r in results] == list(range(1, len(values) + 1))
+    return results[-1].mean.flatten(), results[-1].variance.flatten()
 
 
 def test_ensemble_mean_and_variance_equal_spec_values(monkeypatch):
@@ -485,7 +488,7 @@ def test_members_depend_on_seed_case_and_number_only():
 
     def members(case, n, **flags):
         config = P.Config(**SMALL, ensemble=n, sampling_steps=2, target="x0", **flags)
-        return [m.clone() for *_, m in P.ensemble(model, cond, 1, config, case, None)]
+        return [result.member for result in P.ensemble(network(config, model), cond, case)]
 
     three = members("a", 3)
     assert torch.equal(members("a", 1)[0], three[0]) and not torch.equal(three[0], three[1])

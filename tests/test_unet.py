@@ -70,9 +70,9 @@ def test_groupnorm_of_16_bit_sums_in_fp32_and_keeps_no_fp32_copy():
     norm = GroupNorm(8, 8)
     reference = F.group_norm(x.detach().float(), 8, norm.weight, norm.bias)
     kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
-        with torch.autocast("cpu", torch.bfloat16):
-            y = norm(x)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t)
+    with hooks, torch.autocast("cpu", torch.bfloat16):
+        y = norm(x)
     assert y.dtype == torch.bfloat16
     assert (y.float() - reference).abs().max() < 0.04  # bf16 rounding of values up to 4
     assert max(t.numel() for t in kept if t.dtype == torch.float32) <= 8
