@@ -39,6 +39,8 @@ Differs
         t = 900, where sampling decides the mask; so eps learns it slowly, and the small presets predict x0.
     D7  the small presets use a larger learning rate with warm-up and cosine, EMA and gradient clipping.
     D8  masks come back in the geometry of the input; the public code writes the padded grid without its geometry.
+    D9  the network is fed images in [-1, 1] and coordinates of the whole padded volume, as in the public code; the
+        paper says [0, 1]. Percentiles are those of the brain where the background is exactly 0.
 
 Usage
     python patchddm.py                                            all of it on phantoms: train, sample, score
@@ -55,20 +57,19 @@ Expect
 
 import copy
 import math
-import shutil
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -85,7 +86,6 @@ from common.unet import (
     ResBlock,
     Upsample,
     conv,
-    load_public,
     timestep_embedding,
     zero_module,
 )
@@ -175,6 +175,8 @@ class Config:
         runtime.check_range(self, "ema", 0, 0.999999)
         runtime.check_range(self, "eta", 0, 1)
         runtime.check_range(self, "sampling_steps", 1, T)
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise InputError(f"--device is {self.device}, expected auto, cpu, cuda or cuda:N; correct the flag")
         if len(self.patch) not in (1, 3) or min(self.patch) < 1:
             raise InputError(f"--patch is {self.patch}, expected N or N,N,N with N of 1 or more")
         if not self.channel_mult or min(self.channel_mult) < 1:
@@ -191,7 +193,8 @@ class Config:
                 raise InputError(
                     f"--num-groups {self.num_groups} does not divide the width {width}; choose a divisor of it"
                 )
-        if math.prod(p // step for p in self.patch_size) * widths[-2] == self.num_groups:
+        narrow = min(widths[-2], widths[-3] if self.skips == "average" and len(widths) > 2 else widths[-2])
+        if math.prod(p // step for p in self.patch_size) * narrow == self.num_groups:
             raise InputError(
                 f"--patch {self.patch_size} leaves one voxel at the lowest level, one value a group of the norm with "
                 f"--num-groups {self.num_groups}; use a larger patch, fewer levels or fewer groups"
@@ -256,7 +259,7 @@ class UNet(nn.Module):
 
     def run(self, block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
         if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(block, x, emb, use_reentrant=False)
+            return checkpoint(block, x, emb, use_reentrant=False, preserve_rng_state=False)  # no dropout here
         return block(x, emb)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -300,6 +303,18 @@ def config_of_public(state: dict[str, Tensor]) -> dict[str, Any]:
     return {"num_channels": c, "channel_mult": tuple(mult), "num_res_blocks": blocks, "num_groups": c, "skips": skips}
 
 
+def network_flags(path: Path) -> dict[str, Any]:
+    """The network flags of the weights given to --init, ours or public."""
+    state = runtime.load_tensors(path)
+    if isinstance(state, dict) and "format" in state:
+        config = runtime.load_checkpoint(path, "patchddm")["config"]
+        return {k: config[k] for k in ("num_channels", "channel_mult", "num_res_blocks", "num_groups", "skips")}
+    try:
+        return config_of_public({k.removeprefix("module."): v for k, v in state.items()})
+    except (KeyError, IndexError, AttributeError) as error:
+        raise InputError(f"--init {path} has no {error}, so it is no U-Net of this kind; use another file") from error
+
+
 # =====================================================================================================================
 # Diffusion: schedule, q, loss
 # =====================================================================================================================
@@ -311,31 +326,39 @@ def abar_table() -> np.ndarray:
     return np.concatenate([[1.0], np.cumprod(1 - beta)])  # [T + 1]
 
 
-def at(table: np.ndarray, t: Tensor, like: Tensor) -> Tensor:
-    """table[t] as [B, 1, 1, 1, 1] in the number type of `like`; the table itself stays in float64."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    return torch.as_tensor(table, device=t.device)[t].to(dtype).reshape(-1, *(1,) * (like.ndim - 1))
-
-
 ABAR = abar_table()
-SQRT_ABAR, SQRT_1M_ABAR = np.sqrt(ABAR), np.sqrt(1 - ABAR)
+
+
+@cache
+def roots(device: torch.device) -> tuple[Tensor, Tensor]:
+    """sqrt(abar) and sqrt(1 - abar) in float64, [T + 1], once on each device."""
+    return torch.tensor(np.sqrt(ABAR), device=device), torch.tensor(np.sqrt(1 - ABAR), device=device)
+
+
+def signal_and_noise(t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """sqrt(abar_t) and sqrt(1 - abar_t) for t [B], each [B, 1, 1, 1, 1] in the number type of `like`, fp32 or wider."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    a, b = (root[t].to(dtype).reshape(-1, *(1,) * (like.ndim - 1)) for root in roots(t.device))
+    return a, b
 
 
 def q_sample(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """x_t from x_0 in one step; t [B] in 1..T."""
-    return at(SQRT_ABAR, t, x0) * x0 + at(SQRT_1M_ABAR, t, x0) * eps  # eq. (2), which is eq. (1) applied t times
+    a, b = signal_and_noise(t, x0)
+    return a * x0 + b * eps  # eq. (2), which is eq. (1) applied t times
 
 
 def target_of(kind: str, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """What the network is to predict: eps (the paper), x0, or v = sqrt(abar) eps - sqrt(1 - abar) x0."""
     if kind == "eps":
         return eps
-    return x0 if kind == "x0" else at(SQRT_ABAR, t, x0) * eps - at(SQRT_1M_ABAR, t, x0) * x0  # D6
+    a, b = signal_and_noise(t, x0)
+    return x0 if kind == "x0" else a * eps - b * x0  # D6
 
 
 def x0_of(kind: str, output: Tensor, xt: Tensor, t: Tensor) -> Tensor:
     """The mask that a network output stands for."""
-    a, b = at(SQRT_ABAR, t, xt), at(SQRT_1M_ABAR, t, xt)
+    a, b = signal_and_noise(t, xt)
     if kind == "eps":
         return (xt - b * output) / a  # the bracket of eq. (5)
     return output if kind == "x0" else a * xt - b * output  # D6
@@ -412,7 +435,7 @@ def condition(
     """
     front = loaders.symmetric_pad(image.shape[1:], full)
     window = loaders.read_window(image, [s - f for s, f in zip(start, front)], size)  # [C, *size]
-    window = 2 * window.astype(np.float32) - 1
+    window = 2 * window.astype(np.float32) - 1  # D9
     return np.concatenate([window, coordinates(full, start, size)]) if coords else window
 
 
@@ -428,7 +451,8 @@ class Patches(Dataset):
         if not self.cases:
             raise InputError(f"{config.data} has no labelled training case; prepare data with labels")
 
-    def __getitem__(self, n: int) -> dict[str, Any]:
+    def __getitem__(self, n: int) -> tuple[np.ndarray, np.ndarray, int, int]:
+        """Condition [C (+ 3), *P] fp32, label [*P] uint8, t in 1..T, and n."""
         config, size = self.config, self.config.patch_size
         epoch, place = divmod(n, len(self.cases))
         order = np.random.default_rng(seed_of(config.seed, "order", epoch)).permutation(len(self.cases))
@@ -438,12 +462,9 @@ class Patches(Dataset):
         full = padded_shape(label.shape, config, self.data.meta.get("grid"))
         start = [draw_start(rng, d, p, config.patch_dist) for d, p in zip(full, size)]
         front = loaders.symmetric_pad(label.shape, full)
-        return {
-            "cond": condition(image, full, start, size, config.coords == "on"),  # [C + 3, *P]
-            "label": loaders.read_window(label, [s - f for s, f in zip(start, front)], size),  # [*P] uint8
-            "t": int(rng.integers(1, T + 1)),  # uniform on 1..T
-            "n": n,
-        }
+        cond = condition(image, full, start, size, config.coords == "on")
+        label = loaders.read_window(label, [s - f for s, f in zip(start, front)], size)
+        return cond, label, int(rng.integers(1, T + 1)), n  # t is uniform on 1..T
 
 
 class Sharded(Sampler):
@@ -473,18 +494,6 @@ def noise(seed: int, ns: Sequence[int], shape: Sequence[int], device: torch.devi
 # =====================================================================================================================
 
 
-@dataclass(frozen=True)
-class Network:
-    """A network with what sampling needs to know. record: the `data` entry of a checkpoint; number: of autocast."""
-
-    config: Config
-    model: nn.Module
-    record: dict[str, Any]
-    device: torch.device
-    number: torch.dtype | None
-    step: int
-
-
 def learning_rate(config: Config, step: int) -> float:
     """Constant (paper), or a linear warm-up over 2 % of the steps and a half cosine to zero."""
     if config.lr_schedule == "constant":
@@ -501,41 +510,25 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, updates: int) -> 
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
 
 
-def prepare_folder(config: Config, ranks: Ranks) -> dict[str, Any] | None:
-    """Make the run folder; returns the checkpoint to continue from, or None. Refuses a run with other settings."""
-    out = config.run_folder
-    if config.overwrite and ranks.first and out.exists():
-        if any(out.iterdir()) and not (out / "config.json").exists():
-            raise InputError(f"{out} holds files but no run (no config.json) and is left alone; choose another --out")
-        shutil.rmtree(out)
-    if ranks.world > 1:
-        dist.barrier()
-    out.mkdir(parents=True, exist_ok=True)
-    state = runtime.load_newest(out, "patchddm")
-    if state is not None:
-        runtime.check_same_config(state["config"], asdict(config), MAY_DIFFER, out)
-    elif ranks.first:
-        runtime.write_json(out / "config.json", asdict(config))
-    return state
+def build(config: Config, record: dict[str, Any], device: torch.device, dtype: torch.dtype | None, fresh: bool) -> Any:
+    """Network, its average (the network itself with --ema 0), optimiser, gradient scaler (works for fp16 only)."""
+    torch.manual_seed(seed_of(config.seed, "weights") % 2**32)
+    model = network_for(config, record)
+    if config.init and fresh:
+        runtime.load_start(config.init, "patchddm", model)
+    model = fast_layout(model.to(device), config.compile)
+    ema = copy.deepcopy(model).eval().requires_grad_(False) if config.ema else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    return model, ema, optimizer, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
-def start_weights(config: Config, model: nn.Module) -> None:
-    """--init: weights of one of our checkpoints (the averaged ones if it has them) or of a public state dict."""
-    state = runtime.load_tensors(Path(config.init))
-    if isinstance(state, dict) and "format" in state:
-        state = runtime.load_checkpoint(Path(config.init), "patchddm")
-        state = state["ema"] or state["model"]
-    else:
-        say(
-            f"note: a public state dict does not show the groups of its norms; --num-groups {config.num_groups} is used"
-        )
-    try:
-        load_public(model, state)
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"--init {config.init} does not fit: {error}") from error
+def fast_layout(model: nn.Module, compiled: bool = False) -> nn.Module:
+    """Channels last on a CPU, where bf16 convolutions are several times faster; torch.compile chooses by itself."""
+    on_cpu = next(model.parameters()).device.type == "cpu" and not compiled
+    return model.to(memory_format=torch.channels_last_3d) if on_cpu else model  # type: ignore[call-overload]
 
 
-def train(config: Config, data: Any, ranks: Ranks) -> int:
+def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> int:
     """The training loop. Returns 0, or 130 / 143 after a signal, with everything saved."""
     share = ranks.world * config.accumulate
     if config.batch % share:
@@ -543,159 +536,158 @@ def train(config: Config, data: Any, ranks: Ranks) -> int:
             f"--batch {config.batch} cannot be shared by {ranks.world} processes x --accumulate {config.accumulate}; "
             f"use a multiple of {share}"
         )
-    device, out, stop = ranks.device, config.run_folder, runtime.StopFlag()
-    state = prepare_folder(config, ranks)
-    record = loaders.data_record(data)
-    channels, names = mask_channels(record), list(record["classes"])
+    device, out, record = ranks.device, config.run_folder, loaders.data_record(data)
+    dtype, reason = runtime.number_format(config.amp, device)
 
-    # 1. network, averaged weights, optimiser
-    torch.manual_seed(seed_of(config.seed, "weights") % 2**32)
-    model = network_for(config, record).to(device)
-    if config.init and state is None:
-        start_weights(config, model)
-    if device.type == "cpu" and not config.compile:
-        model = model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # much faster in bf16
-    ema = copy.deepcopy(model).eval().requires_grad_(False) if config.ema else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    number, reason = runtime.number_format(config.amp, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=number == torch.float16)
-    step, seconds, best = 0, 0.0, {"dice": -1.0, "step": 0}
-
-    # 2. continue where the last run stopped
+    # 1. what is needed, and the checkpoint to continue from; nothing is written or thrown away before all is there
+    patches = Patches(data, config)
+    state = None if config.overwrite else runtime.find_run(out, "patchddm", asdict(config), MAY_DIFFER, record, ranks)
+    model, ema, optimizer, scaler = build(config, record, device, dtype, state is None)
+    runtime.make_run(out, asdict(config), config.overwrite, ranks)
+    step, seconds, skipped, best = 0, 0.0, 0, {"dice": -1.0, "step": 0, "seen": 0}  # seen: newest validated step
     if state is not None:
         model.load_state_dict(state["model"])
         if config.ema:
             ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        step, seconds, best = state["step"], state["seconds"], state["best"]
+        if state["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(state["scaler"])
+        step, seconds, skipped, best = state["step"], state["seconds"], state["skipped"], state["best"]
     runtime.check_same_weights(model, ranks, "at the start")
-    print_header(config, data, ranks, model, number, reason, step)
+    print_header(config, data, ranks, model, dtype, reason, step)
 
     def save(name: str) -> None:
-        if not ranks.first:
-            return
-        contents = {"format": runtime.FORMAT, "script": "patchddm", "config": asdict(config), "data": record}
-        contents |= {"model": model.state_dict(), "ema": ema.state_dict() if config.ema else {}}
-        contents |= {"optimizer": optimizer.state_dict() if name == "last.pt" else {}, "scaler": scaler.state_dict()}
-        contents |= {"step": step, "seconds": seconds, "best": best}
-        runtime.save_checkpoint(out / name, contents, out / "last.prev.pt" if name == "last.pt" else None)
+        contents = {
+            "format": runtime.FORMAT,
+            "script": "patchddm",
+            "config": asdict(config),
+            "model": model.state_dict(),
+            "ema": ema.state_dict() if config.ema else {},
+            "optimizer": optimizer.state_dict() if name == "last.pt" else {},
+            "scaler": scaler.state_dict(),
+            "step": step,
+            "seconds": seconds,  # of training, over all restarts
+            "skipped": skipped,
+            "best": best,
+            "data": record,
+        }
+        if ranks.first:
+            runtime.save_checkpoint(out / name, contents, out / "last.prev.pt" if name == "last.pt" else None)
 
-    # 3. all processes work on parts of one global batch; DDP averages their gradients
+    # 2. all processes work on parts of one global batch; DDP averages their gradients
     net: Any = DistributedDataParallel(model) if ranks.world > 1 else model
     net = torch.compile(net) if config.compile else net
     net.train()
-    batches = iter(
-        DataLoader(
-            Patches(data, config),
-            batch_sampler=Sharded(config, ranks, step),
-            num_workers=config.workers,
-            pin_memory=device.type == "cuda",
-        )
+    loader = DataLoader(
+        patches,
+        batch_sampler=Sharded(config, ranks, step),
+        num_workers=config.workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=runtime.ignore_signals,
     )
+    batches, limit, names = iter(loader), 60 * config.minutes or math.inf, list(record["classes"])
     log = runtime.Log(out / "log.csv", [*COLUMNS, *(f"val_dice_{c}" for c in names)], step, ranks.first)
-    quartiles = torch.zeros(2, 4, device=device)  # sum of losses, number of samples; by quartile of t
-    logged, skipped, bad_in_a_row, signal_number = (step, seconds), 0, 0, 0
-    limit = 60 * config.minutes or math.inf
+    losses_by_t, clock, bad_in_a_row, signal, time_up = runtime.LossByTime(T, device), (step, seconds), 0, 0, False
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=config.quiet or not ranks.first or None)
-    running = step < config.steps and seconds < limit
-    while running:
+
+    while True:
+        # 3. validate when it is due; a run stopped before it did so does it first thing when continued
+        finished = step >= config.steps or time_up or seconds >= limit
+        if step > best["seen"] and (step % config.eval_every == 0 or finished) and data.cases("val"):
+            save("last.pt")
+            scores = validation(Network(config, ema, record, device, dtype, step), data, ranks, stop)
+            if scores is not None:  # None: a signal came in between
+                better = scores["mean"] > best["dice"]
+                best = {"dice": scores["mean"], "step": step} if better else best
+                best |= {"seen": step}
+                if better:
+                    save("best.pt")
+                save("last.pt")
+                row = {"step": step, "seconds": seconds, "val_dice": scores["mean"]}
+                log.row(row | {f"val_dice_{c}": scores[c] for c in names})
+            signal, _ = stop.agreed(ranks)
+        if finished or signal:
+            break
+
+        # 4. one step
         begin = time.perf_counter()
         lr = learning_rate(config, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
         for part in range(config.accumulate):
-            batch = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
-            x0, t = mask_to_x0(batch["label"], channels), batch["t"]  # [B, K', *P], [B]
-            eps = noise(config.seed, batch["n"].tolist(), x0.shape[1:], device)
+            cond, label, t, n = next(batches)  # [B, C + 3, *P], [B, *P], [B], [B]
+            cond, label, t = (v.to(device, non_blocking=True) for v in (cond, label, t))
+            x0 = mask_to_x0(label, mask_channels(record))  # [B, K', *P]
+            eps = noise(config.seed, n.tolist(), x0.shape[1:], device)
             alone = ranks.world == 1 or part == config.accumulate - 1  # gradients travel with the last part only
             with nullcontext() if alone else net.no_sync():
-                with torch.autocast(device.type, number, enabled=number is not None):
-                    losses = diffusion_loss(net, config.target, batch["cond"], x0, t, eps)  # [B]
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    losses = diffusion_loss(net, config.target, cond, x0, t, eps)  # [B]
                 scaler.scale(losses.mean() / config.accumulate).backward()
-            quartiles.index_add_(1, (t - 1) * 4 // T, torch.stack([losses.detach(), torch.ones_like(losses)]))
+            losses_by_t.add(t, losses.detach())
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
         finite = bool(torch.isfinite(norm))  # the same on all processes: gradients are averaged by now
         if finite:
             scaler.step(optimizer)
         scaler.update()
-        step += 1
-        skipped, bad_in_a_row = (skipped, 0) if finite else (skipped + 1, bad_in_a_row + 1)
+        step, skipped, bad_in_a_row = step + 1, skipped + (not finite), 0 if finite else bad_in_a_row + 1
         if config.ema:
             update_ema(ema, model, config.ema, step)
         seconds += time.perf_counter() - begin
-        bar.update()
 
-        # 4. log, validate, save, stop
+        # 5. log, save, stop
+        bar.update()
         if bad_in_a_row >= 20:
             raise InputError(f"no finite gradient in the 20 steps up to {step}; lower --lr, or use --amp off")
-        signal_number = stop.agreed(ranks, seconds >= limit)
-        running = step < config.steps and not signal_number
-        validate = (step % config.eval_every == 0 or not running) and signal_number <= 0
-        if step % LOG_EVERY == 0 or step == 10 or validate:
-            row = log_row(quartiles, ranks, config, step, seconds, logged)
-            row |= {"lr": lr, "grad_norm": float(norm), "skipped": skipped}
-            logged = (step, seconds)
-            if validate and data.cases("val"):
-                scores = validation(Network(config, ema, record, device, number, step), data, ranks)
-                row |= {"val_dice": scores["mean"]} | {f"val_dice_{c}": scores[c] for c in names}
-                if scores["mean"] > best["dice"]:
-                    best = {"dice": scores["mean"], "step": step}
-                    save("best.pt")
-            log.row(row, config.quiet and not validate)
-        if step % config.save_every == 0 or validate or signal_number:
+        signal, time_up = stop.agreed(ranks, seconds >= limit)
+        if step % LOG_EVERY == 0 or step == 10 or step == config.steps:
+            rate = (step - clock[0]) / (seconds - clock[1])  # steps a second
+            row = {"step": step, "seconds": seconds, "lr": lr, "grad_norm": float(norm), "skipped": skipped}
+            row |= {"samples_per_s": rate * config.batch, "left_s": (config.steps - step) / rate}
+            row |= {"memory_gb": runtime.peak_memory_gb(device)} | losses_by_t.row(ranks)
+            log.row(row, silent=config.quiet)
+            clock = (step, seconds)
+        if step % config.save_every == 0 or signal or time_up or step == config.steps:
             save("last.pt")
     bar.close()
-    stop.restore()
     runtime.check_same_weights(model, ranks, "at the end")
-    if signal_number > 0:
-        say(f"stopped by signal {signal_number}, step {step} is saved in {out}; the same command continues", ranks)
-    elif ranks.first and step:
+    if signal:
+        say(f"stopped by signal {signal}; step {step} is saved in {out}, the same command continues", ranks)
+        return 128 + signal
+    if ranks.first:
         title = f"PatchDDM, {Path(config.data).name}, target {config.target}"
         figures.loss_curve(out / "log.csv", out / "loss.png", title=title)
-    return 128 + signal_number if signal_number > 0 else 0
+    return 0
 
 
 COLUMNS = ["step", "seconds", "loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "lr", "grad_norm", "samples_per_s"]
 COLUMNS += ["memory_gb", "left_s", "skipped", "val_dice"]
 
 
-def log_row(
-    quartiles: Tensor, ranks: Ranks, config: Config, step: int, seconds: float, logged: tuple[int, float]
-) -> dict[str, Any]:
-    """The numbers since the row of `logged` (step, seconds), over all processes; empties `quartiles`."""
-    if ranks.world > 1:
-        dist.all_reduce(quartiles)
-    total, count = quartiles.tolist()
-    quartiles.zero_()
-    rate = (step - logged[0]) / max(seconds - logged[1], 1e-9)  # steps a second
-    row: dict[str, Any] = {"step": step, "seconds": seconds, "loss": sum(total) / max(sum(count), 1)}
-    row |= {f"loss_q{i + 1}": total[i] / count[i] for i in range(4) if count[i]}
-    row |= {"samples_per_s": rate * config.batch, "left_s": (config.steps - step) / rate}
-    return row | {"memory_gb": runtime.peak_memory_gb(ranks.device)}
-
-
 def print_header(
-    config: Config, data: Any, ranks: Ranks, model: nn.Module, number: torch.dtype | None, reason: str, step: int
+    config: Config, data: Any, ranks: Ranks, model: nn.Module, dtype: torch.dtype | None, reason: str, step: int
 ) -> None:
     """What this run is, before it starts."""
     counts = ", ".join(f"{len(data.cases(s))} {s}" for s in ("train", "val", "test"))
     share = f"{ranks.world} processes x {config.accumulate} parts x {config.batch // (ranks.world * config.accumulate)}"
     parameters, patch = sum(p.numel() for p in model.parameters()), "x".join(map(str, config.patch_size))
-    paper, notes = Config(), ["D1", "D2", "D3", "D5", "D8"]
+    paper, notes = Config(), ["D1", "D2", "D3", "D5", "D8", "D9"]
     notes += ["D4"] * (len(data.classes) > 1) + ["D6"] * (config.target != "eps")
-    notes += ["D7"] * any(getattr(config, k) != getattr(paper, k) for k in ("lr_schedule", "ema", "grad_clip"))
+    notes += ["D7"] * any(getattr(config, k) != getattr(paper, k) for k in ("lr", "lr_schedule", "ema", "grad_clip"))
     small = [c for c in data.cases("train") if any(n < p for n, p in zip(data.shape(c), config.patch_size))]
-    say(f"PatchDDM (Bieder et al. 2023) -> {config.run_folder}", ranks)
-    say(f"  data      {config.data}: {counts}; {', '.join(data.channels)}; classes {', '.join(data.classes)}", ranks)
+    lines = [f"PatchDDM (Bieder et al. 2023) -> {config.run_folder}"]
+    lines += [f"  data      {config.data}: {counts}; {', '.join(data.channels)}; classes {', '.join(data.classes)}"]
     if small:
-        say(f"            {len(small)} training cases are smaller than the patch and are padded with background", ranks)
-    say(f"  network   {parameters:,} parameters, patch {patch}", ranks)
-    say(f"  training  step {step} to {config.steps}, batch {config.batch} = {share}; target {config.target}", ranks)
-    say(f"  device    {ranks.device}, {'fp32' if number is None else str(number)[6:]} ({reason})", ranks)
-    say(f"  differs   {' '.join(sorted(notes))} (see the top of patchddm.py)", ranks)
+        lines += [f"            {len(small)} training cases are smaller than the patch: padded with background"]
+    lines += [f"  network   {parameters:,} parameters, {config.num_groups} groups a norm, patch {patch}"]
+    lines += [f"  training  step {step} to {config.steps}, batch {config.batch} = {share}; target {config.target}"]
+    memory = runtime.peak_memory_gb(ranks.device)
+    lines += [f"  device    {ranks.device}, {'fp32' if dtype is None else str(dtype)[6:]} ({reason}), {memory:.1f} GB"]
+    lines += [f"  differs   {' '.join(sorted(notes))} (see the top of patchddm.py)"]
+    lines += ["  time      left_s in the first lines below"] * (step < config.steps and not config.quiet)
+    say("\n".join(lines), ranks)
 
 
 # =====================================================================================================================
@@ -722,27 +714,58 @@ def ddim_step(x0: Tensor, xt: Tensor, t: int, s: int, eta: float, z: Tensor | No
     return x if z is None or sigma == 0 else x + sigma * z
 
 
-Predictor = Callable[[Tensor, Tensor], Tensor]
-
-
 def sample(
-    predict: Predictor, xt: Tensor, config: Config, draw: Callable[[], Tensor], frames: list[Any] | None = None
+    f: Callable[[Tensor, Tensor], Tensor],
+    xt: Tensor,
+    config: Config,
+    draw: Callable[[], Tensor],
+    watch: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """x_0 from x_T = xt ~ N(0, I), [1, K', X, Y, Z]; the state stays in the number type of xt (fp32 or wider).
 
-    predict(xt, index [1]) is the network with its condition; draw() gives standard normal noise like xt.
-    frames: receives (t, x_t, predicted x_0) of each step.
+    f(xt, index [1]) is the network with its condition; draw() gives standard normal noise like xt; watch is shown t,
+    x_t and the predicted x_0 of each step.
     """
     eta = 1.0 if config.sampler == "ddpm" else config.eta
     low, high = {"unit": (-1.0, 1.0), "mask": (0.0, 1.0), "off": (-math.inf, math.inf)}[config.clip]
-    times = timesteps(config.sampling_steps)
-    for t, s in pairwise(times):
+    for t, s in pairwise(timesteps(config.sampling_steps)):
         tt = torch.full((1,), t, device=xt.device)
-        x0 = x0_of(config.target, predict(xt, tt - 1), xt, tt).clamp(low, high)
-        if frames is not None:
-            frames.append((t, xt, x0))
+        x0 = x0_of(config.target, f(xt, tt - 1), xt, tt).clamp(low, high)
+        if watch is not None:
+            watch(t, xt, x0)
         xt = ddim_step(x0, xt, t, s, eta, draw() if eta > 0 and s > 0 else None)
     return xt
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network with what sampling needs to know. record: the `data` entry of a checkpoint; dtype: of autocast."""
+
+    config: Config
+    model: nn.Module
+    record: dict[str, Any]
+    device: torch.device
+    dtype: torch.dtype | None
+    step: int
+
+
+@torch.no_grad()
+def sample_member(net: Network, cond: Tensor, case: str, number: int, watch: Any = None) -> Tensor:
+    """Member `number` of a case, the whole volume at once: [K', *S] fp32 in [0, 1].
+
+    cond: [C (+ 3), *S]. The noise is drawn on the CPU from (seed, case, number), so it is the same on every device.
+    """
+    shape = (1, mask_channels(net.record), *cond.shape[1:])
+    generator = torch.Generator().manual_seed(seed_of(net.config.seed, "sample", case, number))  # D5
+
+    def draw() -> Tensor:
+        return torch.randn(shape, generator=generator).to(net.device)
+
+    def f(xt: Tensor, index: Tensor) -> Tensor:
+        with torch.autocast(net.device.type, net.dtype, enabled=net.dtype is not None):
+            return net.model(torch.cat([cond[None], xt], dim=1), index).float()
+
+    return sample(f, draw(), net.config, draw, watch)[0].clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -755,34 +778,18 @@ class Ensemble:
     member: Tensor
 
 
-@torch.no_grad()
-def ensemble(net: Network, cond: Tensor, case: str, frames: list[Any] | None = None) -> Iterator[Ensemble]:
-    """Sample `--ensemble` members of the whole volume one after the other; yields after each of them.
+def sample_ensemble(net: Network, cond: Tensor, case: str, watch: Any = None) -> Iterator[Ensemble]:
+    """Sample --ensemble members one after the other and yield the result so far after each (section 2.4).
 
-    cond: [C (+ 3), *S]. A member is the final continuous mask clipped to [0, 1], from noise that depends on
-    (seed, case, member) only. Variance with ddof 0; of several channels half the sum, which for two exclusive
-    channels is the variance of one.
+    Variance with ddof 0; of several channels half the sum, which for two exclusive channels is the variance of one.
     """
-    cond, channels = cond[None], mask_channels(net.record)
     mean = square = torch.zeros(())
-    for member in range(net.config.ensemble):
-        generator = torch.Generator().manual_seed(seed_of(net.config.seed, "sample", case, member))  # D5
-        draw = partial(draw_like, generator, (1, channels, *cond.shape[2:]), cond.device)
-
-        def predict(xt: Tensor, index: Tensor) -> Tensor:
-            with torch.autocast(net.device.type, net.number, enabled=net.number is not None):
-                return net.model(torch.cat([cond, xt], dim=1), index).float()
-
-        x0 = sample(predict, draw(), net.config, draw, frames if member == 0 else None)[0].clamp(0, 1)  # [K', *S]
-        delta = x0 - mean
-        mean = mean + delta / (member + 1)
-        square = square + delta * (x0 - mean)  # running sum of squared differences from the mean
-        yield Ensemble(member + 1, mean, square.sum(dim=0) / (member + 1) / (1 if channels == 1 else 2), x0)
-
-
-def draw_like(generator: torch.Generator, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Standard normal noise drawn on the CPU, so that every device starts from the same."""
-    return torch.randn(shape, generator=generator).to(device)
+    for n in range(1, net.config.ensemble + 1):
+        member = sample_member(net, cond, case, n - 1, watch if n == 1 else None)
+        delta = member - mean
+        mean = mean + delta / n
+        square = square + delta * (member - mean)  # running sum of squared differences from the mean
+        yield Ensemble(n, mean, square.sum(dim=0) / n / (1 if len(member) == 1 else 2), member)
 
 
 # =====================================================================================================================
@@ -790,90 +797,93 @@ def draw_like(generator: torch.Generator, shape: tuple[int, ...], device: torch.
 # =====================================================================================================================
 
 
-def whole_condition(
-    image: np.ndarray, net: Network, grid: Sequence[int] | None
-) -> tuple[Tensor, tuple[slice, slice, slice]]:
+def whole_volume(image: np.ndarray, net: Network, grid: Sequence[int] | None) -> tuple[Tensor, Any]:
     """The condition of the whole padded volume, [C (+ 3), *S], and the slices that cut the volume out of it again."""
     full = padded_shape(image.shape[1:], net.config, grid)
-    x, y, z = (slice(f, f + n) for f, n in zip(loaders.symmetric_pad(image.shape[1:], full), image.shape[1:]))
+    front = loaders.symmetric_pad(image.shape[1:], full)
     whole = condition(image, full, (0, 0, 0), full, net.config.coords == "on")
-    return torch.from_numpy(whole).to(net.device), (x, y, z)
-
-
-Rows = list[dict[str, Any]]
+    return torch.from_numpy(whole).to(net.device), tuple(slice(f, f + n) for f, n in zip(front, image.shape[1:]))
 
 
 def score_cases(
-    net: Network, data: Any, ranks: Ranks, cases: Sequence[str], folder: Path | None = None
-) -> dict[int, Rows]:
+    net: Network, data: Any, ranks: Ranks, cases: Sequence[str], out: Path | None, stop: runtime.StopFlag | None = None
+) -> dict[int, list[dict[str, Any]]] | None:
     """Sample and score `cases`, shared over the processes: ensemble size -> rows of metrics.csv, in order of cases.
 
-    folder: where masks, maps and pictures go; None: nothing is written.
+    out: run folder for masks, maps and pictures; None: nothing is written. None is returned where a signal came.
     """
     config = net.config
-    sizes = sorted({n for n in NESTED if n < config.ensemble} | {config.ensemble})
-    mine: dict[int, list[tuple[int, Rows]]] = {n: [] for n in sizes}
-    turn = list(enumerate(cases))[ranks.rank :: ranks.world]
-    for index, case in tqdm(turn, desc="cases", leave=False, disable=config.quiet or not ranks.first or None):
-        truth = np.asarray(data.label(case))
-        cond, inside = whole_condition(data.image(case), net, data.meta.get("grid"))
-        frames: list[Any] = []
-        for result in ensemble(net, cond, case, frames if folder and index == 0 else None):
-            mask = x0_to_mask(result.mean)[inside].cpu().numpy()
-            if result.size in mine:
-                rows = metrics.evaluate_case(case, mask, truth, data.spacing(case), data.classes)
-                mine[result.size].append((index, rows))
-            if folder and config.save_members:
-                member = x0_to_mask(result.member)[inside]
-                write_array(folder / f"{case}_member{result.size - 1}.nii.gz", member, data.affine(case))
-        if folder:
-            write_array(folder / f"{case}.nii.gz", mask, data.affine(case))
-            if config.save_maps:
-                for name, values in maps_of(result, net.record, inside).items():
-                    write_array(folder / f"{case}{name}.nii.gz", values, data.affine(case))
-            if frames:
-                variance = result.variance[inside].cpu().numpy()
-                draw_case(folder.parent / "figures", case, data, truth, mask, variance, frames, inside)
-    gathered: list[Any] = [mine]
-    if ranks.world > 1:
-        gathered = [None] * ranks.world
-        dist.all_gather_object(gathered, mine)
-    in_order = {n: sorted((pair for part in gathered for pair in part[n]), key=lambda p: p[0]) for n in sizes}
-    return {n: [row for _, rows in pairs for row in rows] for n, pairs in in_order.items()}
+    rows: dict[int, dict[str, Any]] = {
+        n: {} for n in sorted({n for n in NESTED if n < config.ensemble} | {config.ensemble})
+    }
+    turns = range(ranks.rank, ranks.rank + len(cases), ranks.world)  # equally many on each process
+    for i in tqdm(turns, desc="cases", leave=False, disable=config.quiet or not ranks.first or None):
+        if stop is not None and stop.agreed(ranks)[0]:
+            return None
+        if i >= len(cases):
+            continue
+        case, truth = cases[i], np.asarray(data.label(cases[i]))
+        cond, inside = whole_volume(data.image(case), net, data.meta.get("grid"))
+        diary = figures.Diary(truth, inside) if out and i == 0 else None
+        for result in sample_ensemble(net, cond, case, diary):
+            if result.size in rows:
+                mask = x0_to_mask(result.mean)[inside].cpu().numpy()
+                rows[result.size][case] = metrics.evaluate_case(case, mask, truth, data.spacing(case), data.classes)
+            if out and config.save_members:
+                member = x0_to_mask(result.member)[inside].cpu().numpy()
+                loaders.write_on_grid(
+                    out / f"predictions/{case}_member{result.size - 1}.nii.gz", member, data.affine(case)
+                )
+        if out:
+            loaders.write_on_grid(out / f"predictions/{case}.nii.gz", mask, data.affine(case))
+            for name, values in maps_of(result, net, inside).items():
+                loaders.write_on_grid(out / f"predictions/{case}{name}.nii.gz", values, data.affine(case))
+        if out and diary is not None:
+            image, variance = np.asarray(data.image(case))[0], result.variance[inside].cpu().numpy()
+            figures.case_sheet(out / "figures", case, image, mask, data.spacing(case), data.classes, diary, variance)
+    parts = runtime.gather(rows, ranks)
+    return {n: [row for case in cases for part in parts for row in part[n].get(case, [])] for n in rows}
 
 
-def validation(net: Network, data: Any, ranks: Ranks) -> dict[str, float]:
+def maps_of(result: Ensemble, net: Network, inside: Any) -> dict[str, np.ndarray]:
+    """With --save-maps: file name suffix -> [X, Y, Z] fp32, the mean of each channel and the variance."""
+    if not net.config.save_maps:
+        return {}
+    names = ["background"] * (len(result.mean) > 1) + [re.sub(r"\W+", "-", name) for name in net.record["classes"]]
+    maps = {f"_mean_{name}": mean for name, mean in zip(names, result.mean)} | {"_variance": result.variance}
+    return {name: values[inside].cpu().numpy() for name, values in maps.items()}
+
+
+def validation(net: Network, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> dict[str, float] | None:
     """Foreground Dice of the validation cases, one member with fixed noise: class -> Dice, and `mean`."""
     net = replace(net, config=replace(net.config, ensemble=1))
     training = net.model.training
     net.model.eval()
-    rows = score_cases(net, data, ranks, data.cases("val", net.config.limit or None))[1]
+    rows = score_cases(net, data, ranks, data.cases("val", net.config.limit or None), None, stop)
     net.model.train(training)
-    summary = metrics.summarise(rows)
+    if rows is None:
+        return None
+    summary = metrics.summarise(rows[1])
     return {c: v["dice"]["mean"] for c, v in summary["classes"].items()} | {"mean": summary["mean"]["dice"]["mean"]}
 
 
 def evaluate(config: Config, data: Any, ranks: Ranks) -> int:
     """Score a split on the prepared grid: prints the table, writes metrics.csv, summary.json, masks, pictures."""
-    net = load_network(config, ranks)
-    here = loaders.data_record(data)
+    net, here = load_network(config, ranks), loaders.data_record(data)
     for key in ("channels", "classes", "spacing", "normalisation"):
         if net.record[key] != here[key]:
             raise InputError(
-                f"{config.data} has {key} {here[key]}, the checkpoint was trained with {net.record[key]}; "
-                "use data prepared alike"
+                f"{config.data} has {key} {here[key]}, the checkpoint {net.record[key]}; prepare them alike"
             )
-    out = config.run_folder
-    cases = data.cases(config.split, config.limit or None)
+    out, cases = config.run_folder, data.cases(config.split, config.limit or None)
     if not cases:
         raise InputError(f"{config.data} has no labelled case in its split {config.split}; choose another --split")
     begin = time.perf_counter()
-    by_size = score_cases(net, data, ranks, cases, out / "predictions")
-    seconds = time.perf_counter() - begin
-    if not ranks.first:
+    by_size = score_cases(net, data, ranks, cases, out)
+    if not ranks.first or by_size is None:
         return 0
     how = f"{config.sampler}, {config.sampling_steps} steps, target {config.target}, weights of step {net.step}"
-    say(f"\n{config.split} split of {config.data}, {len(cases)} cases, {how}, {seconds:.0f} s")
+    say(f"\n{config.split} split of {config.data}, {len(cases)} cases, {how}, {time.perf_counter() - begin:.0f} s")
     for n, rows in by_size.items():
         summary, suffix = metrics.summarise(rows), "" if n == config.ensemble else f"_ensemble{n}"
         metrics.write_metrics_csv(out / f"metrics{suffix}.csv", rows)
@@ -888,56 +898,14 @@ def evaluate(config: Config, data: Any, ranks: Ranks) -> int:
     return 0
 
 
-def draw_case(
-    folder: Path,
-    case: str,
-    data: Any,
-    truth: np.ndarray,
-    mask: np.ndarray,
-    variance: np.ndarray,
-    frames: Any,
-    inside: Any,
-) -> None:
-    """Pictures of one case: mask over slices, the variance of the ensemble, and the way from noise to mask."""
-    image, spacing = np.asarray(data.image(case))[0].astype(np.float32), data.spacing(case)
-    masks = {"truth": truth, "prediction": mask}
-    figures.mask_slices(image, masks, folder / f"{case}.png", spacing, data.classes, title=case)
-    z = int((truth == max(data.classes.values())).sum(axis=(0, 1)).argmax())
-
-    def axial(volume: Tensor) -> np.ndarray:  # [1, K', *S] -> the last channel's slice z, seen from the feet
-        return figures.radiological(volume[0, -1][inside][:, :, z].float().cpu().numpy())
-
-    some = [frames[i] for i in sorted({round(i) for i in np.linspace(0, len(frames) - 1, 6)})]
-    rows = {"x_t": [axial(xt) for _, xt, _ in some], "predicted x_0": [axial(x0) for _, _, x0 in some]}
-    title = f"{case}, {list(data.classes)[-1]}, slice {z}"
-    figures.denoising_strip(rows, [f"t = {t}" for t, _, _ in some], folder / f"{case}_steps.png", title=title)
-    if variance.max() > 0:
-        pair = [figures.radiological(v[:, :, z]) for v in (image, variance)]
-        figures.montage(pair, ["image", "variance of the ensemble"], folder / f"{case}_variance.png", title=case)
-
-
-def maps_of(result: Ensemble, record: dict[str, Any], inside: Any) -> dict[str, np.ndarray]:
-    """File name suffix -> [X, Y, Z] fp32: the mean of each channel, and the variance."""
-    names = ["background"] * (len(result.mean) > 1) + [name.replace(" ", "-") for name in record["classes"]]
-    maps = {f"_mean_{name}": mean for name, mean in zip(names, result.mean)} | {"_variance": result.variance}
-    return {name: values[inside].cpu().numpy() for name, values in maps.items()}
-
-
-def write_array(path: Path, array: Any, affine: np.ndarray) -> None:
-    """A mask or map on the prepared grid (RAS+) as NIfTI."""
-    array = np.asarray(array.cpu() if isinstance(array, Tensor) else array)
-    loaders.write_nifti(path, array, loaders.on_grid(array.shape[:3], affine), array.dtype)
-
-
 def load_network(config: Config, ranks: Ranks) -> Network:
     """The network of a checkpoint, with its averaged weights if it has them."""
     state = runtime.load_checkpoint(checkpoint_path(config), "patchddm")
     model = network_for(config, state["data"])
     model.load_state_dict(state["ema"] or state["model"])
-    layout = torch.channels_last_3d if ranks.device.type == "cpu" else torch.preserve_format
-    model = model.to(ranks.device, memory_format=layout).eval()  # type: ignore[call-overload]
-    number, _ = runtime.number_format(config.amp, ranks.device)
-    return Network(config, model, state["data"], ranks.device, number, state["step"])
+    model = fast_layout(model.to(ranks.device)).eval()
+    dtype, _ = runtime.number_format(config.amp, ranks.device)
+    return Network(config, model, state["data"], ranks.device, dtype, state["step"])
 
 
 # =====================================================================================================================
@@ -946,7 +914,7 @@ def load_network(config: Config, ranks: Ranks) -> Network:
 
 
 def predict(config: Config, ranks: Ranks) -> int:
-    """Masks for NIfTI files or a folder of them, in the input's grid and with the published label values."""  # D8
+    """Masks for NIfTI files or a folder of them, in the input's grid and with the published label values."""
     if not config.image or not config.output:
         raise InputError("predict needs --image FILE... (or one folder) and --output FILE (or folder)")
     net = load_network(config, ranks)
@@ -955,35 +923,24 @@ def predict(config: Config, ranks: Ranks) -> int:
     to_file = output.name.endswith((".nii", ".nii.gz"))
     if to_file and len(inputs) > 1:
         raise InputError(f"--output {output} is one file, --image names {len(inputs)} images; give a folder")
+    say(f"{checkpoint_path(config)}: {net.record['name']}, step {net.step}", ranks)
     for case, paths in inputs[ranks.rank :: ranks.world]:
         target = output if to_file else output / f"{case}.nii.gz"
         loaders.check_not_input(target, paths)
         image, restore = loaders.load_for_prediction(paths, net.record)  # [C, X, Y, Z] on the network's grid
-        cond, inside = whole_condition(image, net, net.record.get("grid"))
-
-        def write(name: str, array: np.ndarray, target: Path = target, like: Any = restore.like) -> None:
-            stem = target.name.removesuffix(".gz").removesuffix(".nii")
-            path = target.with_name(f"{stem}{name}{target.name.removeprefix(stem)}")
-            loaders.write_nifti(path, array, like, array.dtype)
-
-        for result in ensemble(net, cond, case):
+        cond, inside = whole_volume(image, net, net.record.get("grid"))
+        stem, ending = target.name.split(".nii")
+        files = {}
+        for result in sample_ensemble(net, cond, case):
             if config.save_members:
-                write(f"_member{result.size - 1}", restore.mask(x0_to_mask(result.member)[inside].cpu().numpy()))
-        mask = restore.mask(x0_to_mask(result.mean)[inside].cpu().numpy())
-        write("", mask)
-        if config.save_maps:
-            for name, values in maps_of(result, net.record, inside).items():
-                write(name, restore.map(values))
-        counts = [
-            f"{name} {int((mask == published(net.record, v)).sum())}" for name, v in net.record["classes"].items()
-        ]
-        say(f"{target}: voxels of {', '.join(counts)}")
+                files[f"_member{result.size - 1}"] = restore.mask(x0_to_mask(result.member)[inside].cpu().numpy())
+        files[""] = mask = restore.mask(x0_to_mask(result.mean)[inside].cpu().numpy())  # D8
+        files |= {name: restore.map(values) for name, values in maps_of(result, net, inside).items()}
+        for name, array in files.items():
+            loaders.write_nifti(target.with_name(f"{stem}{name}.nii{ending}"), array, restore.like, array.dtype)
+        values = {name: int(net.record["label_values"][str(v)]) for name, v in net.record["classes"].items()}
+        say(f"{target}: voxels of " + ", ".join(f"{name} {int((mask == v).sum())}" for name, v in values.items()))
     return 0
-
-
-def published(record: dict[str, Any], value: int) -> int:
-    """The publisher's label value of a prepared one."""
-    return int(record["label_values"][str(value)])
 
 
 # =====================================================================================================================
@@ -991,23 +948,14 @@ def published(record: dict[str, Any], value: int) -> int:
 # =====================================================================================================================
 
 VERBS = ("train", "evaluate", "predict")
-# How a trained network is used, which says nothing about the training.
-ONCE = {
-    "checkpoint",
-    "split",
-    "limit",
-    "ensemble",
-    "save_members",
-    "save_maps",
-    "image",
-    "output",
-    "overwrite",
-    "quiet",
-}
-USE = ONCE | {"sampler", "sampling_steps", "eta", "clip"}
+# How a trained network is used once: neither kept from a training nor compared on continuing it.
+ONCE = {"checkpoint", "split", "ensemble", "save_members", "save_maps", "image", "output", "overwrite", "quiet"}
+ONCE |= {"device", "amp", "workers"}
 # On continuing a run these may differ: they change where, how fast and how long, not what.
-MAY_DIFFER = {"steps", "minutes", "device", "amp", "compile", "recompute", "workers", "accumulate", "eval_every"}
-MAY_DIFFER |= USE | {"save_every", "out", "preset"}
+MAY_DIFFER = ONCE | {"out", "preset", "steps", "minutes", "compile", "recompute", "accumulate", "eval_every"}
+MAY_DIFFER |= {"save_every"}
+# For evaluate and predict these may differ from the training.
+USE = ONCE | {"data", "preset", "out", "seed", "limit", "sampler", "sampling_steps", "eta", "clip", "recompute"}
 
 
 def checkpoint_path(config: Config) -> Path:
@@ -1016,32 +964,35 @@ def checkpoint_path(config: Config) -> Path:
 
 
 def from_checkpoint(config: Config, given: dict[str, Any]) -> Config:
-    """For evaluate and predict: the checkpoint's settings, changed by the given flags, which must concern its use."""
-    saved = runtime.load_checkpoint(checkpoint_path(config), "patchddm")["config"]
-    free = USE | {"data", "preset", "out", "device", "amp", "seed", "workers", "recompute"}
-    fixed = [f"--{k.replace('_', '-')} {saved.get(k)}" for k in given if k not in free and given[k] != saved.get(k)]
+    """For evaluate and predict: the settings of the training, changed by the given flags, which must be among USE."""
+    path = checkpoint_path(config)
+    saved = runtime.load_checkpoint(path, "patchddm")["config"]
+    fixed = [f"--{k.replace('_', '-')} {saved.get(k)}" for k in given if k not in USE and given[k] != saved.get(k)]
     if fixed:
-        raise InputError(f"the checkpoint was trained with {', '.join(fixed)}; leave these flags out")
-    kept = {k: v for k, v in saved.items() if k in Config.__dataclass_fields__ and k not in ONCE | {"device", "amp"}}
-    return Config(**{**kept, **given, "out": str(config.run_folder) if "checkpoint" not in given else config.out})
+        raise InputError(f"{path} was trained with {', '.join(fixed)}; leave these flags out")
+    kept = {k: v for k, v in saved.items() if k in Config.__dataclass_fields__ and k not in ONCE | {"limit"}}
+    return Config(**{**kept, "out": str(path.parent), **given})
 
 
 def main(argv: Sequence[str]) -> int:
     verb, config, given = runtime.parse_flags(Config, argv, VERBS, PRESETS, (__doc__ or "").split("\n\n")[0])
-    if config.init and verb in ("", "train"):
-        public = runtime.load_tensors(Path(config.init))
-        if isinstance(public, dict) and "input_blocks.0.0.weight" in public:
-            config = replace(config, **{k: v for k, v in config_of_public(public).items() if k not in given})
     if verb in ("evaluate", "predict"):
         config = from_checkpoint(config, given)
-    ranks = runtime.start_processes(config.device)
-    if verb == "predict":
-        code = predict(config, ranks)
-    else:
-        data = loaders.open_data(config.data)
-        code = train(config, data, ranks) if verb != "evaluate" else 0
-        if verb != "train" and code == 0:
-            code = evaluate(config, data, ranks)
+    elif config.init:
+        config = replace(config, **{k: v for k, v in network_flags(Path(config.init)).items() if k not in given})
+    ranks, stop = runtime.start_processes(config.device), runtime.StopFlag()
+    try:
+        if verb == "predict":
+            stop.restore()
+            code = predict(config, ranks)
+        else:
+            data = loaders.open_data(config.data)
+            code = train(config, data, ranks, stop) if verb in ("", "train") else 0
+            stop.restore()  # from here on there is nothing to save
+            if verb in ("", "evaluate") and code == 0:
+                code = evaluate(replace(config, checkpoint="") if verb == "" else config, data, ranks)
+    finally:
+        stop.restore()
     runtime.stop_processes()
     return code
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -25,7 +26,13 @@ Colour = tuple[int, int, int]
 # Okabe and Ito, "Color Universal Design" (2008): told apart with each common form of colour blindness. Their black is
 # left out (invisible on a scan), and the pairs that are nearest to each other stand far apart in the list.
 PALETTE: tuple[Colour, ...] = (
-    (230, 159, 0), (86, 180, 233), (0, 158, 115), (213, 94, 0), (0, 114, 178), (204, 121, 167), (240, 228, 66)
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (213, 94, 0),
+    (0, 114, 178),
+    (204, 121, 167),
+    (240, 228, 66),
 )
 HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])  # dark = low, light = high
 WHITE, BLACK, RULE, MISSING = (255, 255, 255), (0, 0, 0), (222, 222, 222), (190, 190, 190)
@@ -56,8 +63,10 @@ def overlay(image2d: np.ndarray, mask2d: np.ndarray, colours: Sequence[Colour], 
     Returns uint8 [H, W, 3]. ValueError for other shapes, and for a value without a colour.
     """
     if image2d.dtype != np.uint8 or image2d.shape[:2] != mask2d.shape:
-        raise ValueError(f"overlay: image {image2d.dtype} {image2d.shape} with mask {mask2d.shape}; expected uint8 and"
-                         " a mask of the same height and width")
+        raise ValueError(
+            f"overlay: image {image2d.dtype} {image2d.shape} with mask {mask2d.shape}; expected uint8 and"
+            " a mask of the same height and width"
+        )
     if mask2d.size and int(mask2d.max()) > len(colours):
         raise ValueError(f"overlay: label {mask2d.max()}, but {len(colours)} colours; give one for each value from 1")
     picture = (image2d if image2d.ndim == 3 else np.repeat(image2d[..., None], 3, axis=2)).astype(np.float64)
@@ -141,8 +150,14 @@ def _wrap(text: str, size: int, width: int, most: int = 2) -> list[str]:
     return lines[:most]
 
 
-def _write(canvas: Image.Image, xy: tuple[float, float], lines: list[str], size: int = TEXT, anchor: str = "ma",
-           fill: Colour = BLACK) -> None:
+def _write(
+    canvas: Image.Image,
+    xy: tuple[float, float],
+    lines: list[str],
+    size: int = TEXT,
+    anchor: str = "ma",
+    fill: Colour = BLACK,
+) -> None:
     """Draws lines of text below each other; the anchor (Pillow's two letters) holds for the first."""
     for i, line in enumerate(lines):
         ImageDraw.Draw(canvas).text((xy[0], xy[1] + i * (size + 4)), line, fill, _font(size), anchor)
@@ -187,8 +202,15 @@ def _colour_bar(limits: tuple[float, float], height: int, unit: str) -> Image.Im
     return strip
 
 
-def _grid(cells: Sequence[Sequence[np.ndarray]], captions: Sequence[Sequence[str]], row_titles: Sequence[str],
-          title: str, side: Image.Image | None = None, note: str = "", gap: int = GAP) -> Image.Image:
+def _grid(
+    cells: Sequence[Sequence[np.ndarray]],
+    captions: Sequence[Sequence[str]],
+    row_titles: Sequence[str],
+    title: str,
+    side: Image.Image | None = None,
+    note: str = "",
+    gap: int = GAP,
+) -> Image.Image:
     """Pictures uint8 [h, w, 3] in rows, `gap` pixels apart, row titles on the left, a legend or colour bar right.
 
     captions[r] stand above the pictures of row r (may be empty); the note stands in small letters below the title.
@@ -282,8 +304,14 @@ def _smooth(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x, np.convolve(y, window, "same") / np.convolve(np.ones(len(y)), window, "same")  # fewer values at the ends
 
 
-def _panel(canvas: Image.Image, box: tuple[int, int, int, int], curves: list[_Curve], x_limits: tuple[float, float],
-           y_limits: tuple[float, float], log: bool) -> None:
+def _panel(
+    canvas: Image.Image,
+    box: tuple[int, int, int, int],
+    curves: list[_Curve],
+    x_limits: tuple[float, float],
+    y_limits: tuple[float, float],
+    log: bool,
+) -> None:
     """Axes with ticks and curves inside the box (left, top, right, bottom); what leaves the limits is cut off."""
     left, top, right, bottom = box
     width, height, fine = right - left, bottom - top, 3  # drawn three times as large, then averaged: smooth lines
@@ -332,11 +360,16 @@ def loss_curve(log_csv: str | Path, path: str | Path, title: str = "") -> Path:
     for q, colour in zip("1234", (PALETTE[1], PALETTE[2], PALETTE[0], PALETTE[3])):
         if f"loss_q{q}" in log:  # quartiles of t: q1 holds the least noise
             losses.append(_Curve(f"t in quartile {q}", colour, *_smooth(step, log[f"loss_q{q}"])))
-    losses += [_Curve(n.replace("_", " "), PALETTE[5], *_smooth(step, log[n]), dots=True)
-               for n in log if n.startswith("val_loss")]
+    losses += [
+        _Curve(n.replace("_", " "), PALETTE[5], *_smooth(step, log[n]), dots=True)
+        for n in log
+        if n.startswith("val_loss")
+    ]
     names = [n for n in log if n.startswith("val_dice")]
-    dice = [_Curve(n.replace("val_", "", 1).replace("_", " "), c, *_smooth(step, log[n]), dots=True)
-            for n, c in zip(names, class_colours(len(names)))]
+    dice = [
+        _Curve(n.replace("val_", "", 1).replace("_", " "), c, *_smooth(step, log[n]), dots=True)
+        for n, c in zip(names, class_colours(len(names)))
+    ]
     losses, dice = ([c for c in group if np.isfinite(c.y).any()] for group in (losses, dice))
 
     # The smoothed lines set the range; of the raw values the wildest two percent may leave the panel.
@@ -349,8 +382,15 @@ def loss_curve(log_csv: str | Path, path: str | Path, title: str = "") -> Path:
     panels = [([scatter, *reversed(losses)] if losses else [], losses, y_limits, logarithmic, "loss")]
     if dice:
         low, high = _limits(np.concatenate([c.y for c in dice]))
-        panels.append((dice, dice, (math.floor(low * 10 - 0.2) / 10, math.ceil(high * 10 + 0.2) / 10), False,
-                       "validation Dice (0 to 1)"))
+        panels.append(
+            (
+                dice,
+                dice,
+                (math.floor(low * 10 - 0.2) / 10, math.ceil(high * 10 + 0.2) / 10),
+                False,
+                "validation Dice (0 to 1)",
+            )
+        )
 
     keys = [_legend([(c.name, c.colour) for c in shown]) for _, shown, *_ in panels]
     left, width = MARGIN + 70, 620
@@ -384,8 +424,11 @@ def _choose_slices(foreground: np.ndarray, count: int) -> list[int]:
 
 def _check_masks(image: np.ndarray, masks: Mapping[str, np.ndarray], spacing: Sequence[float]) -> None:
     """Raises ValueError that lists everything that does not fit together."""
-    faults = [f"mask '{name}' is {m.dtype} {m.shape}, expected integers or booleans {image.shape}"
-              for name, m in masks.items() if m.shape != image.shape or m.dtype.kind not in "iub"]
+    faults = [
+        f"mask '{name}' is {m.dtype} {m.shape}, expected integers or booleans {image.shape}"
+        for name, m in masks.items()
+        if m.shape != image.shape or m.dtype.kind not in "iub"
+    ]
     if image.ndim not in (2, 3) or image.size == 0:
         faults.append(f"image is {image.shape}, expected [X, Y, Z] or [X, Y]")
     if len(spacing) != image.ndim or not all(s > 0 for s in spacing):
@@ -394,8 +437,15 @@ def _check_masks(image: np.ndarray, masks: Mapping[str, np.ndarray], spacing: Se
         raise ValueError("mask_slices: " + "; ".join(faults))
 
 
-def mask_slices(image: np.ndarray, masks: Mapping[str, np.ndarray], path: str | Path, spacing: Sequence[float],
-                class_names: Sequence[str] | Mapping[str, int], title: str = "", n_slices: int = 6) -> Path:
+def mask_slices(
+    image: np.ndarray,
+    masks: Mapping[str, np.ndarray],
+    path: str | Path,
+    spacing: Sequence[float],
+    class_names: Sequence[str] | Mapping[str, int],
+    title: str = "",
+    n_slices: int = 6,
+) -> Path:
     """Axial slices: the image, and below it the image under each mask, in true proportions and radiological view.
 
     image [X, Y, Z] or [X, Y], RAS+, any range (shown from percentile 0.5 to 99.5 of the volume); masks: row title ->
@@ -439,8 +489,16 @@ def mask_slices(image: np.ndarray, masks: Mapping[str, np.ndarray], path: str | 
     return _save(_grid(rows, above, names, title, side), path)
 
 
-def montage(images: Sequence[np.ndarray], titles: Sequence[str], path: str | Path, columns: int = 4, title: str = "",
-            cmap: str = "grey", limits: tuple[float, float] | None = None, unit: str = "") -> Path:
+def montage(
+    images: Sequence[np.ndarray],
+    titles: Sequence[str],
+    path: str | Path,
+    columns: int = 4,
+    title: str = "",
+    cmap: str = "grey",
+    limits: tuple[float, float] | None = None,
+    unit: str = "",
+) -> Path:
     """2D arrays [H, W] of any range (or uint8 colour pictures [H, W, 3]) in rows of `columns`, each under its title.
 
     cmap "grey": each image has its own window, percentile 0.5 to 99.5; "heat" (uncertainty, error maps): one scale for
@@ -448,8 +506,10 @@ def montage(images: Sequence[np.ndarray], titles: Sequence[str], path: str | Pat
     Returns the path. Raises ValueError for no image, another number of titles, another shape or colour map.
     """
     if not images or len(images) != len(titles) or cmap not in ("grey", "heat") or columns < 1:
-        raise ValueError(f"montage: {len(images)} images, {len(titles)} titles, columns {columns}, cmap '{cmap}';"
-                         " expected one title for each image, at least one of both, and cmap grey or heat")
+        raise ValueError(
+            f"montage: {len(images)} images, {len(titles)} titles, columns {columns}, cmap '{cmap}';"
+            " expected one title for each image, at least one of both, and cmap grey or heat"
+        )
     if bad := [f"{a.dtype} {a.shape}" for a in images if a.ndim != 2 and (a.ndim != 3 or a.dtype != np.uint8)]:
         raise ValueError(f"montage: {', '.join(bad)}; expected [H, W], or uint8 [H, W, 3]")
     maps = [np.asarray(a, dtype=np.float64) for a in images if a.ndim == 2]
@@ -467,8 +527,13 @@ def montage(images: Sequence[np.ndarray], titles: Sequence[str], path: str | Pat
     return _save(_grid(rows, above, [""] * len(rows), title, side), path)
 
 
-def denoising_strip(rows: Mapping[str, Sequence[np.ndarray]], column_titles: Sequence[str], path: str | Path,
-                    title: str = "", limits: tuple[float, float] = (-1.0, 1.0)) -> Path:
+def denoising_strip(
+    rows: Mapping[str, Sequence[np.ndarray]],
+    column_titles: Sequence[str],
+    path: str | Path,
+    title: str = "",
+    limits: tuple[float, float] = (-1.0, 1.0),
+) -> Path:
     """The reverse process as a strip: a row for each name (for example x_t and the predicted x0), a column for each t.
 
     rows: name -> 2D arrays [H, W], one for each column; floats are grey from limits[0] (black) to limits[1] (white),
@@ -478,11 +543,16 @@ def denoising_strip(rows: Mapping[str, Sequence[np.ndarray]], column_titles: Seq
     cells = []
     for name, arrays in rows.items():
         if len(arrays) != len(column_titles) or any(a.ndim != 2 for a in arrays):
-            raise ValueError(f"denoising_strip: row '{name}' has shapes {[a.shape for a in arrays]}, expected"
-                             f" {len(column_titles)} arrays [H, W], one for each column title")
-        painted = [_grey(a, limits) if a.dtype.kind == "f" else
-                   overlay(np.zeros(a.shape, np.uint8), a.astype(np.int64), class_colours(int(a.max())), alpha=1.0)
-                   for a in arrays]
+            raise ValueError(
+                f"denoising_strip: row '{name}' has shapes {[a.shape for a in arrays]}, expected"
+                f" {len(column_titles)} arrays [H, W], one for each column title"
+            )
+        painted = [
+            _grey(a, limits)
+            if a.dtype.kind == "f"
+            else overlay(np.zeros(a.shape, np.uint8), a.astype(np.int64), class_colours(int(a.max())), alpha=1.0)
+            for a in arrays
+        ]
         cells.append([_resize(p, *_size(p.shape, 144)) for p in painted])
     if not cells or not column_titles:
         raise ValueError("denoising_strip: nothing to draw; expected at least one row with one array")
@@ -491,8 +561,17 @@ def denoising_strip(rows: Mapping[str, Sequence[np.ndarray]], column_titles: Seq
 
 
 # ------------------------------------------------------------------------------------------------------------ heat map
-def heat_map(values: np.ndarray, row_labels: Sequence[str], col_labels: Sequence[str], path: str | Path,
-             title: str = "", row_name: str = "", col_name: str = "", unit: str = "", fmt: str = "{:.3f}") -> Path:
+def heat_map(
+    values: np.ndarray,
+    row_labels: Sequence[str],
+    col_labels: Sequence[str],
+    path: str | Path,
+    title: str = "",
+    row_name: str = "",
+    col_name: str = "",
+    unit: str = "",
+    fmt: str = "{:.3f}",
+) -> Path:
     """A table of numbers as coloured cells with a colour bar, for example a metric over two settings.
 
     values [rows, columns] in `unit`; NaN is a hatched grey cell "not run", an infinite value a plain grey one.
@@ -500,8 +579,10 @@ def heat_map(values: np.ndarray, row_labels: Sequence[str], col_labels: Sequence
     """
     values = np.asarray(values, dtype=np.float64)
     if values.shape != (len(row_labels), len(col_labels)) or values.size == 0:
-        raise ValueError(f"heat_map: values {values.shape}, {len(row_labels)} row and {len(col_labels)} column labels;"
-                         " expected one label for each row and column, and at least one cell")
+        raise ValueError(
+            f"heat_map: values {values.shape}, {len(row_labels)} row and {len(col_labels)} column labels;"
+            " expected one label for each row and column, and at least one cell"
+        )
     texts = [["not run" if np.isnan(v) else fmt.format(v) for v in row] for row in values]
     words = [word for label in col_labels for word in label.split()]
     width = max(72, *(_width(t) + 16 for row in texts for t in row), *(min(_width(w) + 6, 140) for w in words))
@@ -520,3 +601,48 @@ def heat_map(values: np.ndarray, row_labels: Sequence[str], col_labels: Sequence
     above = [list(col_labels)] + [[] for _ in cells[1:]]
     bar = _colour_bar(limits, 46 * len(cells), unit)
     return _save(_grid(cells, above, row_labels, title, bar, note, gap=2), path)
+
+
+# ---------------------------------------------------------------------------------------------------------- one case
+class Diary:
+    """Watches a sampler and keeps one axial slice of x_t and of the predicted x_0 of each step.
+
+    truth: [X, Y, Z] integer labels; the slice is the one where the last class is largest, of the last channel.
+    inside: the slices that cut the volume out of the padded grid.
+    """
+
+    def __init__(self, truth: np.ndarray, inside: Sequence[slice]):
+        self.truth, self.z = truth, int((truth == truth.max()).sum(axis=(0, 1)).argmax())
+        self.cut = (0, -1, inside[0], inside[1], inside[2].start + self.z)
+        self.frames: list[tuple[int, np.ndarray, np.ndarray]] = []
+
+    def __call__(self, t: int, xt: Any, x0: Any) -> None:
+        """xt, x0: tensors [1, K, X, Y, Z] on any device."""
+        a, b = (radiological(v[self.cut].float().cpu().numpy()) for v in (xt, x0))
+        self.frames.append((t, a, b))
+
+
+def case_sheet(
+    folder: Path,
+    case: str,
+    image: np.ndarray,
+    mask: np.ndarray,
+    spacing: Sequence[float],
+    class_names: Mapping[str, int],
+    diary: Diary,
+    variance: np.ndarray,
+) -> None:
+    """Three pictures of a case: masks over slices, the way from noise to mask, image beside the ensemble's variance.
+
+    image, variance: [X, Y, Z]; mask: [X, Y, Z] integers. The third is left out where the variance is 0 (one member).
+    """
+    image, z = image.astype(np.float32), diary.z
+    masks = {"truth": diary.truth, "prediction": mask}
+    mask_slices(image, masks, folder / f"{case}.png", spacing, class_names, title=case)
+    some = [diary.frames[i] for i in sorted({round(i) for i in np.linspace(0, len(diary.frames) - 1, 6)})]
+    rows = {"x_t": [f[1] for f in some], "predicted x_0": [f[2] for f in some]}
+    title = f"{case}, {list(class_names)[-1]}, slice {z}"
+    denoising_strip(rows, [f"t = {f[0]}" for f in some], folder / f"{case}_steps.png", title=title)
+    if variance.max() > 0:
+        pair = [radiological(v[:, :, z]) for v in (image, variance)]
+        montage(pair, ["image", "variance of the ensemble"], folder / f"{case}_variance.png", title=case)

@@ -624,9 +624,7 @@ def load_for_prediction(paths: Sequence[str | os.PathLike], record: dict) -> tup
     return grid, Restore(files[0], undo, ras.shape[1:], native_affine, affine, values)
 
 
-def stack_channels(
-    files: Sequence[Nifti], channels: Sequence[str], allow_affine_mismatch: bool = False
-) -> np.ndarray:
+def stack_channels(files: Sequence[Nifti], channels: Sequence[str], allow_affine_mismatch: bool = False) -> np.ndarray:
     """[C, X, Y, Z] from one file for each channel, or from one 4D file. Raises: as load_for_prediction."""
     names = f"{len(channels)} channel{'s' * (len(channels) != 1)} ({', '.join(channels)})"
     if len(files) == 1:
@@ -690,14 +688,31 @@ def find_inputs(paths: Sequence[str | os.PathLike], channels: int | Sequence[str
         raise InputError(f"{', '.join(double)}: found more than once; rename, or predict the folders one by one")
     return sorted(found, key=lambda case: natural_key(case[0]))
 
+
 # --- phantoms --------------------------------------------------------------------------------------------------------
 
 # Normals of the lamellae of class 1, 2, ...: the 13 lines through a voxel and its neighbours; the first four lie in
 # the plane, so 2D images share them (and repeat them with a wider period from class 5 on). Every pair is >= 35 degrees
 # apart. Mirroring an axis keeps classes 1, 2 and 5 but turns diagonal classes into each other, as it would left and
 # right organs.
-NORMALS = np.array([(1, 0, 0), (0, 1, 0), (1, 1, 0), (1, -1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1), (1, 0, -1),
-                    (0, 1, -1), (1, 1, 1), (1, 1, -1), (1, -1, 1), (-1, 1, 1)], dtype=float)
+NORMALS = np.array(
+    [
+        (1, 0, 0),
+        (0, 1, 0),
+        (1, 1, 0),
+        (1, -1, 0),
+        (0, 0, 1),
+        (1, 0, 1),
+        (0, 1, 1),
+        (1, 0, -1),
+        (0, 1, -1),
+        (1, 1, 1),
+        (1, 1, -1),
+        (1, -1, 1),
+        (-1, 1, 1),
+    ],
+    dtype=float,
+)
 PERIOD = 4.5  # of the lamellae, in voxels of the coarsest axis that their normal has a part in
 TEXTURE_SD = 0.09  # of lamellae and of tissue alike; the image lies in [0, 1]
 CONTRAST = (0.05, 0.20)  # |mean of a blob - mean of the tissue|; the sign is drawn too
@@ -720,7 +735,7 @@ def _place_blobs(rng, extent, spacing, classes):
     radius = min((0.3 * np.prod(extent) / count / sphere) ** (1 / ndim), 0.25 * extent.min())  # blobs fill 30 %
     stretch = rng.uniform(-0.2, 0.2, (count, ndim))
     half = radius * rng.uniform(0.88, 1.12, (count, 1)) * np.exp(stretch - stretch.mean(1, keepdims=True))
-    half[classes:2 * classes] = half[:classes]  # each organ has a distractor of its own size
+    half[classes : 2 * classes] = half[:classes]  # each organ has a distractor of its own size
     # Anatomical prior: class k's home, in fractions of the box; the irrational steps spread any number of classes.
     k = np.arange(classes)
     home = np.stack([(k + 0.5) / classes, (0.3 + 0.4142 * k) % 1, (0.3 + 0.6180 * k) % 1][:ndim], axis=1)
@@ -739,8 +754,9 @@ def _place_blobs(rng, extent, spacing, classes):
     return centres, half
 
 
-def phantom(seed: int, index: int, shape=(48, 48, 32), spacing=(1.0, 1.0, 1.5), channels=1, classes=2
-            ) -> tuple[np.ndarray, np.ndarray]:
+def phantom(
+    seed: int, index: int, shape=(48, 48, 32), spacing=(1.0, 1.0, 1.5), channels=1, classes=2
+) -> tuple[np.ndarray, np.ndarray]:
     """Draw toy scan `index` -> image float32 [C, *shape] in [0, 1], label uint8 [*shape] with values 0..classes.
 
     Blobs of random contrast lie in noisy tissue. An organ is told from a distractor of the same size and contrast, and
@@ -749,10 +765,12 @@ def phantom(seed: int, index: int, shape=(48, 48, 32), spacing=(1.0, 1.0, 1.5), 
     axes, `spacing` is in mm (anatomy is drawn in mm: the same box at another spacing holds the same organs),
     `classes` is 1..13. All depends on (seed, index) and these arguments only, not on earlier calls; seed, index >= 0.
     """
-    shape, spacing = tuple(shape), np.asarray(spacing, float)[:len(shape)]
+    shape, spacing = tuple(shape), np.asarray(spacing, float)[: len(shape)]
     if len(shape) not in (2, 3) or len(spacing) != len(shape) or not 1 <= classes <= len(NORMALS):
-        raise ValueError(f"phantom: shape {shape}, spacing {spacing}, {classes} classes; expected 2 or 3 axes, a "
-                         f"spacing for each and 1 to {len(NORMALS)} classes; change these arguments")
+        raise ValueError(
+            f"phantom: shape {shape}, spacing {spacing}, {classes} classes; expected 2 or 3 axes, a "
+            f"spacing for each and 1 to {len(NORMALS)} classes; change these arguments"
+        )
     rng = np.random.default_rng((seed, index))
     ndim, extent = len(shape), np.array(shape) * spacing  # mm
 
@@ -767,7 +785,7 @@ def phantom(seed: int, index: int, shape=(48, 48, 32), spacing=(1.0, 1.0, 1.5), 
         lo = np.maximum(np.floor((centre - 2 * h) / spacing), 0).astype(int)
         box = tuple(slice(a, b) for a, b in zip(lo, np.ceil((centre + 2 * h) / spacing).astype(int)))
         offsets = np.ix_(*[(x[b] - c) / r for x, b, c, r in zip(axes, box, centre, h)])
-        mine = np.sqrt(sum(o ** 2 for o in offsets)) * (1 + 0.15 * bumps[box])
+        mine = np.sqrt(sum(o**2 for o in offsets)) * (1 + 0.15 * bumps[box])
         nearer = mine < level[box]  # blobs that meet share the border where their levels are equal
         level[box][nearer] = mine[nearer]
         owner[box][nearer] = i
@@ -777,7 +795,7 @@ def phantom(seed: int, index: int, shape=(48, 48, 32), spacing=(1.0, 1.0, 1.5), 
     owner[(level > 1) | ~body] = -1
     label = np.where(owner < classes, owner + 1, 0).astype(np.uint8)
     contrast = rng.choice((-1, 1), (channels, len(half))) * rng.uniform(*CONTRAST, (channels, len(half)))
-    contrast[:, classes:2 * classes] = contrast[:, :classes]  # the distractor of the same size has the same contrast
+    contrast[:, classes : 2 * classes] = contrast[:, :classes]  # the distractor of the same size has the same contrast
     tissue = rng.uniform(0.42, 0.52, channels)
     bias = 1 + 0.08 * np.clip(_smooth_field(rng, shape, (3,) * ndim), -2, 2)
 
@@ -795,7 +813,7 @@ def phantom(seed: int, index: int, shape=(48, 48, 32), spacing=(1.0, 1.0, 1.5), 
         texture[inside] = ndtri(0.01 + 0.98 * np.abs(2 * (turns % 1) - 1))
 
     # 3. Image: the body in dark air, a thin dark capsule round each blob, bias field, noise of the scanner.
-    capsule = np.exp(-((level - 1) * half.mean() / spacing.min()) ** 2)
+    capsule = np.exp(-(((level - 1) * half.mean() / spacing.min()) ** 2))
     image = np.empty((channels, *shape), np.float32)
     for c in range(channels):
         step = np.append(contrast[c], 0.0).astype(np.float32)[owner]  # owner -1 reads the 0 at the end
@@ -869,7 +887,8 @@ def open_data(name: str, seed: int = 0) -> Prepared | Phantoms:
     return open_prepared(folder if (folder / "dataset.json").exists() or folder.is_absolute() else Path("data") / name)
 
 
-def on_grid(shape: Sequence[int], affine: np.ndarray) -> Nifti:
-    """An empty NIfTI of this grid, as the `like` of `write_nifti` for arrays that come from no file."""
-    image = nib.Nifti1Image(np.zeros(tuple(shape), np.uint8), affine)
-    return Nifti(np.asarray(image.dataobj), affine, tuple(nib.affines.voxel_sizes(affine)), image.header, Path("grid"))
+def write_on_grid(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
+    """Write a mask or map [X, Y, Z] of a prepared case as NIfTI, in its own number type; affine: the case's."""
+    image = nib.Nifti1Image(np.zeros(array.shape, np.uint8), affine)
+    spacing = tuple(float(v) for v in nib.affines.voxel_sizes(affine))
+    write_nifti(path, array, Nifti(np.asarray(image.dataobj), affine, spacing, image.header, path), array.dtype)

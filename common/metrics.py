@@ -42,12 +42,31 @@ from scipy.spatial import cKDTree
 from common import InputError
 
 DISTANCES = ("hd95_mm", "hd95_pooled_mm", "assd_mm", "centroid_mm")
-COLUMNS = ("case", "class", "dice", "iou", "hd95_mm", "hd95_pooled_mm", "nsd", "assd_mm", "centroid_mm",
-           "volume_true_ml", "volume_pred_ml")
+COLUMNS = (
+    "case",
+    "class",
+    "dice",
+    "iou",
+    "hd95_mm",
+    "hd95_pooled_mm",
+    "nsd",
+    "assd_mm",
+    "centroid_mm",
+    "volume_true_ml",
+    "volume_pred_ml",
+)
 # nsd_valid: NSD over the valid pairs alone, as the public code of the recycling paper averages it; not a CSV column.
 SCORES = ("dice", "iou", "hd95_mm", "hd95_pooled_mm", "nsd", "nsd_valid", "assd_mm", "centroid_mm")
-TITLES = {"dice": "Dice", "iou": "IoU", "hd95_mm": "HD95", "hd95_pooled_mm": "HD95 pooled", "nsd": "NSD",
-          "nsd_valid": "NSD valid", "assd_mm": "ASSD", "centroid_mm": "centroid"}
+TITLES = {
+    "dice": "Dice",
+    "iou": "IoU",
+    "hd95_mm": "HD95",
+    "hd95_pooled_mm": "HD95 pooled",
+    "nsd": "NSD",
+    "nsd_valid": "NSD valid",
+    "assd_mm": "ASSD",
+    "centroid_mm": "centroid",
+}
 NAN = float("nan")
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -71,8 +90,10 @@ def _as_mask(mask: np.ndarray, name: str) -> np.ndarray:
     if mask.dtype == bool:
         return mask
     if mask.dtype.kind not in "uif" or not np.isin(mask, (0, 1)).all():
-        raise ValueError(f"{name} ({mask.dtype}) has values other than 0 and 1; expected a boolean mask; "
-                         f"compare the labels with one class value first, as in label == 1")
+        raise ValueError(
+            f"{name} ({mask.dtype}) has values other than 0 and 1; expected a boolean mask; "
+            f"compare the labels with one class value first, as in label == 1"
+        )
     return mask.astype(bool)
 
 
@@ -80,8 +101,10 @@ def _pair(pred: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both masks as booleans of one shape; ValueError otherwise."""
     pred, true = _as_mask(pred, "pred"), _as_mask(true, "true")
     if pred.shape != true.shape:
-        raise ValueError(f"pred has shape {pred.shape}, true has {true.shape}; expected the same grid; "
-                         f"check that both belong to one case, and resample one to the other")
+        raise ValueError(
+            f"pred has shape {pred.shape}, true has {true.shape}; expected the same grid; "
+            f"check that both belong to one case, and resample one to the other"
+        )
     return pred, true
 
 
@@ -89,8 +112,10 @@ def _spacing(spacing: Sequence[float], ndim: int) -> np.ndarray:
     """Spacing in mm as float64 [ndim]; ValueError unless it holds one positive number per axis."""
     mm = np.asarray(spacing, dtype=np.float64)
     if mm.shape != (ndim,) or not (np.isfinite(mm) & (mm > 0)).all():
-        raise ValueError(f"spacing is {spacing}; expected {ndim} positive numbers in mm, one per axis of the mask; "
-                         f"take them from the image header, in the order of the axes")
+        raise ValueError(
+            f"spacing is {spacing}; expected {ndim} positive numbers in mm, one per axis of the mask; "
+            f"take them from the image header, in the order of the axes"
+        )
     return mm
 
 
@@ -252,11 +277,15 @@ def best_interval_dice(images: list[np.ndarray], labels: list[np.ndarray], value
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         image, label = np.asarray(image), np.asarray(label)
         if image.shape != label.shape or not (image.size and image.min() >= 0 and image.max() <= 1):
-            raise ValueError(f"case {i}: image of shape {image.shape}, label of {label.shape}; expected equal shapes "
-                             f"and intensities in [0, 1]; normalise the image first and pass one channel")
+            raise ValueError(
+                f"case {i}: image of shape {image.shape}, label of {label.shape}; expected equal shapes "
+                f"and intensities in [0, 1]; normalise the image first and pass one channel"
+            )
         index = np.minimum((image * bins).astype(np.int64), bins - 1)
-        voxels, hits = (np.concatenate(([0], np.cumsum(np.bincount(part.ravel(), minlength=bins))))
-                        for part in (index, index[label == value]))  # [bins + 1] each: cumulative histograms
+        voxels, hits = (
+            np.concatenate(([0], np.cumsum(np.bincount(part.ravel(), minlength=bins))))
+            for part in (index, index[label == value])
+        )  # [bins + 1] each: cumulative histograms
         size, hit = voxels[None] - voxels[:, None], hits[None] - hits[:, None]  # [first, end]
         size, hit = np.stack((size, voxels[-1] - size)), np.stack((hit, hits[-1] - hit))
         both = np.where(np.triu(np.ones_like(size[0]), 0) > 0, size + hits[-1], 0)  # an end before its start: no rule
@@ -274,8 +303,14 @@ def best_interval_dice(images: list[np.ndarray], labels: list[np.ndarray], value
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def evaluate_case(case: str, pred: np.ndarray, true: np.ndarray, spacing: Sequence[float], classes: Mapping[str, int],
-                  tolerance_mm: float = 1.0) -> list[dict[str, Any]]:
+def evaluate_case(
+    case: str,
+    pred: np.ndarray,
+    true: np.ndarray,
+    spacing: Sequence[float],
+    classes: Mapping[str, int],
+    tolerance_mm: float = 1.0,
+) -> list[dict[str, Any]]:
     """One row of metrics.csv (keys COLUMNS, in that order) per foreground class.
 
     Args: case: its id; pred, true: integer labels, one shape; spacing: mm per axis; classes: name -> label value.
@@ -283,15 +318,23 @@ def evaluate_case(case: str, pred: np.ndarray, true: np.ndarray, spacing: Sequen
     """
     pred, true = np.asarray(pred), np.asarray(true)
     if pred.shape != true.shape or pred.dtype.kind not in "uib" or true.dtype.kind not in "uib":
-        raise ValueError(f"case {case}: pred is {pred.dtype} {pred.shape}, true is {true.dtype} {true.shape}; expected "
-                         f"integer labels on the same grid; take the argmax, or check the pairing of the files")
+        raise ValueError(
+            f"case {case}: pred is {pred.dtype} {pred.shape}, true is {true.dtype} {true.shape}; expected "
+            f"integer labels on the same grid; take the argmax, or check the pairing of the files"
+        )
     box = _box(pred != 0, true != 0)  # cropping once for all classes changes no metric
     rows = []
     for name, value in classes.items():
         p, t = (pred[box] == value, true[box] == value) if value else (pred == value, true == value)
-        row = {"case": case, "class": name, "dice": dice(p, t), "iou": iou(p, t),
-               **surface_scores(p, t, spacing, tolerance_mm),
-               "volume_true_ml": volume_ml(t, spacing), "volume_pred_ml": volume_ml(p, spacing)}
+        row = {
+            "case": case,
+            "class": name,
+            "dice": dice(p, t),
+            "iou": iou(p, t),
+            **surface_scores(p, t, spacing, tolerance_mm),
+            "volume_true_ml": volume_ml(t, spacing),
+            "volume_pred_ml": volume_ml(p, spacing),
+        }
         rows.append({column: row[column] for column in COLUMNS})
     return rows
 
@@ -336,8 +379,10 @@ def read_metrics_csv(path: Path | str) -> list[dict[str, Any]]:
             try:
                 rows.append({c: cells[c] if c in COLUMNS[:2] else float(cells[c] or NAN) for c in COLUMNS})
             except ValueError as error:
-                raise InputError(f"{path} line {reader.line_num}: {error}; expected numbers or empty cells; "
-                                 f"write the file again with evaluate") from error
+                raise InputError(
+                    f"{path} line {reader.line_num}: {error}; expected numbers or empty cells; "
+                    f"write the file again with evaluate"
+                ) from error
     if not rows:
         raise InputError(f"{path} has no rows; expected one per case and class; run evaluate again")
     return rows
@@ -351,8 +396,10 @@ def _array(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str], np.
     cases, names = list(dict.fromkeys(r["case"] for r in rows)), list(dict.fromkeys(r["class"] for r in rows))
     by_key = {(r["case"], r["class"]): r for r in rows}
     if not rows or len(by_key) != len(rows) or len(rows) != len(cases) * len(names):
-        raise InputError(f"{len(rows)} rows for {len(cases)} cases and {len(names)} classes, {len(by_key)} of them "
-                         f"different; expected one per case and class; join no files of different class lists")
+        raise InputError(
+            f"{len(rows)} rows for {len(cases)} cases and {len(names)} classes, {len(by_key)} of them "
+            f"different; expected one per case and class; join no files of different class lists"
+        )
     values = np.full((len(cases), len(names), len(SCORES)), NAN)
     status = np.zeros((len(cases), len(names)), dtype=int)
     for i, case in enumerate(cases):
@@ -381,9 +428,14 @@ def _bootstrap(values: np.ndarray, samples: int = 2000) -> list[float]:
 def _statistics(values: np.ndarray, status: np.ndarray) -> dict[str, Any]:
     """mean, sd (ddof 1), median, ci95 and n of the values that are not NaN; pairs by status."""
     x = values[~np.isnan(values)]
-    return {"mean": float(x.mean()) if len(x) else NAN, "sd": float(x.std(ddof=1)) if len(x) > 1 else NAN,
-            "median": float(np.median(x)) if len(x) else NAN, "ci95": _bootstrap(x), "n": len(x),
-            **{f"n_{word}": int((status == k + 1).sum()) for k, word in enumerate(("missed", "spurious", "excluded"))}}
+    return {
+        "mean": float(x.mean()) if len(x) else NAN,
+        "sd": float(x.std(ddof=1)) if len(x) > 1 else NAN,
+        "median": float(np.median(x)) if len(x) else NAN,
+        "ci95": _bootstrap(x),
+        "n": len(x),
+        **{f"n_{word}": int((status == k + 1).sum()) for k, word in enumerate(("missed", "spurious", "excluded"))},
+    }
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], empty_distance: Mapping[str, float] | float | None = None) -> dict:
@@ -407,10 +459,13 @@ def summarise(rows: Sequence[Mapping[str, Any]], empty_distance: Mapping[str, fl
             values[:, :, k] = np.where(one_sided, np.array(mm)[:, None], values[:, :, k])
     per_image = _nanmean(values, axis=1)  # [case, SCORES]
     return {
-        "classes": {name: {s: _statistics(values[:, j, k], status[:, j]) for k, s in enumerate(SCORES)}
-                    for j, name in enumerate(names)},
+        "classes": {
+            name: {s: _statistics(values[:, j, k], status[:, j]) for k, s in enumerate(SCORES)}
+            for j, name in enumerate(names)
+        },
         "mean": {s: _statistics(per_image[:, k], status) for k, s in enumerate(SCORES)},
-        "images": len(cases), "images_dropped": int((status == 3).all(axis=1).sum()),
+        "images": len(cases),
+        "images_dropped": int((status == 3).all(axis=1).sum()),
         "n_valid": int((status == 0).sum()),
     }
 
@@ -436,8 +491,9 @@ def read_summary(path: Path | str) -> dict:
         for entry in (summary["mean"], *summary["classes"].values()):
             _ = [entry[metric]["mean"] for metric in SCORES]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no summary.json; expected classes and mean, each with "
-                         f"{', '.join(SCORES)}; run evaluate again") from error
+        raise InputError(
+            f"{path} is no summary.json; expected classes and mean, each with {', '.join(SCORES)}; run evaluate again"
+        ) from error
     return summary
 
 
@@ -449,8 +505,9 @@ def read_summary(path: Path | str) -> dict:
 def _layout(rows: list[list[str]], markdown: bool = False) -> str:
     """Rows of cells, header first, as aligned text or as Markdown; the first column is left-aligned."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = [[c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-             for row in rows]
+    lines = [
+        [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))] for row in rows
+    ]
     if not markdown:
         return "\n".join("  ".join(line).rstrip() for line in lines)
     rule = ["-" * max(w, 3) if i == 0 else "-" * max(w - 1, 2) + ":" for i, w in enumerate(widths)]
@@ -474,8 +531,10 @@ def format_summary(summary: dict) -> str:
     for name, entry in [*summary["classes"].items(), ("mean", summary["mean"])]:
         counts = [str(entry["dice"][key]) for key in ("n", "n_missed", "n_spurious", "n_excluded")]
         table.append([name, *(_mean_sd(entry[m], m) for m in metrics), *counts])
-    return (_layout(table) + "\nmean±SD over images. Distances leave missed and spurious pairs out, Dice, IoU and NSD "
-            "count them as 0. Last row: n images, counts of pairs.")
+    return (
+        _layout(table) + "\nmean±SD over images. Distances leave missed and spurious pairs out, Dice, IoU and NSD "
+        "count them as 0. Last row: n images, counts of pairs."
+    )
 
 
 def _source(path: str, prefer: str) -> Path:
@@ -525,8 +584,16 @@ def paired_tests(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
     a, b = a[valid], b[valid]
     d = b - a
     mean_a, mean_b, difference = (float(v.mean()) if len(v) else NAN for v in (a, b, d))
-    result: dict[str, Any] = {"n": len(d), "mean_a": mean_a, "mean_b": mean_b, "difference": difference,
-                              "ci95": _bootstrap(d), "p_t": NAN, "p_wilcoxon": NAN, "note": ""}
+    result: dict[str, Any] = {
+        "n": len(d),
+        "mean_a": mean_a,
+        "mean_b": mean_b,
+        "difference": difference,
+        "ci95": _bootstrap(d),
+        "p_t": NAN,
+        "p_wilcoxon": NAN,
+        "note": "",
+    }
     if len(d) < 2:
         result["note"] = "fewer than 2 pairs: no test"
     elif not d.any():
@@ -543,16 +610,23 @@ def paired_tests(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
 def _compare(args: argparse.Namespace) -> None:
     """Paired tests per class and of the mean, over the cases that both runs hold."""
     (cases_a, names_a, values_a, status_a), (cases_b, names_b, values_b, status_b) = (
-        _array(read_metrics_csv(_source(path, "metrics.csv"))) for path in (args.a, args.b))
+        _array(read_metrics_csv(_source(path, "metrics.csv"))) for path in (args.a, args.b)
+    )
     shared, names = [c for c in cases_a if c in set(cases_b)], [n for n in names_a if n in names_b]
     if not shared or not names:
-        raise InputError(f"{args.a} and {args.b} share {len(shared)} cases and {len(names)} classes; expected the same "
-                         f"ones; evaluate both runs on one split")
-    pick_a, pick_b = (np.ix_([c.index(x) for x in shared], [n.index(x) for x in names])
-                      for c, n in ((cases_a, names_a), (cases_b, names_b)))
+        raise InputError(
+            f"{args.a} and {args.b} share {len(shared)} cases and {len(names)} classes; expected the same "
+            f"ones; evaluate both runs on one split"
+        )
+    pick_a, pick_b = (
+        np.ix_([c.index(x) for x in shared], [n.index(x) for x in names])
+        for c, n in ((cases_a, names_a), (cases_b, names_b))
+    )
     a, b, state = values_a[pick_a], values_b[pick_b], (status_a[pick_a], status_b[pick_b])  # [case, class(, SCORES)]
-    print(f"A = {args.a}\nB = {args.b}\n{len(shared)} cases paired; unpaired: {len(cases_a) - len(shared)} only in A, "
-          f"{len(cases_b) - len(shared)} only in B; classes in one only: {sorted({*names_a} ^ {*names_b}) or 'none'}")
+    print(
+        f"A = {args.a}\nB = {args.b}\n{len(shared)} cases paired; unpaired: {len(cases_a) - len(shared)} only in A, "
+        f"{len(cases_b) - len(shared)} only in B; classes in one only: {sorted({*names_a} ^ {*names_b}) or 'none'}"
+    )
     for metric in args.metric:
         x, y = a[:, :, SCORES.index(metric)], b[:, :, SCORES.index(metric)]  # [case, class]
         if metric in DISTANCES:  # else a structure that A misses would lower the mean of A and not that of B
@@ -564,8 +638,17 @@ def _compare(args: argparse.Namespace) -> None:
             counts = [f"{(s[:, column] == 1).sum()}/{(s[:, column] == 2).sum()}" for s in state]
             p = ["-" if math.isnan(r[key]) else f"{r[key]:.3g}" for key in ("p_t", "p_wilcoxon")]
             interval = "-" if math.isnan(r["ci95"][0]) else "{} to {}".format(*(_number(v, metric) for v in r["ci95"]))
-            table.append([name, str(r["n"]), *(_number(r[key], metric) for key in ("mean_a", "mean_b", "difference")),
-                          interval, *p, *counts, r["note"]])
+            table.append(
+                [
+                    name,
+                    str(r["n"]),
+                    *(_number(r[key], metric) for key in ("mean_a", "mean_b", "difference")),
+                    interval,
+                    *p,
+                    *counts,
+                    r["note"],
+                ]
+            )
         print(f"\n{TITLES[metric]}{' (mm)' if metric in DISTANCES else ''}\n{_layout(table)}")
 
 
@@ -590,8 +673,16 @@ def _read_mask(path: Path) -> tuple[np.ndarray, tuple[float, ...], np.ndarray]:
             file = (nib.Nifti2Image if raw[:4] in sizes else nib.Nifti1Image).from_bytes(raw)
             labels = np.asanyarray(file.dataobj)  # [X, Y, Z]
             spacing, affine = tuple(float(s) for s in file.header.get_zooms()[:3]), file.affine
-    except (OSError, EOFError, ValueError, SyntaxError, zlib.error, ImageFileError, HeaderDataError,
-            WrapStructError) as error:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        SyntaxError,
+        zlib.error,
+        ImageFileError,
+        HeaderDataError,
+        WrapStructError,
+    ) as error:
         raise InputError(f"cannot be read ({' '.join(str(error).split())})") from error
     while labels.ndim > 3 and labels.shape[-1] == 1:
         labels = labels[..., 0]
@@ -630,8 +721,9 @@ def _mask_files(folder: str) -> dict[str, Path]:
             if file.name.endswith(end) and not file.name.startswith("."):
                 case = file.name.removesuffix(end).removesuffix("_0000")
                 if case in files:
-                    raise InputError(f"{files[case]} and {file.name} are both case {case}; expected one mask a case; "
-                                     f"remove one")
+                    raise InputError(
+                        f"{files[case]} and {file.name} are both case {case}; expected one mask a case; remove one"
+                    )
                 files[case] = file
                 break
     if not files:
@@ -644,8 +736,10 @@ def _parse_classes(words: list[str]) -> dict[str, int]:
     try:
         return {name: int(value) for name, value in (w.split("=") for word in words for w in word.split(",") if w)}
     except ValueError as error:
-        raise InputError(f"--classes {' '.join(words)} is not understood; expected NAME=VALUE ...; "
-                         f"write for example --classes liver=1 tumour=2") from error
+        raise InputError(
+            f"--classes {' '.join(words)} is not understood; expected NAME=VALUE ...; "
+            f"write for example --classes liver=1 tumour=2"
+        ) from error
 
 
 def _score(args: argparse.Namespace) -> None:
@@ -681,12 +775,17 @@ def _score(args: argparse.Namespace) -> None:
     for case, by_class in results.items():
         spacing = grids[case][1]
         blank = np.zeros((1,) * len(spacing), dtype=np.uint8)  # a class that this case has on neither side
-        rows += [by_class.get(name) or evaluate_case(case, blank, blank, spacing, {name: value})[0]
-                 for name, value in classes.items()]
+        rows += [
+            by_class.get(name) or evaluate_case(case, blank, blank, spacing, {name: value})[0]
+            for name, value in classes.items()
+        ]
     summary = summarise(rows, {c: g[0] for c, g in grids.items()} if args.empty_distance == "diagonal" else None)
     print(format_summary(summary))
-    print("Units: pixels (PNG has no spacing; the mm and ml columns count 1 pixel as 1 mm)." if True in png
-          else "Units: mm, spacing from the NIfTI headers; metrics on the grid of the files.")
+    print(
+        "Units: pixels (PNG has no spacing; the mm and ml columns count 1 pixel as 1 mm)."
+        if True in png
+        else "Units: mm, spacing from the NIfTI headers; metrics on the grid of the files."
+    )
     if args.empty_distance == "diagonal":
         print("Missed and spurious pairs have the diagonal of their grid as distance in this table and summary.json.")
     if out:
@@ -724,8 +823,12 @@ def main(argv: list[str] | None = None) -> int:
     score.add_argument("--true", required=True, metavar="DIR", help="reference masks")
     score.add_argument("--classes", nargs="+", metavar="NAME=VALUE", help="default: every value but 0 in the files")
     score.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of NSD, in mm (default 1)")
-    score.add_argument("--empty-distance", choices=("none", "diagonal"), default="none",
-                       help="distance of missed and spurious pairs: left out, or the diagonal of the grid")
+    score.add_argument(
+        "--empty-distance",
+        choices=("none", "diagonal"),
+        default="none",
+        help="distance of missed and spurious pairs: left out, or the diagonal of the grid",
+    )
     score.add_argument("--out", metavar="DIR", help="write metrics.csv and summary.json there")
     score.add_argument("--overwrite", action="store_true", help="replace these files in --out")
     try:

@@ -10,17 +10,20 @@ import csv
 import dataclasses
 import difflib
 import hashlib
+import io
 import json
 import math
 import os
 import pickle
 import resource
+import shutil
 import signal
 import sys
 import time
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ import torch
 import torch.distributed as dist
 
 from common import InputError
+from common.unet import load_public
 
 FORMAT = 1  # of checkpoints; raised when an old program could misread a new file
 CHECKPOINT_KEYS = ("format", "script", "config", "model", "ema", "optimizer", "scaler", "step", "best", "data")
@@ -67,7 +71,9 @@ def start_processes(device: str) -> Ranks:
         device = f"cuda:{index}"
         torch.cuda.set_device(index)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+        # A process waits as long as another one samples; torchrun itself ends all of them when one fails.
+        backend, patience = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timedelta(days=7)
+        dist.init_process_group(backend, timeout=patience)
     return Ranks(rank, world, local, torch.device(device))
 
 
@@ -77,14 +83,20 @@ def stop_processes() -> None:
         dist.destroy_process_group()
 
 
+def gather(value: Any, ranks: Ranks) -> list[Any]:
+    """The values of all processes, in order of rank."""
+    values: list[Any] = [value] * ranks.world
+    if ranks.world > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def check_same_weights(model: torch.nn.Module, ranks: Ranks, when: str) -> str:
     """SHA-256 of all parameters; raises RuntimeError where the processes do not hold the same weights."""
     digest = hashlib.sha256()
     for p in model.parameters():
         digest.update(p.detach().to("cpu", torch.float32).numpy().tobytes())
-    found: list[Any] = [digest.hexdigest()] * ranks.world
-    if ranks.world > 1:
-        dist.all_gather_object(found, digest.hexdigest())
+    found = gather(digest.hexdigest(), ranks)
     if len(set(found)) > 1:
         raise RuntimeError(f"the processes hold different weights {when}: {[d[:12] for d in found]}")
     return found[0]
@@ -136,13 +148,19 @@ class StopFlag:
     def _set(self, number: int, frame: types.FrameType | None) -> None:
         self.signal = max(self.signal, number)
 
-    def agreed(self, ranks: Ranks, time_is_up: bool = False) -> int:
-        """0 to go on, else the signal's number, or -1 where only the time is up; the same on all processes."""
+    def agreed(self, ranks: Ranks, time_is_up: bool = False) -> tuple[int, bool]:
+        """(number of the signal or 0, whether the time is up), the same on all processes."""
         if ranks.world == 1:
-            return self.signal or -int(time_is_up)
+            return self.signal, time_is_up
         flags = torch.tensor([self.signal, int(time_is_up)])
         dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return int(flags[0]) or -int(flags[1])
+        return int(flags[0]), bool(flags[1])
+
+
+def ignore_signals(worker: int) -> None:
+    """For processes that load data: a signal to the whole group must not end them before the training has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def say(text: str, ranks: Ranks | None = None) -> None:
@@ -161,17 +179,22 @@ def run_main(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[str
     Under torchrun the first process prints the line; another one waits, to be ended by torchrun, and speaks only if
     it is alone with its error. Every other exception is a defect of ours and keeps its traceback (exit code 1).
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     try:
         return main(argv)
-    except InputError as error:
-        if int(os.environ.get("RANK", 0)) != 0:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(15)
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
-        code = 2
     except KeyboardInterrupt:
         code = 130
+    except Exception as error:
+        if rank:  # the first process has most likely met the same, or ended and thereby caused this
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(15)
+        if not isinstance(error, InputError):
+            raise
+        line = (
+            str(error).strip().splitlines()[-1].removeprefix("common.InputError: ")
+        )  # one raised in a worker has more
+        print(f"{name}: {line}", file=sys.stderr, flush=True)
+        code = 2
     if world > 1:
         os._exit(code)  # leaving the process group in order would wait for the others
     return code
@@ -239,7 +262,7 @@ def load_checkpoint(path: Path, script: str) -> dict[str, Any]:
     state = load_tensors(path)
     if not isinstance(state, dict) or "format" not in state:
         raise InputError(f"{path} is not a checkpoint of this program (no `format`); public weights go to --init")
-    if state["format"] > FORMAT:
+    if not isinstance(state["format"], int) or state["format"] > FORMAT:
         raise InputError(f"{path} has format {state['format']}, this program reads up to {FORMAT}; use a newer version")
     missing = [k for k in CHECKPOINT_KEYS if k not in state]
     if missing:
@@ -251,7 +274,19 @@ def load_checkpoint(path: Path, script: str) -> dict[str, Any]:
     return state
 
 
-def load_newest(out: Path, script: str) -> dict[str, Any] | None:
+def load_start(path: str, script: str, model: torch.nn.Module) -> None:
+    """--init: weights of one of our checkpoints (the averaged ones if it has them) or of a public state dict."""
+    state = load_tensors(Path(path))
+    if isinstance(state, dict) and "format" in state:
+        state = load_checkpoint(Path(path), script)
+        state = state["ema"] or state["model"]
+    try:
+        load_public(model, state)
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"--init {path} does not fit: {error}") from error
+
+
+def load_newest(out: Path, script: str, ranks: Ranks | None = None) -> dict[str, Any] | None:
     """The checkpoint to continue from: last.pt, or last.prev.pt where last.pt is damaged or absent; None if neither."""
     last, previous = out / "last.pt", out / "last.prev.pt"
     if not last.exists() and not previous.exists():
@@ -261,7 +296,7 @@ def load_newest(out: Path, script: str) -> dict[str, Any] | None:
     except InputError as error:
         if not previous.exists():
             raise
-        say(f"note: {error}. Continuing from {previous.name}.")
+        say(f"note: {error}. Continuing from {previous.name}.", ranks)
         return load_checkpoint(previous, script)
 
 
@@ -272,6 +307,42 @@ def check_same_config(old: Mapping[str, Any], new: Mapping[str, Any], may_differ
     if keys:
         rows = ", ".join(f"--{k.replace('_', '-')} was {old.get(k)} and is {new.get(k)}" for k in keys)
         raise InputError(f"{out} holds a run with other settings ({rows}); use them, another --out, or --overwrite")
+
+
+def find_run(
+    out: Path,
+    script: str,
+    config: Mapping[str, Any],
+    may_differ: Iterable[str],
+    record: Mapping[str, Any],
+    ranks: Ranks,
+) -> dict[str, Any] | None:
+    """The checkpoint to continue from, or None for a new run. InputError for other settings or other data."""
+    state = load_newest(out, script, ranks)
+    if state is not None:
+        check_same_config(state["config"], config, may_differ, out)
+        if state["data"] != record:
+            keys = [k for k in record if state["data"].get(k) != record[k]]
+            raise InputError(
+                f"{out} was trained on data with other {', '.join(keys)}; use another --out, or --overwrite"
+            )
+    return state
+
+
+def make_run(out: Path, config: Mapping[str, Any], overwrite: bool, ranks: Ranks) -> None:
+    """Make the run folder with its config.json; with `overwrite` a run that is there is thrown away first."""
+    if overwrite and ranks.first and out.is_dir():
+        if any(out.iterdir()) and not (out / "config.json").exists():
+            raise InputError(f"{out} holds files but no run (no config.json) and is left alone; choose another --out")
+        shutil.rmtree(out)
+    if ranks.first:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {out} cannot be made ({error.strerror}); choose another") from error
+        write_json(out / "config.json", dict(config))
+    if ranks.world > 1:
+        dist.barrier()
 
 
 def _first_line(error: BaseException) -> str:
@@ -286,30 +357,51 @@ class Log:
         self.path, self.columns, self.active = path, list(columns), active
         if not active:
             return
-        rows: list[dict[str, str]] = []
+        rows: list[list[str]] = []
         if step and path.exists():
             with open(path, newline="") as f:
-                rows = [r for r in csv.DictReader(f) if (r.get("step") or "").isdigit() and int(r["step"]) <= step]
-        lines = [",".join(self.columns), *(",".join(r.get(c) or "" for c in self.columns) for r in rows)]
-        write_atomic(path, lambda f: f.write(("\n".join(lines) + "\n").encode()))
+                for row in csv.DictReader(f):
+                    if (row.get("step") or "").isdigit() and int(row["step"]) <= step:
+                        rows.append([row.get(c) or "" for c in self.columns])
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows([self.columns, *rows])
+        write_atomic(path, lambda f: f.write(text.getvalue().encode()))
 
     def row(self, values: Mapping[str, float | int], silent: bool = False) -> None:
         """Append one row and print it unless `silent`; a column without a value stays empty; six digits."""
         if not self.active:
             return
-        cells = [
-            format(values[c], ".6g") if isinstance(values.get(c), float) else str(values.get(c, ""))
-            for c in self.columns
-        ]
+        found = [values.get(c, "") for c in self.columns]
+        cells = [format(v, ".6g") if isinstance(v, float) else str(v) for v in found]
         try:
-            with open(self.path, "a") as f:
-                f.write(",".join(cells) + "\n")
+            with open(self.path, "a", newline="") as f:
+                csv.writer(f, lineterminator="\n").writerow(cells)
         except OSError as error:
             raise InputError(
                 f"{self.path} cannot be written ({_first_line(error)}); free space, then run again"
             ) from error
         if not silent:
             say("  ".join(f"{c} {v}" for c, v in zip(self.columns, cells) if v != ""))
+
+
+class LossByTime:
+    """Loss per sample since the last row, also by quartile of t: where in the noise it arises. Stays on the device."""
+
+    def __init__(self, steps: int, device: torch.device):
+        self.steps, self.sums = steps, torch.zeros(2, 4, device=device)  # losses, samples
+
+    def add(self, t: torch.Tensor, losses: torch.Tensor) -> None:
+        """t: [B] in 1..steps, losses: [B]."""
+        self.sums.index_add_(1, (t - 1) * 4 // self.steps, torch.stack([losses, torch.ones_like(losses)]))
+
+    def row(self, ranks: Ranks) -> dict[str, float]:
+        """`loss` and `loss_q1` .. `loss_q4` over all processes; starts again from nothing."""
+        if ranks.world > 1:
+            dist.all_reduce(self.sums)
+        total, count = self.sums.tolist()
+        self.sums.zero_()
+        row = {"loss": sum(total) / max(sum(count), 1)}
+        return row | {f"loss_q{i + 1}": total[i] / count[i] for i in range(4) if count[i]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

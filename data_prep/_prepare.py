@@ -75,6 +75,9 @@ class Source:
     cases: tuple[Case, ...]
     faults: tuple[str, ...] = ()  # found while listing
     notes: tuple[str, ...] = ()
+    splits: dict[str, list[str]] | None = None  # of the labelled cases: train, val, test; None: loaders.make_splits
+    grids: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)  # shape of all cases -> virtual grid
+    entries: dict[str, Any] = field(default_factory=dict)  # more of dataset.json
 
 
 @dataclass
@@ -434,7 +437,7 @@ def prepare(source: Source, options: argparse.Namespace, tool: str) -> str:
     if options.check:
         return f"{tool}: {len(reports)} cases checked, no faults; nothing was written"
 
-    splits = make_splits(case.id for case in source.cases if case.label)
+    splits = dict(source.splits or make_splits(case.id for case in source.cases if case.label))
     splits["unlabelled"] = sorted((case.id for case in source.cases if not case.label), key=natural_key)
     if any(source.ct):  # finished cases are read again: their window is made from all training cases
         missing = [c for c in source.cases if c.id in done and c.id in set(splits["train"])]
@@ -464,6 +467,8 @@ def prepare(source: Source, options: argparse.Namespace, tool: str) -> str:
 def _finish(source: Source, dst: Path, setup: dict, recipe: dict, splits: dict, records: dict) -> str:
     """Write dataset.json, after which the folder counts as prepared. Returns the manifest."""
     records = {case.id: records[case.id] for case in source.cases}  # the same bytes whatever the order of work
+    shapes = {tuple(facts["shape"]) for facts in records.values()}
+    grid = source.grids.get(min(shapes)) if len(shapes) == 1 else None
     meta = {
         "format": FORMAT,
         "name": source.name,
@@ -472,9 +477,11 @@ def _finish(source: Source, dst: Path, setup: dict, recipe: dict, splits: dict, 
         "classes": source.classes,
         "label_values": {str(k): v for k, v in source.label_values.items()},
         "spacing": setup["spacing"],
+        **({"grid": list(grid)} if grid else {}),
         "orientation": "RAS",
         "normalisation": recipe["normalisation"],
         "statistics": statistics_of(records, source.classes),
+        **source.entries,
         "splits": splits,
         "cases": records,
     }
@@ -532,14 +539,21 @@ def main(
     argv: list[str] | None,
     tool: str,
     description: str,
-    read_source: Callable[[Path], Source],
+    read_source: Callable[..., Source],
     make_fake: Callable[[Path, str], None],
     layouts: tuple[str, ...] = (),
+    add_flags: Callable[[Parser], None] | None = None,
 ) -> int:
-    """Run a preparation from its command line; returns the exit code (0, 2, 130, 143, or 1 for a defect of ours)."""
+    """Run a preparation from its command line; returns the exit code (0, 2, 130, 143, or 1 for a defect of ours).
+
+    read_source(src) lists the folder; where add_flags gives the preparation flags of its own, read_source(src, options).
+    """
     try:
         with _stop_signals():
-            options = parser_of(tool, description, layouts).parse_args(argv)
+            parser = parser_of(tool, description, layouts)
+            if add_flags:
+                add_flags(parser)
+            options = parser.parse_args(argv)
             if options.make_fake:
                 target = Path(options.make_fake)
                 if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -550,7 +564,8 @@ def main(
             if not options.src or not (options.dst or options.check):
                 raise InputError("--src and --dst are needed (or --src and --check, or --make-fake); see --help")
             options.dst = options.dst or ""
-            text = prepare(read_source(Path(options.src)), options, tool)
+            source = read_source(Path(options.src), *([options] if add_flags else []))
+            text = prepare(source, options, tool)
             try:
                 print(text, flush=True)
             except BrokenPipeError:  # `| head`: all is prepared, only nobody reads on

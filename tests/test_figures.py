@@ -98,10 +98,16 @@ def test_loss_curve_ignores_the_line_that_is_just_being_written(tmp_path):
     assert figures._read_log(log)["step"].tolist() == [1.0]
 
 
-@pytest.mark.parametrize("text, said", [
-    ("", "step"), ("epoch,loss\n1,2\n", "step"), ("step,loss\n1,abc\n", "line 2, column 'loss': 'abc'"),
-    ("step,loss\n1\n2,3\n", "line 2: 1 cells"), ("step,loss\n1,2,3\n", "line 2: 3 cells"),
-])
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "step"),
+        ("epoch,loss\n1,2\n", "step"),
+        ("step,loss\n1,abc\n", "line 2, column 'loss': 'abc'"),
+        ("step,loss\n1\n2,3\n", "line 2: 1 cells"),
+        ("step,loss\n1,2,3\n", "line 2: 3 cells"),
+    ],
+)
 def test_loss_curve_malformed_file_is_named(tmp_path, text, said):
     log = tmp_path / "broken_log.csv"
     log.write_text(text)
@@ -244,9 +250,12 @@ def test_denoising_strip_paints_integers_as_labels(tmp_path):
 
 def test_wrong_numbers_of_titles_are_errors(tmp_path):
     one = np.zeros((4, 4))
-    for call in (lambda p: figures.montage([one], ["a", "b"], p), lambda p: figures.montage([], [], p),
-                 lambda p: figures.denoising_strip({"x": [one, one]}, ["t"], p),
-                 lambda p: figures.heat_map(one, ["a"], ["b"], p)):
+    for call in (
+        lambda p: figures.montage([one], ["a", "b"], p),
+        lambda p: figures.montage([], [], p),
+        lambda p: figures.denoising_strip({"x": [one, one]}, ["t"], p),
+        lambda p: figures.heat_map(one, ["a"], ["b"], p),
+    ):
         with pytest.raises(ValueError, match="expected"):
             call(tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
@@ -272,8 +281,9 @@ def draw_all(folder: Path, name: str) -> list[Path]:
 def test_no_text_touches_the_border(tmp_path, name):
     for path in draw_all(tmp_path, name):
         picture = pixels(path)
-        border = np.concatenate([picture[:6].ravel(), picture[-6:].ravel(), picture[:, :6].ravel(),
-                                 picture[:, -6:].ravel()])
+        border = np.concatenate(
+            [picture[:6].ravel(), picture[-6:].ravel(), picture[:, :6].ravel(), picture[:, -6:].ravel()]
+        )
         assert (border == 255).all(), f"{path.name} is cut off at its border"
 
 

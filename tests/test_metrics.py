@@ -36,9 +36,13 @@ def brute(pred, true, spacing, tolerance=1.0):
     a, b = between.min(axis=1), between.min(axis=0)
     both = np.concatenate((a, b))
     centres = [np.argwhere(mask).mean(axis=0) * np.asarray(spacing) for mask in (pred, true)]
-    return {"hd95_mm": max(np.percentile(a, 95), np.percentile(b, 95)), "hd95_pooled_mm": np.percentile(both, 95),
-            "nsd": np.mean(both <= tolerance + 1e-9), "assd_mm": both.mean(),
-            "centroid_mm": np.linalg.norm(centres[0] - centres[1])}
+    return {
+        "hd95_mm": max(np.percentile(a, 95), np.percentile(b, 95)),
+        "hd95_pooled_mm": np.percentile(both, 95),
+        "nsd": np.mean(both <= tolerance + 1e-9),
+        "assd_mm": both.mean(),
+        "centroid_mm": np.linalg.norm(centres[0] - centres[1]),
+    }
 
 
 def force(monkeypatch, path):
@@ -56,12 +60,19 @@ def random_pair(shape, seed, density=0.15):
 # --- values of the specification -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shift, spacing, expected", [
-    ((1, 0, 0), ONE, {"nsd": 1, "hd95_mm": 1, "centroid_mm": 1, "assd_mm": 0.357142857}),
-    ((1, 0, 0), (0.75, 0.75, 2.5), {"nsd": 1, "hd95_mm": 0.75, "centroid_mm": 0.75, "assd_mm": 0.267857143}),
-    ((0, 0, 1), (0.75, 0.75, 2.5), {"nsd": 0.714285714, "hd95_mm": 2.5, "centroid_mm": 2.5, "assd_mm": 0.767857143}),
-    ((1, 0, 0), (1.5, 1.5, 5), {"nsd": 0.642857143, "hd95_mm": 1.5, "centroid_mm": 1.5, "assd_mm": 0.535714286}),
-])
+@pytest.mark.parametrize(
+    "shift, spacing, expected",
+    [
+        ((1, 0, 0), ONE, {"nsd": 1, "hd95_mm": 1, "centroid_mm": 1, "assd_mm": 0.357142857}),
+        ((1, 0, 0), (0.75, 0.75, 2.5), {"nsd": 1, "hd95_mm": 0.75, "centroid_mm": 0.75, "assd_mm": 0.267857143}),
+        (
+            (0, 0, 1),
+            (0.75, 0.75, 2.5),
+            {"nsd": 0.714285714, "hd95_mm": 2.5, "centroid_mm": 2.5, "assd_mm": 0.767857143},
+        ),
+        ((1, 0, 0), (1.5, 1.5, 5), {"nsd": 0.642857143, "hd95_mm": 1.5, "centroid_mm": 1.5, "assd_mm": 0.535714286}),
+    ],
+)
 def test_surface_scores_of_a_shifted_cube_match_the_specification(shift, spacing, expected):
     true, pred = cube((3, 3, 3)), cube(np.add((3, 3, 3), shift))
     scores = metrics.surface_scores(pred, true, spacing)
@@ -89,10 +100,13 @@ def twenty(change):
     return pred, true
 
 
-@pytest.mark.parametrize("corner, dice, largest, pooled", [
-    (np.s_[0:2, 0:2, 18:20], 0.981818182, 1.381122732, 0),
-    (np.s_[0:4, 0:4, 16:20], 0.870967742, 30.385003845, 27.752472933),
-])
+@pytest.mark.parametrize(
+    "corner, dice, largest, pooled",
+    [
+        (np.s_[0:2, 0:2, 18:20], 0.981818182, 1.381122732, 0),
+        (np.s_[0:4, 0:4, 16:20], 0.870967742, 30.385003845, 27.752472933),
+    ],
+)
 def test_hd95_with_a_false_island_matches_the_specification_in_both_kinds(corner, dice, largest, pooled):
     pred, true = twenty(lambda m: m.__setitem__(corner, True))
     assert metrics.dice(pred, true) == pytest.approx(dice, abs=1e-9)
@@ -230,20 +244,23 @@ def test_empty_masks_give_the_values_of_the_table(pred, true, share):
     assert np.isnan([*scores.values(), *singles]).all()
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda m: metrics.dice(m, m[1:]), "same grid"),
-    (lambda m: metrics.iou(m[..., 1:], m), "same grid"),
-    (lambda m: metrics.dice(m * 2, m), "values other than 0 and 1"),
-    (lambda m: metrics.assd(m, m * 0.5, ONE), "values other than 0 and 1"),
-    (lambda m: metrics.hd95(m, m, (1, 1)), "3 positive numbers"),
-    (lambda m: metrics.nsd(m, m, (1, 1, 0)), "3 positive numbers"),
-    (lambda m: metrics.volume_ml(m, (1, 1, math.nan)), "3 positive numbers"),
-    (lambda m: metrics.hd95(m, m, ONE, kind="mean"), "'max' or 'pooled'"),
-    (lambda m: metrics.nsd(m, m, ONE, tolerance_mm=-1), "0 or more"),
-    (lambda m: metrics.evaluate_case("a", m * 1.0, m * 1, ONE, {"x": 1}), "integer labels"),
-    (lambda m: metrics.evaluate_case("a", m * 1, m[1:] * 1, ONE, {"x": 1}), "same grid"),
-    (lambda m: metrics.best_interval_dice([m * 2.0], [m * 1], 1), r"intensities in \[0, 1\]"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m: metrics.dice(m, m[1:]), "same grid"),
+        (lambda m: metrics.iou(m[..., 1:], m), "same grid"),
+        (lambda m: metrics.dice(m * 2, m), "values other than 0 and 1"),
+        (lambda m: metrics.assd(m, m * 0.5, ONE), "values other than 0 and 1"),
+        (lambda m: metrics.hd95(m, m, (1, 1)), "3 positive numbers"),
+        (lambda m: metrics.nsd(m, m, (1, 1, 0)), "3 positive numbers"),
+        (lambda m: metrics.volume_ml(m, (1, 1, math.nan)), "3 positive numbers"),
+        (lambda m: metrics.hd95(m, m, ONE, kind="mean"), "'max' or 'pooled'"),
+        (lambda m: metrics.nsd(m, m, ONE, tolerance_mm=-1), "0 or more"),
+        (lambda m: metrics.evaluate_case("a", m * 1.0, m * 1, ONE, {"x": 1}), "integer labels"),
+        (lambda m: metrics.evaluate_case("a", m * 1, m[1:] * 1, ONE, {"x": 1}), "same grid"),
+        (lambda m: metrics.best_interval_dice([m * 2.0], [m * 1], 1), r"intensities in \[0, 1\]"),
+    ],
+)
 def test_bad_arguments_are_refused_in_three_parts(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call(cube((3, 3, 3)))
@@ -262,8 +279,12 @@ def labelled_cases():
     """Four images, two classes; each status occurs: [image][class] = (dice of P and G, status)."""
     both, empty = cube((3, 3, 3)), np.zeros((12, 12, 12), dtype=bool)
     shifted = cube((4, 3, 3))
-    pairs = {"a": [(shifted, both), (empty, empty)], "b": [(both, both), (empty, both)],
-             "c": [(empty, empty), (empty, empty)], "d": [(both, empty), (shifted, both)]}
+    pairs = {
+        "a": [(shifted, both), (empty, empty)],
+        "b": [(both, both), (empty, both)],
+        "c": [(empty, empty), (empty, empty)],
+        "d": [(both, empty), (shifted, both)],
+    }
     rows = []
     for case, classes in pairs.items():
         for name, (pred, true) in zip(("one", "two"), classes, strict=True):
@@ -280,8 +301,13 @@ def test_evaluate_case_gives_the_columns_in_order_and_the_values_of_the_single_m
     assert [",".join(row) for row in rows] == [header] * 2
     assert [(row["case"], row["class"]) for row in rows] == [("x", "a"), ("x", "c")]
     p, t = pred == 3, true == 3
-    expected = {"dice": metrics.dice(p, t), "iou": metrics.iou(p, t), **brute(p, t, spacing, tolerance=0.8),
-                "volume_true_ml": metrics.volume_ml(t, spacing), "volume_pred_ml": metrics.volume_ml(p, spacing)}
+    expected = {
+        "dice": metrics.dice(p, t),
+        "iou": metrics.iou(p, t),
+        **brute(p, t, spacing, tolerance=0.8),
+        "volume_true_ml": metrics.volume_ml(t, spacing),
+        "volume_pred_ml": metrics.volume_ml(p, spacing),
+    }
     assert {k: rows[1][k] for k in expected} == pytest.approx(expected)
 
 
@@ -291,8 +317,10 @@ def test_summary_counts_each_pair_once():
     for name, entry in summary["classes"].items():
         distance = entry["hd95_mm"]
         assert distance["n"] + distance["n_missed"] + distance["n_spurious"] + distance["n_excluded"] == 4, name
-    counts = {name: [entry["dice"][k] for k in ("n", "n_missed", "n_spurious", "n_excluded")]
-              for name, entry in [*summary["classes"].items(), ("mean", summary["mean"])]}
+    counts = {
+        name: [entry["dice"][k] for k in ("n", "n_missed", "n_spurious", "n_excluded")]
+        for name, entry in [*summary["classes"].items(), ("mean", summary["mean"])]
+    }
     assert counts == {"one": [3, 0, 1, 1], "two": [2, 1, 0, 2], "mean": [3, 1, 1, 3]}
     assert summary["n_valid"] + 1 + 1 + 3 == 4 * 2
 
@@ -396,8 +424,21 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 def test_printed_summary_has_the_counters_beside_the_distances():
     lines = metrics.format_summary(metrics.summarise(labelled_cases())).splitlines()
-    assert lines[0].split() == ["class", "Dice", "IoU", "HD95", "HD95", "pooled", "NSD", "ASSD", "centroid",
-                                "n", "missed", "spurious", "excluded"]
+    assert lines[0].split() == [
+        "class",
+        "Dice",
+        "IoU",
+        "HD95",
+        "HD95",
+        "pooled",
+        "NSD",
+        "ASSD",
+        "centroid",
+        "n",
+        "missed",
+        "spurious",
+        "excluded",
+    ]
     assert lines[1].split()[:2] == ["one", "0.583±0.520"] and lines[1].split()[-4:] == ["3", "0", "1", "1"]
     assert lines[2].split()[3] == "1.00" and lines[2].split()[-4:] == ["2", "1", "0", "2"]
     assert lines[3].split()[0] == "mean" and lines[3].split()[-4:] == ["3", "1", "1", "3"]
@@ -452,12 +493,15 @@ def test_paired_tests_equal_scipy_and_leave_nan_pairs_out():
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("b, note", [
-    ([0.5, 0.6, 0.8], "identical: no test"),
-    ([0.6, 0.7, 0.9], "every difference is the same: no t-test"),
-    ([math.nan, math.nan, 0.9], "fewer than 2 pairs: no test"),
-    ([math.nan] * 3, "fewer than 2 pairs: no test"),
-])
+@pytest.mark.parametrize(
+    "b, note",
+    [
+        ([0.5, 0.6, 0.8], "identical: no test"),
+        ([0.6, 0.7, 0.9], "every difference is the same: no t-test"),
+        ([math.nan, math.nan, 0.9], "fewer than 2 pairs: no test"),
+        ([math.nan] * 3, "fewer than 2 pairs: no test"),
+    ],
+)
 def test_paired_tests_say_so_where_no_test_can_be_made(b, note):
     result = metrics.paired_tests(np.array([0.5, 0.6, 0.8]), np.array(b))
     assert result["note"] == note and math.isnan(result["p_t"])
@@ -468,8 +512,15 @@ def test_paired_tests_say_so_where_no_test_can_be_made(b, note):
 
 def command(*words):
     """Run the module as a user does; (exit code, stdout, stderr)."""
-    done = subprocess.run([sys.executable, "-m", "common.metrics", *map(str, words)], cwd=ROOT, capture_output=True,
-                          text=True, encoding="utf-8", timeout=120, env={"PYTHONIOENCODING": "utf-8", "PATH": ""})
+    done = subprocess.run(
+        [sys.executable, "-m", "common.metrics", *map(str, words)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+        env={"PYTHONIOENCODING": "utf-8", "PATH": ""},
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -530,8 +581,10 @@ def test_compare_prints_the_tests_of_scipy_over_the_shared_cases(run_folder):
     code, out, err = command("compare", a, b)
     assert (code, err) == (0, "")
     assert "6 cases paired; unpaired: 2 only in A, 0 only in B" in out
-    x, y = ([row["dice"] for row in metrics.read_metrics_csv(f / "metrics.csv") if row["class"] == "organ"][:6]
-            for f in (a, b))
+    x, y = (
+        [row["dice"] for row in metrics.read_metrics_csv(f / "metrics.csv") if row["class"] == "organ"][:6]
+        for f in (a, b)
+    )
     row = next(line for line in out.splitlines() if line.startswith("organ"))
     assert f"{stats.ttest_rel(x, y).pvalue:.3g}" in row.split()
     assert f"{stats.wilcoxon(x, y).pvalue:.3g}" in row.split()
@@ -550,8 +603,10 @@ def test_compare_leaves_a_class_that_one_run_missed_out_of_both_mean_distances(t
         out = []
         for case in "pq":
             row = dict.fromkeys(metrics.COLUMNS, 1.0) | {"case": case}
-            out += [row | {"class": "organ", "hd95_mm": 2.0},
-                    row | {"class": "lesion", "hd95_mm": lesion, "volume_pred_ml": 0.0 if lesion != lesion else 1.0}]
+            out += [
+                row | {"class": "organ", "hd95_mm": 2.0},
+                row | {"class": "lesion", "hd95_mm": lesion, "volume_pred_ml": 0.0 if lesion != lesion else 1.0},
+            ]
         return out
 
     metrics.write_metrics_csv(tmp_path / "a.csv", rows(6.0))
@@ -568,9 +623,14 @@ def test_bad_input_of_table_and_compare_is_one_line(run_folder, tmp_path, capsys
     code, _, err = command("compare", a, b)
     one_line(code, err, "share 0 cases", "evaluate both runs")
     (b / "summary.json").write_text("[1]")
-    for words, part in ((("table", tmp_path / "none"), "does not exist"), (("table", tmp_path), "a run folder"),
-                        (("table", b), "is no summary.json"), (("table", a, "--metric", "best"), "invalid choice"),
-                        (("draw",), "invalid choice"), ((), "required")):
+    for words, part in (
+        (("table", tmp_path / "none"), "does not exist"),
+        (("table", tmp_path), "a run folder"),
+        (("table", b), "is no summary.json"),
+        (("table", a, "--metric", "best"), "invalid choice"),
+        (("draw",), "invalid choice"),
+        ((), "required"),
+    ):
         code, _, err = call(capsys, *words)
         one_line(code, err, part)
 
@@ -587,8 +647,19 @@ def test_score_of_nifti_folders_uses_the_header_spacing_and_writes_both_files(tm
     for case, pred in (("one", np.roll(true, 1, axis=2)), ("two", true)):
         save_nifti(tmp_path / "pred" / f"{case}.nii.gz", pred, (0.75, 0.75, 2.5))
         save_nifti(tmp_path / "true" / f"{case}_0000.nii", true, (0.75, 0.75, 2.5), dtype=np.float32)
-    code, out, err = command("score", "--pred", tmp_path / "pred", "--true", tmp_path / "true", "--classes", "organ=1",
-                             "lesion=2", "absent=9", "--out", tmp_path / "out")
+    code, out, err = command(
+        "score",
+        "--pred",
+        tmp_path / "pred",
+        "--true",
+        tmp_path / "true",
+        "--classes",
+        "organ=1",
+        "lesion=2",
+        "absent=9",
+        "--out",
+        tmp_path / "out",
+    )
     assert (code, err) == (0, "")
     assert "organ" in out and "Units: mm" in out
     rows = metrics.read_metrics_csv(tmp_path / "out" / "metrics.csv")
@@ -637,26 +708,44 @@ def test_score_names_every_faulty_case_in_one_line_and_writes_nothing(tmp_path):
     for case in ("good", "shape", "affine", "fraction", "damaged", "alone"):
         save_nifti(tmp_path / "true" / f"{case}.nii.gz", mask)
         if case != "alone":
-            save_nifti(tmp_path / "pred" / f"{case}.nii.gz", mask[1:] if case == "shape" else mask,
-                       shift=0.002 if case == "affine" else 0.0005)
+            save_nifti(
+                tmp_path / "pred" / f"{case}.nii.gz",
+                mask[1:] if case == "shape" else mask,
+                shift=0.002 if case == "affine" else 0.0005,
+            )
     save_nifti(tmp_path / "pred" / "fraction.nii.gz", mask * 0.5, dtype=np.float32)
     file = tmp_path / "pred" / "damaged.nii.gz"
     file.write_bytes(file.read_bytes()[:-40])
     words = ("--pred", tmp_path / "pred", "--true", tmp_path / "true", "--out", tmp_path / "out")
     code, _, err = command("score", *words)
-    one_line(code, err, "5 faulty cases", "shape: prediction has shape (11, 12, 12)",
-             "affine: affines differ by 0.002 mm",
-             "fraction: prediction fraction.nii.gz has label values that are not integers",
-             "damaged: prediction", "alone: no file in")
+    one_line(
+        code,
+        err,
+        "5 faulty cases",
+        "shape: prediction has shape (11, 12, 12)",
+        "affine: affines differ by 0.002 mm",
+        "fraction: prediction fraction.nii.gz has label values that are not integers",
+        "damaged: prediction",
+        "alone: no file in",
+    )
     assert "good" not in err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind, damage", [
-    ("nii.gz", lambda b: b""), ("nii.gz", lambda b: b[:-40]), ("nii.gz", lambda b: b[:-6] + bytes(6)),
-    ("nii.gz", lambda b: b[:1000] + b"damage" + b[1006:]), ("nii", lambda b: b[:-40]), ("nii", lambda b: b[:200]),
-    ("nii", lambda b: b"no image"),
-    ("png", lambda b: b[:-30]), ("png", lambda b: b"no image"),
-], ids=["empty", "cut", "checksum", "changed", "cut-nii", "header-nii", "other-nii", "cut-png", "other-png"])
+@pytest.mark.parametrize(
+    "kind, damage",
+    [
+        ("nii.gz", lambda b: b""),
+        ("nii.gz", lambda b: b[:-40]),
+        ("nii.gz", lambda b: b[:-6] + bytes(6)),
+        ("nii.gz", lambda b: b[:1000] + b"damage" + b[1006:]),
+        ("nii", lambda b: b[:-40]),
+        ("nii", lambda b: b[:200]),
+        ("nii", lambda b: b"no image"),
+        ("png", lambda b: b[:-30]),
+        ("png", lambda b: b"no image"),
+    ],
+    ids=["empty", "cut", "checksum", "changed", "cut-nii", "header-nii", "other-nii", "cut-png", "other-png"],
+)
 def test_score_names_a_damaged_file(tmp_path, capsys, kind, damage):
     labels = np.random.default_rng(0).integers(0, 5, (20, 20, 20), dtype=np.uint8)
     for side in ("pred", "true"):
@@ -676,10 +765,13 @@ def test_score_refuses_folders_and_classes_that_cannot_be_used(tmp_path, capsys)
     (tmp_path / "empty").mkdir()
     (tmp_path / "png").mkdir()
     Image.fromarray(np.zeros((4, 4, 3), dtype=np.uint8)).save(tmp_path / "png" / "a.png")
-    for pred, true, more, part in (("empty", "true", (), "has no .nii"), ("none", "true", (), "is no folder"),
-                                   ("png", "true", (), "both PNG and NIfTI"),
-                                   ("png", "png", (), "expected one channel"),
-                                   ("true", "true", ("--classes", "organ"), "NAME=VALUE")):
+    for pred, true, more, part in (
+        ("empty", "true", (), "has no .nii"),
+        ("none", "true", (), "is no folder"),
+        ("png", "true", (), "both PNG and NIfTI"),
+        ("png", "png", (), "expected one channel"),
+        ("true", "true", ("--classes", "organ"), "NAME=VALUE"),
+    ):
         code, _, err = call(capsys, "score", "--pred", tmp_path / pred, "--true", tmp_path / true, *more)
         one_line(code, err, part)
 

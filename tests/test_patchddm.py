@@ -269,7 +269,8 @@ def test_sampler_returns_the_truth_of_an_oracle(steps):
     x0 = (torch.rand(1, 1, 3, 3, 3, dtype=torch.float64) > 0.5).double()
 
     def oracle(x, index):
-        return (x - P.at(P.SQRT_ABAR, index + 1, x) * x0) / P.at(P.SQRT_1M_ABAR, index + 1, x)
+        a, b = P.signal_and_noise(index + 1, x)
+        return (x - a * x0) / b
 
     out, calls = run_sampler(oracle, steps, torch.randn_like(x0))
     assert len(calls) == steps and calls[0] == 999
@@ -297,7 +298,7 @@ def test_ddim_converges_to_the_closed_form(steps, value):
 
 
 def test_ddpm_samples_have_the_data_distribution():
-    """eta 1 with the exact eps of N(0.3, 0.5^2) keeps mean and spread; with a missing noise term the spread collapses."""
+    """eta 1 with the exact eps of N(0.3, 0.5^2) keeps mean and spread; without its noise the spread collapses."""
 
     def exact(x, index):
         abar = P.ABAR[int(index) + 1]
@@ -384,25 +385,25 @@ def test_patches_are_a_function_of_seed_and_number():
     a, b = P.Patches(tiny_data(), config), P.Patches(tiny_data(), config)
     for n in (7, 0, 5):
         first, second = a[n], b[n]
-        assert first["t"] == second["t"] and 1 <= first["t"] <= 1000 and first["n"] == n
-        np.testing.assert_array_equal(first["cond"], second["cond"])
-        np.testing.assert_array_equal(first["label"], second["label"])
-        assert first["cond"].shape == (4, 8, 8, 8) and first["label"].shape == (8, 8, 8)
-    assert not np.array_equal(a[0]["cond"], P.Patches(tiny_data(), replace(config, seed=4))[0]["cond"])
+        assert first[2] == second[2] and 1 <= first[2] <= 1000 and first[3] == n
+        np.testing.assert_array_equal(first[0], second[0])
+        np.testing.assert_array_equal(first[1], second[1])
+        assert first[0].shape == (4, 8, 8, 8) and first[1].shape == (8, 8, 8)
+    assert not np.array_equal(a[0][0], P.Patches(tiny_data(), replace(config, seed=4))[0][0])
 
 
 def test_patch_image_and_label_are_cut_at_the_same_place():
     data, config = tiny_data(), P.Config(**SMALL)
     patches = P.Patches(data, config)
     for n in range(6):
-        item = patches[n]
+        cond, cut_label, _, _ = patches[n]
         found = []
         for case in data.cases("train"):
             label, image = data.label(case), 2 * data.image(case)[0] - 1
             for start in np.ndindex(9, 9, 5):
                 cut = tuple(slice(s, s + 8) for s in start)
-                if np.array_equal(image[cut], item["cond"][0]):
-                    found.append(np.array_equal(label[cut], item["label"]))
+                if np.array_equal(image[cut], cond[0]):
+                    found.append(np.array_equal(label[cut], cut_label))
         assert found == [True]
 
 
@@ -462,7 +463,7 @@ def members_of(values: list[list[float]], monkeypatch) -> tuple[torch.Tensor, to
     outputs = iter(torch.tensor(v).reshape(1, -1, 1, 1, 1) for v in values)
     monkeypatch.setattr(P, "sample", lambda *a, **k: next(outputs))
     net = network(P.Config(**SMALL, ensemble=len(values)), nn.Identity(), max(1, len(values[0]) - 1))
-    results = list(P.ensemble(net, torch.zeros(3, 1, 1, 1), "case"))
+    results = list(P.sample_ensemble(net, torch.zeros(3, 1, 1, 1), "case"))
     assert [r.size for r in results] == list(range(1, len(values) + 1))
     return results[-1].mean.flatten(), results[-1].variance.flatten()
 
@@ -488,7 +489,7 @@ def test_members_depend_on_seed_case_and_number_only():
 
     def members(case, n, **flags):
         config = P.Config(**SMALL, ensemble=n, sampling_steps=2, target="x0", **flags)
-        return [result.member for result in P.ensemble(network(config, model), cond, case)]
+        return [result.member for result in P.sample_ensemble(network(config, model), cond, case)]
 
     three = members("a", 3)
     assert torch.equal(members("a", 1)[0], three[0]) and not torch.equal(three[0], three[1])
@@ -525,8 +526,8 @@ def test_one_batch_is_overfitted(target):
     data = tiny_data()
     patches = P.Patches(data, config)
     items = [patches[n] for n in range(4)]
-    cond = torch.stack([torch.from_numpy(i["cond"]) for i in items])
-    x0 = P.mask_to_x0(torch.stack([torch.from_numpy(i["label"]) for i in items]), 3)
+    cond = torch.stack([torch.from_numpy(i[0]) for i in items])
+    x0 = P.mask_to_x0(torch.stack([torch.from_numpy(i[1]) for i in items]), 3)
     t = times(100, 300, 500, 700)
     eps = P.noise(0, range(4), x0.shape[1:], torch.device("cpu"))
     model = P.network_for(config, loaders.data_record(data)).to(memory_format=torch.channels_last_3d)
@@ -550,6 +551,8 @@ def test_one_batch_is_overfitted(target):
         ({"patch": (64, 64)}, "expected N or N,N,N"),
         ({"num_groups": 7}, "does not divide the width 29"),
         ({"patch": (64,), "num_groups": 1, "num_channels": 1, "channel_mult": (1,) * 7}, "one value a group"),
+        ({"num_channels": 8, "num_groups": 8, "channel_mult": (1, 1, 2), "patch": (4,)}, "one value a group"),
+        ({"device": "foo"}, "--device is foo"),
         ({"skips": "concat", "channel_mult": (2, 4), "patch": (8,)}, "begin with 1"),
         ({"batch": 0}, "--batch is 0"),
         ({"lr": float("nan")}, "--lr is nan"),

@@ -114,6 +114,34 @@ def test_other_settings_are_refused_and_overwrite_starts_again(tmp_path):
     assert runtime.load_checkpoint(tmp_path / "run/last.pt", "patchddm")["config"]["lr"] == 0.5
 
 
+def test_overwrite_throws_nothing_away_before_its_input_is_read(tmp_path):
+    argv = ["train", *FAST, "--out", str(tmp_path / "run"), "--steps", "1"]
+    assert patchddm.main(argv) == 0
+    refused = run(*argv, "--overwrite", "--init", str(tmp_path / "missing.pt"))
+    assert refused.returncode == 2 and (tmp_path / "run/last.pt").exists()
+    assert patchddm.main([*argv, "--overwrite", "--init", str(tmp_path / "run/last.pt")]) == 0
+
+
+def test_continuing_with_another_number_format_works(tmp_path):
+    argv = ["train", *FAST, "--out", str(tmp_path / "run")]
+    assert patchddm.main([*argv, "--steps", "1"]) == 0
+    assert patchddm.main([*argv, "--steps", "2", "--amp", "fp16"]) == 0
+    assert patchddm.main([*argv, "--steps", "3", "--amp", "bf16"]) == 0
+    assert runtime.load_checkpoint(tmp_path / "run/last.pt", "patchddm")["step"] == 3
+
+
+def test_other_data_under_the_same_name_are_noticed(tmp_path, fake):
+    data = tmp_path / "data"
+    shutil.copytree(fake / "prepared", data)
+    argv = ["train", "--data", str(data), "--preset", "tiny", *FAST, "--out", str(tmp_path / "run"), "--steps"]
+    assert patchddm.main([*argv, "1"]) == 0
+    meta = json.loads((data / "dataset.json").read_text())
+    meta["label_values"] = {k: 7 * v for k, v in meta["label_values"].items()}
+    (data / "dataset.json").write_text(json.dumps(meta))
+    refused = run(*argv, "2")
+    assert refused.returncode == 2 and "data with other label_values" in refused.stderr
+
+
 def test_overwrite_leaves_a_folder_that_is_no_run(tmp_path):
     (tmp_path / "thesis.txt").write_text("years")
     refused = run("train", *FAST, "--out", str(tmp_path), "--steps", "1", "--overwrite")
@@ -156,31 +184,31 @@ def test_workers_do_not_change_the_result(tmp_path):
 # --- stopping and continuing -----------------------------------------------------------------------------------------
 
 
-def stop_and_continue(tmp_path: Path, processes: int, how: signal.Signals) -> None:
-    argv = ["train", *FAST, "--steps", "40", "--save-every", "1", "--eval-every", "15"]
+def stop_and_continue(tmp_path: Path, processes: int, how: signal.Signals, workers: str = "0") -> None:
+    argv = ["train", *FAST, "--workers", workers, "--steps", "24", "--save-every", "1", "--eval-every", "10"]
     argv.remove("--quiet")
     done = run(*argv, "--out", str(tmp_path / "whole"), processes=processes)
     assert done.returncode == 0, done.stderr
     cut = [*argv, "--out", str(tmp_path / "cut")]
     stops, wait = 0, random.Random(0)
-    for _ in range(8):
+    for attempt in range(4):
         command = patchddm_command(*cut, processes=processes)
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )
         log, begin = tmp_path / "cut/last.pt", time.time()
         before = log.stat().st_mtime if log.exists() else 0
-        while process.poll() is None and time.time() - begin < 60:
+        while attempt < 3 and process.poll() is None and time.time() - begin < 60:
             if log.exists() and log.stat().st_mtime > before:
-                time.sleep(wait.uniform(0.0, 0.4))
+                time.sleep(wait.uniform(0.0, 0.2))
                 break
             time.sleep(0.01)
-        if process.poll() is None:
-            if how == signal.SIGKILL:
-                os.killpg(process.pid, how)
+        if attempt < 3 and process.poll() is None:
+            if how == signal.SIGKILL or workers != "0":
+                os.killpg(process.pid, how)  # as a terminal and a queue do: to everything that the run started
             else:
                 process.send_signal(how)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=90)
         if process.returncode == 0:
             break
         stops += 1
@@ -188,13 +216,20 @@ def stop_and_continue(tmp_path: Path, processes: int, how: signal.Signals) -> No
             assert process.returncode == 128 + how, error
     assert stops >= 1 and process.returncode == 0
     assert_same(tmp_path / "whole", tmp_path / "cut")
-    steps = [line.split(",")[0] for line in (tmp_path / "cut/log.csv").read_text().splitlines()[1:]]
-    assert steps == sorted(set(steps), key=int) and steps[-1] == "40"
+    logs = [(tmp_path / f"{name}/log.csv").read_text().splitlines() for name in ("whole", "cut")]
+    validated = [[line.split(",")[0] for line in log[1:] if not line.endswith(",")] for log in logs]
+    assert validated[0] == validated[1] == ["10", "20", "24"]  # none lost, none twice
+    best = [runtime.load_checkpoint(tmp_path / name / "best.pt", "patchddm")["step"] for name in ("whole", "cut")]
+    assert best[0] == best[1]
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_stopped_run_continues_to_the_same_weights(tmp_path, how):
     stop_and_continue(tmp_path, 1, how)
+
+
+def test_stopped_run_with_loading_processes_continues_to_the_same_weights(tmp_path):
+    stop_and_continue(tmp_path, 1, signal.SIGTERM, workers="2")
 
 
 def test_stopped_run_of_two_processes_continues_to_the_same_weights(tmp_path):
@@ -263,15 +298,25 @@ def test_evaluate_scores_the_masks_that_it_writes(tmp_path, fake, trained):
     assert mask.shape == data.shape(case)
     np.testing.assert_allclose(mask.affine, data.affine(case), atol=1e-5)
     row = (tmp_path / "e/metrics.csv").read_text().splitlines()[1].split(",")
-    value = list(data.classes.values())[0]
+    value = next(iter(data.classes.values()))
     pred, true = np.asarray(mask.dataobj) == value, np.asarray(data.label(case)) == value
     total = pred.sum() + true.sum()
     assert row[0] == case and float(row[2]) == pytest.approx(2 * (pred & true).sum() / total, abs=1e-5)
     assert (tmp_path / f"e/predictions/{case}_member1.nii.gz").exists()
 
 
+def test_evaluate_of_another_runs_checkpoint_writes_beside_it(tmp_path, fake, trained, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, tmp_path / "copy")
+    argv = ["evaluate", "--checkpoint", "copy/best.pt", "--data", str(fake / "prepared"), "--limit", "1", "--quiet"]
+    assert patchddm.main(argv) == 0
+    assert (tmp_path / "copy/metrics.csv").exists() and [p.name for p in tmp_path.iterdir()] == ["copy"]
+
+
 def test_evaluate_refuses_flags_that_belong_to_training(tmp_path, trained):
-    done = run("evaluate", "--checkpoint", str(trained / "best.pt"), "--num-channels", "8", "--out", str(tmp_path / "e"))
+    done = run(
+        "evaluate", "--checkpoint", str(trained / "best.pt"), "--num-channels", "8", "--out", str(tmp_path / "e")
+    )
     assert done.returncode == 2 and "trained with --num-channels 4" in done.stderr
 
 
@@ -354,6 +399,8 @@ def test_predict_refuses_damaged_images_in_one_line(tmp_path, fake, trained, kin
     [
         (["--data", "nowhere"], "python -m data_prep.msd"),
         (["--learning-rate", "1"], "unknown flag --learning-rate"),
+        (["--device", "cuda:x"], "--device is cuda:x"),
+        (["--out", "README.md"], "README.md"),
         (["--batch", "0"], "--batch is 0"),
         (["--lr", "nan"], "--lr is nan"),
         (["--patch", "30"], "cannot be halved 2 times"),

@@ -105,6 +105,7 @@ def test_truncated_checkpoint_is_refused_at_every_length(tmp_path):
     "state, words",
     [
         (complete_state(format=runtime.FORMAT + 1), "use a newer version"),
+        (complete_state(format="1"), "use a newer version"),
         (complete_state(script="masked_diffusion"), "belongs to masked_diffusion.py, this is patchddm.py"),
         ({k: v for k, v in complete_state().items() if k != "optimizer"}, "lacks optimizer"),
         ({"conv.weight": torch.zeros(1)}, "public weights go to --init"),
@@ -159,13 +160,29 @@ def test_log_of_a_continued_run_has_each_step_once(tmp_path):
     assert rows[0]["loss"] == "0.123457" and rows[0]["val_dice"] == "" and rows[2]["val_dice"] == "0.5"
 
 
+def test_log_survives_commas_in_class_names(tmp_path):
+    columns = ["step", "val_dice_cyst, left"]
+    runtime.Log(tmp_path / "log.csv", columns, 0, True).row({"step": 1, columns[1]: 0.5}, silent=True)
+    runtime.Log(tmp_path / "log.csv", columns, 1, True)
+    assert list(csv.DictReader((tmp_path / "log.csv").open())) == [{"step": "1", columns[1]: "0.5"}]
+
+
+def test_loss_by_time_sorts_losses_into_quartiles():
+    losses = runtime.LossByTime(1000, torch.device("cpu"))
+    losses.add(torch.tensor([1, 250, 251, 1000]), torch.tensor([1.0, 3.0, 5.0, 7.0]))
+    assert losses.row(ALONE) == {"loss": 4.0, "loss_q1": 2.0, "loss_q2": 5.0, "loss_q4": 7.0}
+    assert losses.row(ALONE) == {"loss": 0.0}
+
+
 def test_console_shows_the_numbers_of_the_log(tmp_path, capsys):
     runtime.Log(tmp_path / "log.csv", ["step", "loss"], 0, True).row({"step": 7, "loss": 0.5})
     assert capsys.readouterr().out == "step 7  loss 0.5\n"
 
 
 def test_closed_stdout_does_not_stop_a_run():
-    code = "import sys\nfrom common.runtime import say\nsys.stdout.close()\nsay('a')\nsay('b')\nsys.stderr.write('alive')"
+    code = (
+        "import sys\nfrom common.runtime import say\nsys.stdout.close()\nsay('a')\nsay('b')\nsys.stderr.write('alive')"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "alive"
 
@@ -238,9 +255,9 @@ def test_seeds_depend_on_every_part():
 def test_stop_flag_catches_and_gives_back():
     before = signal.getsignal(signal.SIGTERM)
     stop = runtime.StopFlag()
-    assert stop.agreed(ALONE) == 0 and stop.agreed(ALONE, time_is_up=True) == -1
+    assert stop.agreed(ALONE) == (0, False) and stop.agreed(ALONE, time_is_up=True) == (0, True)
     os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.agreed(ALONE, time_is_up=True) == signal.SIGTERM
+    assert stop.agreed(ALONE) == (signal.SIGTERM, False)
     stop.restore()
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -258,7 +275,7 @@ def test_run_main_turns_bad_input_into_one_line_and_2(capsys):
 def test_device_that_is_not_there_is_refused():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(InputError, match="--device cuda.*use --device cpu"):
+    with pytest.raises(InputError, match=r"--device cuda.*use --device cpu"):
         runtime.start_processes("cuda")
 
 

@@ -1,0 +1,142 @@
+"""Times and memory of the parts that matter, run by hand: python tests/bench.py [--repeats 5] [--device cpu]
+
+One table. Variants of one row are run in turn, A B A B ..., and the median of the repeats is printed, so that a machine
+whose speed drifts changes both alike. Peak memory is that of tensors saved for backward (training) or of the process.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import patchddm
+from common import loaders, metrics, runtime, unet
+
+
+def interleaved(variants: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each variant after one warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for i in range(repeats + 1):
+        for name, call in variants.items():
+            begin = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if i:
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+def saved_for_backward(forward: Callable[[], object]) -> float:
+    """MB of the distinct tensors that autograd keeps during `forward`, parameters not counted."""
+    storages: dict[int, int] = {}
+
+    def count(t: torch.Tensor) -> torch.Tensor:
+        if not isinstance(t, torch.nn.Parameter) and t.numel() > 1000:
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+        kept = forward()
+    del kept
+    return sum(storages.values()) / 1e6
+
+
+def training_step(device: torch.device, number: torch.dtype | None) -> dict[str, tuple[Callable[[], object], float]]:
+    """One step of the laptop preset's network: plain, recomputed, and with the norm that keeps an fp32 copy."""
+    calls = {}
+    config = patchddm.Config(**patchddm.PRESETS["laptop"])
+    for name in ("as the scripts do it", "--recompute", "contiguous layout", "norm by fp32 cast"):
+        net = patchddm.build_model(replace(config, recompute=name == "--recompute"), 7, 3).to(device).train()
+        if device.type == "cpu" and name != "contiguous layout":
+            net = net.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        if name == "norm by fp32 cast":
+            for module in net.modules():
+                if isinstance(module, unet.GroupNorm):
+                    module.forward = fp32_norm.__get__(module)  # type: ignore[method-assign]
+        x, t = torch.randn(4, 7, 32, 32, 32, device=device), torch.randint(0, 1000, (4,), device=device)
+        optimizer = torch.optim.AdamW(net.parameters())
+
+        def forward(net=net, x=x, t=t) -> torch.Tensor:
+            with torch.autocast(device.type, number, enabled=number is not None):
+                return net(x, t).float().square().mean()
+
+        def step(forward=forward, optimizer=optimizer) -> None:
+            optimizer.zero_grad()
+            forward().backward()
+            optimizer.step()
+
+        calls[name] = (step, saved_for_backward(forward))
+    return calls
+
+
+def fp32_norm(self, x: torch.Tensor) -> torch.Tensor:
+    return F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps).to(x.dtype)
+
+
+def blobs() -> tuple[np.ndarray, np.ndarray]:
+    """Two masks of tumour size in 240 x 240 x 155, a few per cent of each other apart, with ragged edges."""
+    rng = np.random.default_rng(0)
+    axes = np.ix_(*(np.arange(n, dtype=np.float32) for n in (240, 240, 155)))
+
+    def ellipsoid(centre, radii):
+        return sum(((a - c) / r) ** 2 for a, c, r in zip(axes, centre, radii)) < 1
+
+    true, pred = ellipsoid((120, 110, 80), (28, 24, 18)), ellipsoid((122, 112, 79), (27, 25, 18))
+    return pred ^ (ellipsoid((120, 110, 80), (30, 26, 20)) & (rng.random((240, 240, 155)) < 0.02)), true
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    device = runtime.start_processes(args.device).device
+    number, reason = runtime.number_format("auto", device)
+    print(f"{device}, {torch.get_num_threads()} threads, {number} ({reason}), torch {torch.__version__}\n")
+    print(f"{'part':<34}{'variant':<28}{'median':>12}{'memory':>14}")
+
+    calls = training_step(device, number)
+    for name, s in interleaved({n: c for n, (c, _) in calls.items()}, args.repeats).items():
+        print(f"{'training step, 4 x 32^3, C 16':<34}{name:<28}{1000 * s:>9.0f} ms{calls[name][1]:>11.0f} MB")
+
+    net = patchddm.build_model(patchddm.Config(**patchddm.PRESETS["laptop"]), 7, 3).to(device).eval()
+    net = net.to(memory_format=torch.channels_last_3d) if device.type == "cpu" else net  # type: ignore[call-overload]
+    x, t = torch.randn(1, 7, 48, 64, 48, device=device), torch.zeros(1, device=device)
+
+    def whole(dtype: torch.dtype | None) -> None:
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+            net(x, t)
+
+    for name, s in interleaved({str(number): lambda: whole(number), "fp32": lambda: whole(None)}, args.repeats).items():
+        print(f"{'one evaluation of 48x64x48, C 16':<34}{name:<28}{1000 * s:>9.0f} ms")
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "image.npy"
+        np.save(path, np.random.default_rng(0).random((1, 256, 256, 256), np.float32).astype(np.float16))
+
+        def window(size: int) -> None:
+            start = np.random.default_rng().integers(0, 256 - size, 3)
+            loaders.read_window(np.load(path, mmap_mode="r"), start, (size,) * 3)
+
+        variants = {f"{n}^3": lambda n=n: window(n) for n in (64, 128)}
+        for name, s in interleaved(variants, 20).items():
+            print(f"{'patch of a prepared 256^3 case':<34}{name:<28}{1000 * s:>9.2f} ms")
+
+    pred, true = blobs()
+    for name, s in interleaved({"1 mm": lambda: metrics.surface_scores(pred, true, (1, 1, 1))}, args.repeats).items():
+        print(f"{'surface_scores, 240x240x155':<34}{name:<28}{1000 * s:>9.1f} ms")
+    print(f"\npeak memory of the process {runtime.peak_memory_gb(device):.2f} GB")
+
+
+if __name__ == "__main__":
+    main()
