@@ -206,7 +206,7 @@ class Config:
 SMALL = {"target": "x0", "lr_schedule": "cosine", "grad_clip": 1.0, "workers": 0, "sampling_steps": 10}  # D6, D7
 SMALL |= {"channel_mult": (1, 2, 4), "num_res_blocks": 1, "num_groups": 8, "patch": (32,), "batch": 4}
 LAPTOP = {"num_channels": 16, "lr": 1e-3, "ema": 0.999, "steps": 9000, "eval_every": 1500, "save_every": 300}
-TINY = {"num_channels": 8, "lr": 2e-3, "ema": 0.99, "steps": 1200, "eval_every": 400, "save_every": 100}
+TINY = {"num_channels": 16, "lr": 2e-3, "ema": 0.99, "steps": 900, "eval_every": 300, "save_every": 100}
 PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "laptop": SMALL | LAPTOP, "tiny": SMALL | TINY}
 
 # =====================================================================================================================

@@ -714,8 +714,8 @@ NORMALS = np.array(
     dtype=float,
 )
 PERIOD = 4.5  # of the lamellae, in voxels of the coarsest axis that their normal has a part in
-TEXTURE_SD = 0.09  # of lamellae and of tissue alike; the image lies in [0, 1]
-CONTRAST = (0.05, 0.20)  # |mean of a blob - mean of the tissue|; the sign is drawn too
+TEXTURE_SD = 0.14  # of lamellae and of tissue alike; the image lies in [0, 1]
+CONTRAST = (0.03, 0.12)  # |mean of a blob - mean of the tissue|; the sign is drawn too
 
 
 def _smooth_field(rng, shape, modes):

@@ -546,7 +546,7 @@ def main(
 ) -> int:
     """Run a preparation from its command line; returns the exit code (0, 2, 130, 143, or 1 for a defect of ours).
 
-    read_source(src) lists the folder; where add_flags gives the preparation flags of its own, read_source(src, options).
+    read_source(src) lists the folder; where add_flags gives the parser more flags, it is read_source(src, options).
     """
     try:
         with _stop_signals():
