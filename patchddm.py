@@ -530,12 +530,6 @@ def fast_layout(model: nn.Module, compiled: bool = False) -> nn.Module:
 
 def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> int:
     """The training loop. Returns 0, or 130 / 143 after a signal, with everything saved."""
-    share = ranks.world * config.accumulate
-    if config.batch % share:
-        raise InputError(
-            f"--batch {config.batch} cannot be shared by {ranks.world} processes x --accumulate {config.accumulate}; "
-            f"use a multiple of {share}"
-        )
     device, out, record = ranks.device, config.run_folder, loaders.data_record(data)
     dtype, reason = runtime.number_format(config.amp, device)
 
@@ -974,6 +968,21 @@ def from_checkpoint(config: Config, given: dict[str, Any]) -> Config:
     return Config(**{**kept, "out": str(path.parent), **given})
 
 
+def shared_batch(config: Config, given: dict[str, Any], ranks: Ranks) -> Config:
+    """A preset's batch that the processes cannot share (the paper's is 1) is raised to the next one that they can."""
+    share = ranks.world * config.accumulate
+    if config.batch % share == 0:
+        return config
+    batch = -(-config.batch // share) * share
+    if "batch" in given:
+        raise InputError(
+            f"--batch {config.batch} cannot be shared by {ranks.world} processes x --accumulate {config.accumulate}; "
+            f"use a multiple of {share}, for example {batch}"
+        )
+    say(f"note: the preset's batch of {config.batch} becomes {batch}, so that all processes have work (--batch)", ranks)
+    return replace(config, batch=batch)
+
+
 def main(argv: Sequence[str]) -> int:
     verb, config, given = runtime.parse_flags(Config, argv, VERBS, PRESETS, (__doc__ or "").split("\n\n")[0])
     if verb in ("evaluate", "predict"):
@@ -986,7 +995,7 @@ def main(argv: Sequence[str]) -> int:
             stop.restore()
             code = predict(config, ranks)
         else:
-            data = loaders.open_data(config.data)
+            data, config = loaders.open_data(config.data), shared_batch(config, given, ranks)
             code = train(config, data, ranks, stop) if verb in ("", "train") else 0
             stop.restore()  # from here on there is nothing to save
             if verb in ("", "evaluate") and code == 0:

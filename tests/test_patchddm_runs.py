@@ -247,6 +247,15 @@ def test_two_processes_train_as_one(tmp_path):
         torch.testing.assert_close(left[k], right[k], atol=2e-5, rtol=1e-3)
 
 
+def test_two_processes_raise_the_papers_batch_of_one_aloud(tmp_path):
+    argv = ["train", "--preset", "paper", *FAST, "--workers", "0", "--steps", "1", "--out", str(tmp_path / "run")]
+    at = argv.index("--batch")
+    done = run(*argv[:at], *argv[at + 2 :], processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("batch of 1 becomes 2") == 1
+    assert runtime.load_checkpoint(tmp_path / "run/last.pt", "patchddm")["config"]["batch"] == 2
+
+
 def test_two_processes_evaluate_as_one(tmp_path, fake, trained):
     argv = ["evaluate", "--checkpoint", str(trained / "best.pt"), "--data", str(fake / "prepared"), "--split", "train"]
     argv += ["--limit", "3", "--ensemble", "2", "--device", "cpu", "--amp", "off", "--quiet"]
