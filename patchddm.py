@@ -287,34 +287,6 @@ def network_for(config: Config, record: dict[str, Any]) -> nn.Module:
     return build_model(config, len(record["channels"]) + 3 * (config.coords == "on") + k, k)
 
 
-def config_of_public(state: dict[str, Tensor]) -> dict[str, Any]:
-    """Network flags read off the shapes of a public state dict; the groups cannot be seen: C, the authors' rule."""
-    c = state["input_blocks.0.0.weight"].shape[0]
-    mult: list[int] = []
-    blocks, k = 0, 1
-    while f"input_blocks.{k}.0.in_layers.2.weight" in state or f"input_blocks.{k}.0.op.weight" in state:
-        if f"input_blocks.{k}.0.op.weight" not in state:
-            width = state[f"input_blocks.{k}.0.in_layers.2.weight"].shape[0]
-            first = k == 1 or f"input_blocks.{k - 1}.0.op.weight" in state
-            mult, blocks = (mult + [width // c], 1) if first else (mult, blocks + 1)
-        k += 1
-    average = state["output_blocks.0.0.in_layers.0.weight"].shape[0] == mult[-1] * c
-    skips = "average" if average else "concat"
-    return {"num_channels": c, "channel_mult": tuple(mult), "num_res_blocks": blocks, "num_groups": c, "skips": skips}
-
-
-def network_flags(path: Path) -> dict[str, Any]:
-    """The network flags of the weights given to --init, ours or public."""
-    state = runtime.load_tensors(path)
-    if isinstance(state, dict) and "format" in state:
-        config = runtime.load_checkpoint(path, "patchddm")["config"]
-        return {k: config[k] for k in ("num_channels", "channel_mult", "num_res_blocks", "num_groups", "skips")}
-    try:
-        return config_of_public({k.removeprefix("module."): v for k, v in state.items()})
-    except (KeyError, IndexError, AttributeError) as error:
-        raise InputError(f"--init {path} has no {error}, so it is no U-Net of this kind; use another file") from error
-
-
 # =====================================================================================================================
 # Diffusion: schedule, q, loss
 # =====================================================================================================================
@@ -510,22 +482,86 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, updates: int) -> 
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
 
 
-def build(config: Config, record: dict[str, Any], device: torch.device, dtype: torch.dtype | None, fresh: bool) -> Any:
-    """Network, its average (the network itself with --ema 0), optimiser, gradient scaler (works for fp16 only)."""
-    torch.manual_seed(seed_of(config.seed, "weights") % 2**32)
-    model = network_for(config, record)
-    if config.init and fresh:
-        runtime.load_start(config.init, "patchddm", model)
-    model = fast_layout(model.to(device), config.compile)
-    ema = copy.deepcopy(model).eval().requires_grad_(False) if config.ema else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    return model, ema, optimizer, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-
-
 def fast_layout(model: nn.Module, compiled: bool = False) -> nn.Module:
     """Channels last on a CPU, where bf16 convolutions are several times faster; torch.compile chooses by itself."""
     on_cpu = next(model.parameters()).device.type == "cpu" and not compiled
     return model.to(memory_format=torch.channels_last_3d) if on_cpu else model  # type: ignore[call-overload]
+
+
+class Training:
+    """What training changes, which is what a checkpoint holds: saved, restored, and nothing else."""
+
+    def __init__(self, config: Config, record: dict[str, Any], device: torch.device, dtype: torch.dtype | None):
+        torch.manual_seed(seed_of(config.seed, "weights") % 2**32)
+        self.config, self.record, self.device, self.dtype = config, record, device, dtype
+        self.model = fast_layout(network_for(config, record).to(device), config.compile)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False) if config.ema else self.model
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.step, self.seconds, self.skipped = 0, 0.0, 0  # skipped: steps without a finite gradient
+        self.best = {"dice": -1.0, "step": 0, "seen": 0}  # seen: the newest step that was validated
+
+    def save(self, name: str) -> None:
+        contents = {
+            "format": runtime.FORMAT,
+            "script": "patchddm",
+            "config": asdict(self.config),
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict() if self.config.ema else {},
+            "optimizer": self.optimizer.state_dict() if name == "last.pt" else {},
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,  # of training, over all restarts
+            "skipped": self.skipped,
+            "best": self.best,
+            "data": self.record,
+        }
+        out = self.config.run_folder
+        runtime.save_checkpoint(out / name, contents, out / "last.prev.pt" if name == "last.pt" else None)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        if self.config.ema:
+            self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"] and self.scaler.is_enabled():  # not where --amp changed on continuing
+            self.scaler.load_state_dict(state["scaler"])
+        self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
+        self.best = state["best"]
+
+
+def train_step(
+    run: Training, net: Any, batches: Iterator[Any], ranks: Ranks, losses_by_t: runtime.LossByTime
+) -> Tensor:
+    """One optimisation step of the global batch; returns the gradient norm before clipping.
+
+    net: run.model, wrapped for DDP and torch.compile. A step without a finite gradient changes no weight.
+    """
+    config, device, dtype = run.config, run.device, run.dtype
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(config, run.step)
+    run.optimizer.zero_grad(set_to_none=True)
+    for part in range(config.accumulate):
+        cond, label, t, n = next(batches)  # [B, C + 3, *P], [B, *P], [B], [B]
+        cond, label, t = (v.to(device, non_blocking=True) for v in (cond, label, t))
+        x0 = mask_to_x0(label, mask_channels(run.record))  # [B, K', *P]
+        eps = noise(config.seed, n.tolist(), x0.shape[1:], device)
+        alone = ranks.world == 1 or part == config.accumulate - 1  # gradients travel with the last part only
+        with nullcontext() if alone else net.no_sync():
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                losses = diffusion_loss(net, config.target, cond, x0, t, eps)  # [B]
+            run.scaler.scale(losses.mean() / config.accumulate).backward()
+        losses_by_t.add(t, losses.detach())
+    run.scaler.unscale_(run.optimizer)
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
+    finite = bool(torch.isfinite(norm))  # the same on all processes: gradients are averaged by now
+    if finite:
+        run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.step, run.skipped = run.step + 1, run.skipped + (not finite)
+    if config.ema:
+        update_ema(run.ema, run.model, config.ema, run.step)
+    return norm
 
 
 def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> int:
@@ -534,121 +570,66 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
     dtype, reason = runtime.number_format(config.amp, device)
 
     # 1. what is needed, and the checkpoint to continue from; nothing is written or thrown away before all is there
-    patches = Patches(data, config)
+    patches, run = Patches(data, config), Training(config, record, device, dtype)
     state = None if config.overwrite else runtime.find_run(out, "patchddm", asdict(config), MAY_DIFFER, record, ranks)
-    model, ema, optimizer, scaler = build(config, record, device, dtype, state is None)
-    runtime.make_run(out, asdict(config), config.overwrite, ranks)
-    step, seconds, skipped, best = 0, 0.0, 0, {"dice": -1.0, "step": 0, "seen": 0}  # seen: newest validated step
     if state is not None:
-        model.load_state_dict(state["model"])
-        if config.ema:
-            ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"] and scaler.is_enabled():
-            scaler.load_state_dict(state["scaler"])
-        step, seconds, skipped, best = state["step"], state["seconds"], state["skipped"], state["best"]
-    runtime.check_same_weights(model, ranks, "at the start")
-    print_header(config, data, ranks, model, dtype, reason, step)
-
-    def save(name: str) -> None:
-        contents = {
-            "format": runtime.FORMAT,
-            "script": "patchddm",
-            "config": asdict(config),
-            "model": model.state_dict(),
-            "ema": ema.state_dict() if config.ema else {},
-            "optimizer": optimizer.state_dict() if name == "last.pt" else {},
-            "scaler": scaler.state_dict(),
-            "step": step,
-            "seconds": seconds,  # of training, over all restarts
-            "skipped": skipped,
-            "best": best,
-            "data": record,
-        }
-        if ranks.first:
-            runtime.save_checkpoint(out / name, contents, out / "last.prev.pt" if name == "last.pt" else None)
+        run.restore(state)
+    elif config.init:
+        runtime.load_start(config.init, "patchddm", run.model)
+        run.ema.load_state_dict(run.model.state_dict())
+    runtime.make_run(out, asdict(config), config.overwrite, ranks)
+    runtime.check_same_weights(run.model, ranks, "at the start")
+    print_header(config, data, ranks, run, reason)
 
     # 2. all processes work on parts of one global batch; DDP averages their gradients
-    net: Any = DistributedDataParallel(model) if ranks.world > 1 else model
+    net: Any = DistributedDataParallel(run.model) if ranks.world > 1 else run.model
     net = torch.compile(net) if config.compile else net
     net.train()
     loader = DataLoader(
         patches,
-        batch_sampler=Sharded(config, ranks, step),
+        batch_sampler=Sharded(config, ranks, run.step),
         num_workers=config.workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=runtime.ignore_signals,
     )
-    batches, limit, names = iter(loader), 60 * config.minutes or math.inf, list(record["classes"])
-    log = runtime.Log(out / "log.csv", [*COLUMNS, *(f"val_dice_{c}" for c in names)], step, ranks.first)
-    losses_by_t, clock, bad_in_a_row, signal, time_up = runtime.LossByTime(T, device), (step, seconds), 0, 0, False
-    bar = tqdm(total=config.steps, initial=step, unit="step", disable=config.quiet or not ranks.first or None)
+    log = runtime.Log(out / "log.csv", [*COLUMNS, *(f"val_dice_{c}" for c in record["classes"])], run.step, ranks.first)
+    batches, losses_by_t, clock = iter(loader), runtime.LossByTime(T, device), (run.step, run.seconds)
+    limit, time_up, signal, bad_in_a_row = 60 * config.minutes or math.inf, False, 0, 0
+    bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=config.quiet or not ranks.first or None)
 
     while True:
         # 3. validate when it is due; a run stopped before it did so does it first thing when continued
-        finished = step >= config.steps or time_up or seconds >= limit
-        if step > best["seen"] and (step % config.eval_every == 0 or finished) and data.cases("val"):
-            save("last.pt")
-            scores = validation(Network(config, ema, record, device, dtype, step), data, ranks, stop)
-            if scores is not None:  # None: a signal came in between
-                better = scores["mean"] > best["dice"]
-                best = {"dice": scores["mean"], "step": step} if better else best
-                best |= {"seen": step}
-                if better:
-                    save("best.pt")
-                save("last.pt")
-                row = {"step": step, "seconds": seconds, "val_dice": scores["mean"]}
-                log.row(row | {f"val_dice_{c}": scores[c] for c in names})
+        finished = run.step >= config.steps or time_up or run.seconds >= limit
+        if run.step > run.best["seen"] and (run.step % config.eval_every == 0 or finished) and data.cases("val"):
+            validate(run, data, ranks, stop, log)
             signal, _ = stop.agreed(ranks)
         if finished or signal:
             break
 
         # 4. one step
         begin = time.perf_counter()
-        lr = learning_rate(config, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.zero_grad(set_to_none=True)
-        for part in range(config.accumulate):
-            cond, label, t, n = next(batches)  # [B, C + 3, *P], [B, *P], [B], [B]
-            cond, label, t = (v.to(device, non_blocking=True) for v in (cond, label, t))
-            x0 = mask_to_x0(label, mask_channels(record))  # [B, K', *P]
-            eps = noise(config.seed, n.tolist(), x0.shape[1:], device)
-            alone = ranks.world == 1 or part == config.accumulate - 1  # gradients travel with the last part only
-            with nullcontext() if alone else net.no_sync():
-                with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                    losses = diffusion_loss(net, config.target, cond, x0, t, eps)  # [B]
-                scaler.scale(losses.mean() / config.accumulate).backward()
-            losses_by_t.add(t, losses.detach())
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        finite = bool(torch.isfinite(norm))  # the same on all processes: gradients are averaged by now
-        if finite:
-            scaler.step(optimizer)
-        scaler.update()
-        step, skipped, bad_in_a_row = step + 1, skipped + (not finite), 0 if finite else bad_in_a_row + 1
-        if config.ema:
-            update_ema(ema, model, config.ema, step)
-        seconds += time.perf_counter() - begin
+        norm = train_step(run, net, batches, ranks, losses_by_t)
+        run.seconds += time.perf_counter() - begin
+        bar.update()
 
         # 5. log, save, stop
-        bar.update()
+        bad_in_a_row = 0 if bool(torch.isfinite(norm)) else bad_in_a_row + 1
         if bad_in_a_row >= 20:
-            raise InputError(f"no finite gradient in the 20 steps up to {step}; lower --lr, or use --amp off")
-        signal, time_up = stop.agreed(ranks, seconds >= limit)
-        if step % LOG_EVERY == 0 or step == 10 or step == config.steps:
-            rate = (step - clock[0]) / (seconds - clock[1])  # steps a second
-            row = {"step": step, "seconds": seconds, "lr": lr, "grad_norm": float(norm), "skipped": skipped}
-            row |= {"samples_per_s": rate * config.batch, "left_s": (config.steps - step) / rate}
-            row |= {"memory_gb": runtime.peak_memory_gb(device)} | losses_by_t.row(ranks)
-            log.row(row, silent=config.quiet)
-            clock = (step, seconds)
-        if step % config.save_every == 0 or signal or time_up or step == config.steps:
-            save("last.pt")
+            raise InputError(f"no finite gradient in the 20 steps up to {run.step}; lower --lr, or use --amp off")
+        signal, time_up = stop.agreed(ranks, run.seconds >= limit)
+        if run.step % LOG_EVERY == 0 or run.step in (10, config.steps):
+            rate = (run.step - clock[0]) / (run.seconds - clock[1])  # steps a second
+            row = {"step": run.step, "seconds": run.seconds, "lr": learning_rate(config, run.step - 1)}
+            row |= {"grad_norm": float(norm), "skipped": run.skipped, "memory_gb": runtime.peak_memory_gb(device)}
+            row |= {"samples_per_s": rate * config.batch, "left_s": (config.steps - run.step) / rate}
+            log.row(row | losses_by_t.row(ranks), silent=config.quiet)
+            clock = (run.step, run.seconds)
+        if ranks.first and (run.step % config.save_every == 0 or signal or time_up or run.step == config.steps):
+            run.save("last.pt")
     bar.close()
-    runtime.check_same_weights(model, ranks, "at the end")
+    runtime.check_same_weights(run.model, ranks, "at the end")
     if signal:
-        say(f"stopped by signal {signal}; step {step} is saved in {out}, the same command continues", ranks)
+        say(f"stopped by signal {signal}; step {run.step} is saved in {out}, the same command continues", ranks)
         return 128 + signal
     if ranks.first:
         title = f"PatchDDM, {Path(config.data).name}, target {config.target}"
@@ -660,13 +641,36 @@ COLUMNS = ["step", "seconds", "loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4"
 COLUMNS += ["memory_gb", "left_s", "skipped", "val_dice"]
 
 
-def print_header(
-    config: Config, data: Any, ranks: Ranks, model: nn.Module, dtype: torch.dtype | None, reason: str, step: int
-) -> None:
+def validate(run: Training, data: Any, ranks: Ranks, stop: runtime.StopFlag, log: runtime.Log) -> None:
+    """Foreground Dice of the validation cases, one member with fixed noise; keeps the best weights as best.pt.
+
+    The step is saved before, since this can take long. A signal in between leaves the validation undone.
+    """
+    if ranks.first:
+        run.save("last.pt")
+    config = replace(run.config, ensemble=1)
+    net = Network(config, run.ema.eval(), run.record, run.device, run.dtype, run.step)
+    rows = score_cases(net, data, ranks, data.cases("val", config.limit or None), None, stop)
+    run.model.train()
+    if rows is None:
+        return
+    summary = metrics.summarise(rows[1])
+    dice = summary["mean"]["dice"]["mean"]
+    better = dice > run.best["dice"]
+    run.best = {"dice": dice, "step": run.step} if better else run.best
+    run.best |= {"seen": run.step}
+    for name in ["best.pt"] * better + ["last.pt"]:
+        if ranks.first:
+            run.save(name)
+    row = {f"val_dice_{c}": v["dice"]["mean"] for c, v in summary["classes"].items()}
+    log.row({"step": run.step, "seconds": run.seconds, "val_dice": dice} | row)
+
+
+def print_header(config: Config, data: Any, ranks: Ranks, run: Training, reason: str) -> None:
     """What this run is, before it starts."""
     counts = ", ".join(f"{len(data.cases(s))} {s}" for s in ("train", "val", "test"))
     share = f"{ranks.world} processes x {config.accumulate} parts x {config.batch // (ranks.world * config.accumulate)}"
-    parameters, patch = sum(p.numel() for p in model.parameters()), "x".join(map(str, config.patch_size))
+    parameters, patch = sum(p.numel() for p in run.model.parameters()), "x".join(map(str, config.patch_size))
     paper, notes = Config(), ["D1", "D2", "D3", "D5", "D8", "D9"]
     notes += ["D4"] * (len(data.classes) > 1) + ["D6"] * (config.target != "eps")
     notes += ["D7"] * any(getattr(config, k) != getattr(paper, k) for k in ("lr", "lr_schedule", "ema", "grad_clip"))
@@ -676,11 +680,13 @@ def print_header(
     if small:
         lines += [f"            {len(small)} training cases are smaller than the patch: padded with background"]
     lines += [f"  network   {parameters:,} parameters, {config.num_groups} groups a norm, patch {patch}"]
-    lines += [f"  training  step {step} to {config.steps}, batch {config.batch} = {share}; target {config.target}"]
+    lines += [f"  training  step {run.step} to {config.steps}, batch {config.batch} = {share}; target {config.target}"]
     memory = runtime.peak_memory_gb(ranks.device)
-    lines += [f"  device    {ranks.device}, {'fp32' if dtype is None else str(dtype)[6:]} ({reason}), {memory:.1f} GB"]
+    lines += [
+        f"  device    {ranks.device}, {'fp32' if run.dtype is None else str(run.dtype)[6:]} ({reason}), {memory:.1f} GB"
+    ]
     lines += [f"  differs   {' '.join(sorted(notes))} (see the top of patchddm.py)"]
-    lines += ["  time      left_s in the first lines below"] * (step < config.steps and not config.quiet)
+    lines += ["  time      left_s in the first lines below"] * (run.step < config.steps and not config.quiet)
     say("\n".join(lines), ranks)
 
 
@@ -848,19 +854,6 @@ def maps_of(result: Ensemble, net: Network, inside: Any) -> dict[str, np.ndarray
     return {name: values[inside].cpu().numpy() for name, values in maps.items()}
 
 
-def validation(net: Network, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> dict[str, float] | None:
-    """Foreground Dice of the validation cases, one member with fixed noise: class -> Dice, and `mean`."""
-    net = replace(net, config=replace(net.config, ensemble=1))
-    training = net.model.training
-    net.model.eval()
-    rows = score_cases(net, data, ranks, data.cases("val", net.config.limit or None), None, stop)
-    net.model.train(training)
-    if rows is None:
-        return None
-    summary = metrics.summarise(rows[1])
-    return {c: v["dice"]["mean"] for c, v in summary["classes"].items()} | {"mean": summary["mean"]["dice"]["mean"]}
-
-
 def evaluate(config: Config, data: Any, ranks: Ranks) -> int:
     """Score a split on the prepared grid: prints the table, writes metrics.csv, summary.json, masks, pictures."""
     net, here = load_network(config, ranks), loaders.data_record(data)
@@ -957,17 +950,6 @@ def checkpoint_path(config: Config) -> Path:
     return Path(config.checkpoint) if config.checkpoint else best if best.exists() else config.run_folder / "last.pt"
 
 
-def from_checkpoint(config: Config, given: dict[str, Any]) -> Config:
-    """For evaluate and predict: the settings of the training, changed by the given flags, which must be among USE."""
-    path = checkpoint_path(config)
-    saved = runtime.load_checkpoint(path, "patchddm")["config"]
-    fixed = [f"--{k.replace('_', '-')} {saved.get(k)}" for k in given if k not in USE and given[k] != saved.get(k)]
-    if fixed:
-        raise InputError(f"{path} was trained with {', '.join(fixed)}; leave these flags out")
-    kept = {k: v for k, v in saved.items() if k in Config.__dataclass_fields__ and k not in ONCE | {"limit"}}
-    return Config(**{**kept, "out": str(path.parent), **given})
-
-
 def shared_batch(config: Config, given: dict[str, Any], ranks: Ranks) -> Config:
     """A preset's batch that the processes cannot share (the paper's is 1) is raised to the next one that they can."""
     share = ranks.world * config.accumulate
@@ -986,9 +968,10 @@ def shared_batch(config: Config, given: dict[str, Any], ranks: Ranks) -> Config:
 def main(argv: Sequence[str]) -> int:
     verb, config, given = runtime.parse_flags(Config, argv, VERBS, PRESETS, (__doc__ or "").split("\n\n")[0])
     if verb in ("evaluate", "predict"):
-        config = from_checkpoint(config, given)
+        config = runtime.trained_config(config, given, checkpoint_path(config), "patchddm", USE, ONCE | {"limit"})
     elif config.init:
-        config = replace(config, **{k: v for k, v in network_flags(Path(config.init)).items() if k not in given})
+        network = runtime.network_flags(Path(config.init), "patchddm")
+        config = replace(config, **{k: v for k, v in network.items() if k not in given})
     ranks, stop = runtime.start_processes(config.device), runtime.StopFlag()
     try:
         if verb == "predict":

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 
 from common import InputError
-from common.unet import load_public
+from common.unet import load_public, public_flags
 
 FORMAT = 1  # of checkpoints; raised when an old program could misread a new file
 CHECKPOINT_KEYS = ("format", "script", "config", "model", "ema", "optimizer", "scaler", "step", "best", "data")
@@ -284,6 +284,34 @@ def load_start(path: str, script: str, model: torch.nn.Module) -> None:
         load_public(model, state)
     except (ValueError, AttributeError) as error:
         raise InputError(f"--init {path} does not fit: {error}") from error
+
+
+def network_flags(path: Path, script: str) -> dict[str, Any]:
+    """The flags that shape the network of the weights given to --init, ours or public."""
+    state = load_tensors(path)
+    if isinstance(state, dict) and "format" in state:
+        config = load_checkpoint(path, script)["config"]
+        return {k: config[k] for k in ("num_channels", "channel_mult", "num_res_blocks", "num_groups", "skips")}
+    try:
+        return public_flags(state)
+    except (KeyError, IndexError, AttributeError) as error:
+        raise InputError(f"--init {path} has no {error}, so it is no U-Net of this kind; use another file") from error
+
+
+def trained_config(
+    config: Any, given: Mapping[str, Any], path: Path, script: str, use: Iterable[str], once: Iterable[str]
+) -> Any:
+    """For verbs that use a trained network: the settings of its training, changed by the given flags.
+
+    use: flags that may differ from the training, InputError names the others; once: flags not kept from the training.
+    Results go beside the checkpoint unless --out is given.
+    """
+    saved = load_checkpoint(path, script)["config"]
+    fixed = [f"--{k.replace('_', '-')} {saved.get(k)}" for k in given if k not in use and given[k] != saved.get(k)]
+    if fixed:
+        raise InputError(f"{path} was trained with {', '.join(fixed)}; leave these flags out")
+    fields = {field.name for field in dataclasses.fields(config)} - set(once)
+    return type(config)(**{**{k: v for k, v in saved.items() if k in fields}, "out": str(path.parent), **given})
 
 
 def load_newest(out: Path, script: str, ranks: Ranks | None = None) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ tensors are [B, C, X, Y] or [B, C, X, Y, Z], the spatial sizes written as `*S` b
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -241,3 +241,24 @@ def load_public(model: nn.Module, state: Mapping[str, Tensor]) -> None:
                 f"({len(state)} and {len(own)} tensors); it is set by {flags}"
             )
     model.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()})
+
+
+def public_flags(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Network flags read off the shapes of a public state dict with convolutional up and down sampling.
+
+    Returns num_channels, channel_mult, num_res_blocks, skips, and num_groups = num_channels: the groups cannot be seen,
+    this is PatchDDM's rule. Raises KeyError or IndexError where `state` is no such network.
+    """
+    state = {k.removeprefix("module."): v for k, v in state.items()}
+    c = state["input_blocks.0.0.weight"].shape[0]
+    mult: list[int] = []
+    blocks, k = 0, 1
+    while f"input_blocks.{k}.0.in_layers.2.weight" in state or f"input_blocks.{k}.0.op.weight" in state:
+        if f"input_blocks.{k}.0.op.weight" not in state:
+            width = state[f"input_blocks.{k}.0.in_layers.2.weight"].shape[0]
+            first = k == 1 or f"input_blocks.{k - 1}.0.op.weight" in state
+            mult, blocks = (mult + [width // c], 1) if first else (mult, blocks + 1)
+        k += 1
+    average = state["output_blocks.0.0.in_layers.0.weight"].shape[0] == mult[-1] * c
+    skips = "average" if average else "concat"
+    return {"num_channels": c, "channel_mult": tuple(mult), "num_res_blocks": blocks, "num_groups": c, "skips": skips}

@@ -12,7 +12,7 @@ from torch import nn
 import patchddm as P
 from common import InputError, loaders
 from common.runtime import Ranks
-from common.unet import load_public
+from common.unet import load_public, public_flags
 
 FIXTURES = Path(os.environ.get("SHARED_DIR", Path(__file__).parents[2] / "shared")) / "data" / "fixtures"
 SMALL = {"num_channels": 4, "channel_mult": (1, 2), "num_res_blocks": 1, "num_groups": 4, "patch": (8,)}
@@ -35,7 +35,7 @@ def x64(value: float) -> torch.Tensor:
 def test_network_agrees_with_the_public_one():
     z = np.load(FIXTURES / "patchddm_tiny.npz")
     state = torch.load(FIXTURES / "patchddm_tiny_checkpoint.pt", weights_only=True)
-    flags = P.config_of_public(state)
+    flags = public_flags(state)
     assert flags == {
         "num_channels": 5,
         "channel_mult": (1, 3, 4),
@@ -70,7 +70,7 @@ def test_network_has_the_published_number_of_parameters(c, mult, groups, blocks,
         model = P.build_model(config, c_in, c_out)
     assert sum(p.numel() for p in model.parameters()) == count
     state = model.state_dict()
-    found = P.config_of_public(state)
+    found = public_flags(state)
     assert found == {"num_channels": c, "channel_mult": mult, "num_res_blocks": blocks, "num_groups": c, "skips": skips}
 
 
