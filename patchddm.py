@@ -832,12 +832,12 @@ def score_cases(
             if out and config.save_members:
                 member = x0_to_mask(result.member)[inside].cpu().numpy()
                 loaders.write_on_grid(
-                    out / f"predictions/{case}_member{result.size - 1}.nii.gz", member, data.affine(case)
+                    out / f"predictions/members/{case}_{result.size - 1}.nii.gz", member, data.affine(case)
                 )
         if out:
             loaders.write_on_grid(out / f"predictions/{case}.nii.gz", mask, data.affine(case))
             for name, values in maps_of(result, net, inside).items():
-                loaders.write_on_grid(out / f"predictions/{case}{name}.nii.gz", values, data.affine(case))
+                loaders.write_on_grid(out / f"predictions/maps/{case}_{name}.nii.gz", values, data.affine(case))
         if out and diary is not None:
             image, variance = np.asarray(data.image(case))[0], result.variance[inside].cpu().numpy()
             figures.case_sheet(out / "figures", case, image, mask, data.spacing(case), data.classes, diary, variance)
@@ -846,11 +846,11 @@ def score_cases(
 
 
 def maps_of(result: Ensemble, net: Network, inside: Any) -> dict[str, np.ndarray]:
-    """With --save-maps: file name suffix -> [X, Y, Z] fp32, the mean of each channel and the variance."""
+    """With --save-maps: name -> [X, Y, Z] fp32, the mean of each channel and the variance; else nothing."""
     if not net.config.save_maps:
         return {}
     names = ["background"] * (len(result.mean) > 1) + [re.sub(r"\W+", "-", name) for name in net.record["classes"]]
-    maps = {f"_mean_{name}": mean for name, mean in zip(names, result.mean)} | {"_variance": result.variance}
+    maps = {f"mean_{name}": mean for name, mean in zip(names, result.mean)} | {"variance": result.variance}
     return {name: values[inside].cpu().numpy() for name, values in maps.items()}
 
 
@@ -917,14 +917,15 @@ def predict(config: Config, ranks: Ranks) -> int:
         image, restore = loaders.load_for_prediction(paths, net.record)  # [C, X, Y, Z] on the network's grid
         cond, inside = whole_volume(image, net, net.record.get("grid"))
         stem, ending = target.name.split(".nii")
-        files = {}
+        files = {}  # what --save-members and --save-maps add lies in folders beside the masks
         for result in sample_ensemble(net, cond, case):
             if config.save_members:
-                files[f"_member{result.size - 1}"] = restore.mask(x0_to_mask(result.member)[inside].cpu().numpy())
-        files[""] = mask = restore.mask(x0_to_mask(result.mean)[inside].cpu().numpy())  # D8
-        files |= {name: restore.map(values) for name, values in maps_of(result, net, inside).items()}
+                member = restore.mask(x0_to_mask(result.member)[inside].cpu().numpy())
+                files[f"members/{stem}_{result.size - 1}"] = member
+        files[stem] = mask = restore.mask(x0_to_mask(result.mean)[inside].cpu().numpy())  # D8
+        files |= {f"maps/{stem}_{name}": restore.map(v) for name, v in maps_of(result, net, inside).items()}
         for name, array in files.items():
-            loaders.write_nifti(target.with_name(f"{stem}{name}.nii{ending}"), array, restore.like, array.dtype)
+            loaders.write_nifti(target.parent / f"{name}.nii{ending}", array, restore.like, array.dtype)
         values = {name: int(net.record["label_values"][str(v)]) for name, v in net.record["classes"].items()}
         say(f"{target}: voxels of " + ", ".join(f"{name} {int((mask == v).sum())}" for name, v in values.items()))
     return 0

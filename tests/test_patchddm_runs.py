@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import patchddm
-from common import loaders, runtime
+from common import loaders, metrics, runtime
 from data_prep import msd
 
 ROOT = Path(__file__).parents[1]
@@ -88,7 +88,7 @@ def test_bare_run_trains_scores_and_draws(tmp_path, capsys):
     names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     assert {"config.json", "log.csv", "last.pt", "best.pt", "metrics.csv", "summary.json", "loss.png"} <= names
     assert {"figures/phantom_0068.png", "figures/phantom_0068_steps.png", "predictions/phantom_0068.nii.gz"} <= names
-    assert {"predictions/phantom_0068_variance.nii.gz", "metrics_ensemble1.csv"} <= names
+    assert {"predictions/maps/phantom_0068_variance.nii.gz", "metrics_ensemble1.csv"} <= names
     assert not [n for n in names if n.endswith(".tmp")]
     summary = json.loads((out / "summary.json").read_text())
     assert 0 <= summary["mean"]["dice"]["mean"] <= 1 and summary["mean"]["dice"]["n"] == 1
@@ -311,7 +311,7 @@ def test_evaluate_scores_the_masks_that_it_writes(tmp_path, fake, trained):
     pred, true = np.asarray(mask.dataobj) == value, np.asarray(data.label(case)) == value
     total = pred.sum() + true.sum()
     assert row[0] == case and float(row[2]) == pytest.approx(2 * (pred & true).sum() / total, abs=1e-5)
-    assert (tmp_path / f"e/predictions/{case}_member1.nii.gz").exists()
+    assert (tmp_path / f"e/predictions/members/{case}_1.nii.gz").exists()
 
 
 def test_evaluate_of_another_runs_checkpoint_writes_beside_it(tmp_path, fake, trained, monkeypatch):
@@ -343,10 +343,27 @@ def test_predict_returns_masks_in_the_geometry_of_the_input(tmp_path, fake, trai
         assert mask.header["qform_code"] == image.header["qform_code"]
         assert mask.header["sform_code"] == image.header["sform_code"]
         stem = path.name.removesuffix(".nii.gz")
-        assert nib.load(tmp_path / f"out/{stem}_variance.nii.gz").shape == mask.shape
-        assert (tmp_path / f"out/{stem}_member0.nii.gz").exists()
+        assert nib.load(tmp_path / f"out/maps/{stem}_variance.nii.gz").shape == mask.shape
+        assert (tmp_path / f"out/members/{stem}_0.nii.gz").exists()
         orientations.add(nib.aff2axcodes(image.affine))
     assert len(orientations) > 1
+
+
+def test_predicted_folder_is_scored_as_evaluate_scores(tmp_path, fake, trained):
+    argv = ["predict", "--checkpoint", str(trained / "best.pt"), "--save-maps", "--quiet", "--amp", "off"]
+    images, labels = tmp_path / "images", tmp_path / "labels"
+    images.mkdir(), labels.mkdir()
+    case = loaders.open_prepared(fake / "prepared").cases("test")[0]
+    shutil.copy(next(p for p in (fake / "src/imagesTr").iterdir() if p.name.startswith(case)), images)
+    shutil.copy(next(p for p in (fake / "src/labelsTr").iterdir() if p.name.startswith(case)), labels)
+    assert patchddm.main([*argv, "--image", str(images), "--output", str(tmp_path / "masks")]) == 0
+    argv = ["--pred", str(tmp_path / "masks"), "--true", str(labels), "--out", str(tmp_path / "scores")]
+    assert metrics.main(["score", *argv]) == 0
+    common = ["--checkpoint", str(trained / "best.pt"), "--quiet", "--amp", "off", "--device", "cpu"]
+    assert patchddm.main(["evaluate", *common, "--data", str(fake / "prepared"), "--out", str(tmp_path / "e")]) == 0
+    scored = [r["dice"] for r in metrics.read_metrics_csv(tmp_path / "scores/metrics.csv")]
+    evaluated = [r["dice"] for r in metrics.read_metrics_csv(tmp_path / "e/metrics.csv") if r["case"] == case]
+    assert scored == pytest.approx(evaluated, abs=1e-9) and len(scored) == 2
 
 
 def test_predict_agrees_with_evaluate(tmp_path, fake, trained):
