@@ -31,7 +31,8 @@ Equations
 
 Differs
     D1  betas run from 1e-4 (t = 1) to 0.02 (t = T); the paper prints the two ends exchanged.
-    D2  S steps visit T, T - T/S, ..., T/S and end at 0. The public code's grid spends its last evaluation on nothing.
+    D2  S steps visit T, T - T/S, ..., T/S and end at 0. The public code's grid (--timesteps code) spends its last
+        evaluation on nothing and leaves 0.01 eps in the result.
     D3  eps is computed again from the clipped x0, as in the public code (the paper does not say).
     D4  several classes: K + 1 one-hot channels and the largest wins; the paper has one class.
     D5  noise is a function of (seed, case, member); the public code starts every case from the same noise.
@@ -128,6 +129,7 @@ class Config:
     coords: Literal["on", "off"] = flag("on", "coordinate channels")
     # diffusion (section 2.1)
     target: Literal["eps", "x0", "v"] = flag("eps", "what the network predicts (paper: eps)")
+    mask_range: Literal["01", "pm1"] = flag("01", "values of the mask: 0 and 1 (public code), or -1 and 1")
     clip: Literal["unit", "mask", "off"] = flag("unit", "range of the predicted x0: [-1, 1], [0, 1], none")
     # training (section 3)
     steps: int = flag(4_450_000, "optimisation steps (paper: 420 h, about 4.45 million)")
@@ -142,7 +144,8 @@ class Config:
     eval_every: int = flag(50_000, "steps between validations")
     save_every: int = flag(1000, "steps between saves")
     # sampling and evaluation (sections 2.4 and 4.3)
-    sampler: Literal["ddim", "ddpm"] = flag("ddim", "ddim (paper), or ddpm = ddim with eta 1")
+    sampler: Literal["ddim", "ddpm", "heun"] = flag("ddim", "ddim (paper), ddpm = ddim with eta 1, heun (section 5)")
+    timesteps: Literal["trailing", "code"] = flag("trailing", "trailing: T, T - T/S, ..., 0; code: the public code's")
     sampling_steps: int = flag(20, "network evaluations S of one sample, 1..1000 (paper: 1000, and 20 in figure 5)")
     eta: float = flag(0.0, "noise of the reverse process, 0..1 (paper: 0)")
     ensemble: int = flag(1, "members: samples from different noise (paper: 1 to 15)")
@@ -199,6 +202,12 @@ class Config:
                 f"--patch {self.patch_size} leaves one voxel at the lowest level, one value a group of the norm with "
                 f"--num-groups {self.num_groups}; use a larger patch, fewer levels or fewer groups"
             )
+        if self.mask_range == "pm1" and self.clip == "mask":
+            raise InputError("--clip mask cuts off the -1 of --mask-range pm1; use --clip unit")
+        if self.timesteps == "code" and self.sampling_steps < 2:
+            raise InputError("--timesteps code is not defined for --sampling-steps 1; use 2 or more")
+        if self.sampler == "heun" and self.eta:
+            raise InputError("--sampler heun follows the noise-free equation; use --eta 0")
         if self.skips == "concat" and self.channel_mult[0] != 1:
             raise InputError("--skips concat needs --channel-mult to begin with 1; use it, or --skips average")
 
@@ -354,11 +363,13 @@ def mask_channels(record: dict[str, Any]) -> int:
     return 1 if k == 1 else k + 1  # D4
 
 
-def mask_to_x0(label: Tensor, channels: int) -> Tensor:
-    """[B, X, Y, Z] integers -> [B, K', X, Y, Z] fp32 in {0, 1}."""
+def mask_to_x0(label: Tensor, channels: int, mask_range: str = "01") -> Tensor:
+    """[B, X, Y, Z] integers -> [B, K', X, Y, Z] fp32 in {0, 1}, or {-1, 1} with --mask-range pm1."""
     if channels == 1:
-        return (label > 0).float()[:, None]
-    return F.one_hot(label.long(), channels).movedim(-1, 1).float()  # D4
+        x0 = (label > 0).float()[:, None]
+    else:
+        x0 = F.one_hot(label.long(), channels).movedim(-1, 1).float()  # D4
+    return x0 if mask_range == "01" else 2 * x0 - 1
 
 
 def x0_to_mask(x0: Tensor) -> Tensor:
@@ -544,7 +555,7 @@ def train_step(
     for part in range(config.accumulate):
         cond, label, t, n = next(batches)  # [B, C + 3, *P], [B, *P], [B], [B]
         cond, label, t = (v.to(device, non_blocking=True) for v in (cond, label, t))
-        x0 = mask_to_x0(label, mask_channels(run.record))  # [B, K', *P]
+        x0 = mask_to_x0(label, mask_channels(run.record), config.mask_range)  # [B, K', *P]
         eps = noise(config.seed, n.tolist(), x0.shape[1:], device)
         alone = ranks.world == 1 or part == config.accumulate - 1  # gradients travel with the last part only
         with nullcontext() if alone else net.no_sync():
@@ -695,9 +706,19 @@ def print_header(config: Config, data: Any, ranks: Ranks, run: Training, reason:
 # =====================================================================================================================
 
 
-def timesteps(steps: int) -> list[int]:
-    """S + 1 times from T down to 0: tau_i = (T i + S // 2) // S, i = S..0."""
+def timesteps(steps: int, grid: str = "trailing") -> list[int]:
+    """S + 1 times from T down to 0: tau_i = (T i + S // 2) // S, i = S..0.
+
+    code: T, ..., 1 evenly, and 1 once more: its abar is held constant past the end, so the last step goes nowhere.
+    """
+    if grid == "code":
+        return [round(i) + 1 for i in np.linspace(T - 1, 0, steps)] + [1]
     return [(T * i + steps // 2) // steps for i in range(steps, -1, -1)]  # D2
+
+
+def eps_of(x0: Tensor, xt: Tensor, t: int) -> Tensor:
+    """The noise that leads from x0 to x_t; with a clipped x0 it is not what the network said."""
+    return (xt - math.sqrt(ABAR[t]) * x0) / math.sqrt(1 - ABAR[t])  # D3
 
 
 def ddim_step(x0: Tensor, xt: Tensor, t: int, s: int, eta: float, z: Tensor | None) -> Tensor:
@@ -708,10 +729,24 @@ def ddim_step(x0: Tensor, xt: Tensor, t: int, s: int, eta: float, z: Tensor | No
     if s == 0:
         return x0
     a_t, a_s = ABAR[t], ABAR[s]
-    e = (xt - math.sqrt(a_t) * x0) / math.sqrt(1 - a_t)  # D3
+    e = eps_of(x0, xt, t)
     sigma = eta * math.sqrt((1 - a_s) / (1 - a_t)) * math.sqrt(1 - a_t / a_s)  # eq. (3): Sigma is sigma^2 I
     x = math.sqrt(a_s) * x0 + math.sqrt(1 - a_s - sigma**2) * e  # eq. (5)
     return x if z is None or sigma == 0 else x + sigma * z
+
+
+def heun_step(x0: Tensor, xt: Tensor, t: int, s: int, look: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """From x_t to x_s by the mean of the slopes at both ends; look(x, t) is the network's clipped prediction of x_0.
+
+    With y = x / sqrt(abar) and g = sqrt(1 - abar) / sqrt(abar), DDIM is Euler's step of dy / dg = eps, and this is the
+    second-order step (the paper's outlook; Karras et al. 2022). At s = 0 there is no network: Euler.
+    """
+    euler = ddim_step(x0, xt, t, s, 0.0, None)
+    if s == 0:
+        return euler
+    y, h = xt / math.sqrt(ABAR[t]), math.sqrt(1 / ABAR[s] - 1) - math.sqrt(1 / ABAR[t] - 1)
+    slope = (eps_of(x0, xt, t) + eps_of(look(euler, s), euler, s)) / 2
+    return math.sqrt(ABAR[s]) * (y + h * slope)
 
 
 def sample(
@@ -723,17 +758,24 @@ def sample(
 ) -> Tensor:
     """x_0 from x_T = xt ~ N(0, I), [1, K', X, Y, Z]; the state stays in the number type of xt (fp32 or wider).
 
-    f(xt, index [1]) is the network with its condition; draw() gives standard normal noise like xt; watch is shown t,
-    x_t and the predicted x_0 of each step.
+    f(xt, index [1]) is the network with its condition, called S times (Heun: 2 S - 1); draw() gives standard normal
+    noise like xt; watch is shown t, x_t and the predicted x_0 of each step.
     """
     eta = 1.0 if config.sampler == "ddpm" else config.eta
     low, high = {"unit": (-1.0, 1.0), "mask": (0.0, 1.0), "off": (-math.inf, math.inf)}[config.clip]
-    for t, s in pairwise(timesteps(config.sampling_steps)):
-        tt = torch.full((1,), t, device=xt.device)
-        x0 = x0_of(config.target, f(xt, tt - 1), xt, tt).clamp(low, high)
+
+    def look(x: Tensor, t: int) -> Tensor:
+        tt = torch.full((1,), t, device=x.device)
+        return x0_of(config.target, f(x, tt - 1), x, tt).clamp(low, high)
+
+    for t, s in pairwise(timesteps(config.sampling_steps, config.timesteps)):
+        x0 = look(xt, t)
         if watch is not None:
             watch(t, xt, x0)
-        xt = ddim_step(x0, xt, t, s, eta, draw() if eta > 0 and s > 0 else None)
+        if config.sampler == "heun":
+            xt = heun_step(x0, xt, t, s, look)
+        else:
+            xt = ddim_step(x0, xt, t, s, eta, draw() if eta > 0 and s > 0 else None)
     return xt
 
 
@@ -765,7 +807,8 @@ def sample_member(net: Network, cond: Tensor, case: str, number: int, watch: Any
         with torch.autocast(net.device.type, net.dtype, enabled=net.dtype is not None):
             return net.model(torch.cat([cond[None], xt], dim=1), index).float()
 
-    return sample(f, draw(), net.config, draw, watch)[0].clamp(0, 1)
+    x0 = sample(f, draw(), net.config, draw, watch)[0]
+    return (x0 if net.config.mask_range == "01" else (x0 + 1) / 2).clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -943,7 +986,19 @@ ONCE |= {"device", "amp", "workers"}
 MAY_DIFFER = ONCE | {"out", "preset", "steps", "minutes", "compile", "recompute", "accumulate", "eval_every"}
 MAY_DIFFER |= {"save_every"}
 # For evaluate and predict these may differ from the training.
-USE = ONCE | {"data", "preset", "out", "seed", "limit", "sampler", "sampling_steps", "eta", "clip", "recompute"}
+USE = ONCE | {
+    "data",
+    "preset",
+    "out",
+    "seed",
+    "limit",
+    "sampler",
+    "sampling_steps",
+    "timesteps",
+    "eta",
+    "clip",
+    "recompute",
+}
 
 
 def checkpoint_path(config: Config) -> Path:

@@ -221,6 +221,26 @@ def test_timesteps_are_the_trailing_grid():
     assert P.timesteps(1000) == list(range(1000, -1, -1))
 
 
+def test_timesteps_of_the_public_code_end_without_a_step():
+    assert [t - 1 for t in P.timesteps(5, "code")] == [999, 749, 500, 250, 0, 0]
+    assert [t - 1 for t in P.timesteps(10, "code")][:3] == [999, 888, 777]
+    assert [t - 1 for t in P.timesteps(20, "code")][-4:] == [105, 53, 0, 0]
+
+
+def test_public_grid_leaves_a_hundredth_of_noise():
+    """abar is held at 0.9999: with an oracle the result keeps 0.01 eps, and the last evaluation changes nothing."""
+    torch.manual_seed(0)
+    x0 = (torch.rand(1, 1, 8, 8, 8, dtype=torch.float64) > 0.5).double()
+
+    def oracle(x, index):
+        a, b = P.signal_and_noise(index + 1, x)
+        return (x - a * x0) / b
+
+    out, calls = run_sampler(oracle, 20, torch.randn_like(x0), timesteps="code")
+    assert len(calls) == 20
+    assert (out - x0).square().mean().sqrt().item() == pytest.approx(0.0093, abs=0.001)
+
+
 @pytest.mark.parametrize(
     "t, s, cx, ce, sigma",
     [
@@ -295,6 +315,46 @@ def test_ddim_converges_to_the_closed_form(steps, value):
 
     out, _ = run_sampler(exact, steps, x64(1.0), clip="off")
     assert out.item() == pytest.approx(value, abs=1e-9)
+
+
+def test_heun_step_equals_spec_value():
+    calls = []
+
+    def look(x, t):
+        calls.append((x.item(), t))
+        return P.x0_of("eps", 0.9 * x + 0.1, x, times(t))
+
+    out = P.heun_step(look(x64(0.8), 500), x64(0.8), 500, 450, look)
+    assert calls[1] == (pytest.approx(0.7825399133721382, abs=1e-12), 450)
+    assert out.item() == pytest.approx(0.7847859482621712, abs=1e-11)
+
+
+@pytest.mark.parametrize(
+    "steps, value",
+    [(5, 0.6192829231814944), (10, 0.734433466688525), (20, 0.7793409506264307), (50, 0.7947601163104451)],
+)
+def test_heun_converges_to_the_closed_form_with_two_evaluations_a_step(steps, value):
+    def exact(x, index):
+        abar = P.ABAR[int(index) + 1]
+        return (1 - abar) ** 0.5 * (x - 0.3 * abar**0.5) / (0.25 * abar + 1 - abar)
+
+    out, calls = run_sampler(exact, steps, x64(1.0), clip="off", sampler="heun")
+    assert out.item() == pytest.approx(value, abs=1e-9)
+    assert len(calls) == 2 * steps - 1
+
+
+@pytest.mark.parametrize("steps, evaluations", [(1, 1), (5, 9), (20, 39), (1000, 1999)])
+def test_heun_returns_the_truth_of_an_oracle(steps, evaluations):
+    torch.manual_seed(0)
+    x0 = (torch.rand(1, 1, 3, 3, 3, dtype=torch.float64) > 0.5).double()
+
+    def oracle(x, index):
+        a, b = P.signal_and_noise(index + 1, x)
+        return (x - a * x0) / b
+
+    out, calls = run_sampler(oracle, steps, torch.randn_like(x0), sampler="heun")
+    assert len(calls) == evaluations
+    torch.testing.assert_close(out, x0, atol=1e-11, rtol=0)
 
 
 def test_ddpm_samples_have_the_data_distribution():
@@ -481,6 +541,15 @@ def test_ensemble_clips_members_to_the_range_of_a_mask(monkeypatch):
     assert mean.item() == 0.5
 
 
+def test_mask_range_changes_the_numbers_and_not_the_masks(monkeypatch):
+    label = torch.tensor([[[[0, 1, 2]]]])
+    assert torch.equal(P.mask_to_x0(label, 3, "pm1"), 2 * P.mask_to_x0(label, 3) - 1)
+    monkeypatch.setattr(P, "sample", lambda *a, **k: P.mask_to_x0(label, 3, "pm1"))
+    net = network(P.Config(**SMALL, mask_range="pm1"), nn.Identity(), 2)
+    (result,) = P.sample_ensemble(net, torch.zeros(3, 1, 1, 3), "case")
+    assert torch.equal(result.mean, P.mask_to_x0(label, 3)[0])
+
+
 def test_members_depend_on_seed_case_and_number_only():
     torch.manual_seed(0)
     model = P.build_model(P.Config(**SMALL), 5, 1).eval()
@@ -553,6 +622,9 @@ def test_one_batch_is_overfitted(target):
         ({"patch": (64,), "num_groups": 1, "num_channels": 1, "channel_mult": (1,) * 7}, "one value a group"),
         ({"num_channels": 8, "num_groups": 8, "channel_mult": (1, 1, 2), "patch": (4,)}, "one value a group"),
         ({"device": "foo"}, "--device is foo"),
+        ({"timesteps": "code", "sampling_steps": 1}, "not defined for --sampling-steps 1"),
+        ({"mask_range": "pm1", "clip": "mask"}, "cuts off the -1"),
+        ({"sampler": "heun", "eta": 0.5}, "use --eta 0"),
         ({"skips": "concat", "channel_mult": (2, 4), "patch": (8,)}, "begin with 1"),
         ({"batch": 0}, "--batch is 0"),
         ({"lr": float("nan")}, "--lr is nan"),
