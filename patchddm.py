@@ -42,6 +42,8 @@ Differs
     D8  masks come back in the geometry of the input; the public code writes the padded grid without its geometry.
     D9  the network is fed images in [-1, 1] and coordinates of the whole padded volume, as in the public code; the
         paper says [0, 1]. Percentiles are those of the brain where the background is exactly 0.
+    D10 --method half is scored at full size, enlarged on the grid that belongs to how it was reduced; the public
+        code scores at half size.
 
 Usage
     python patchddm.py                                            all of it on phantoms: train, sample, score
@@ -123,10 +125,12 @@ class Config:
     num_res_blocks: int = flag(2, "residual blocks a level")
     num_groups: int = flag(29, "groups of each group norm")
     skips: Literal["average", "concat"] = flag("average", "how a skip meets the decoder (section 2.2)")
-    # patches (section 2.3)
+    # patches (section 2.3) and the baselines
+    method: Literal["patch", "full", "half"] = flag("patch", "train on patches, whole or half-size volumes")
+    half_pool: Literal["stride", "mean"] = flag("stride", "half: every second voxel (public code), or means of 2x2x2")
     patch: tuple[int, ...] = flag((128,), "patch size in voxels, N or N,N,N (paper: 128 of 256)")
     patch_dist: Literal["paper", "code", "uniform"] = flag("paper", "distribution of patch starts (appendix A)")
-    coords: Literal["on", "off"] = flag("on", "coordinate channels")
+    coords: Literal["auto", "on", "off"] = flag("auto", "coordinate channels; auto: on for patches only")
     # diffusion (section 2.1)
     target: Literal["eps", "x0", "v"] = flag("eps", "what the network predicts (paper: eps)")
     mask_range: Literal["01", "pm1"] = flag("01", "values of the mask: 0 and 1 (public code), or -1 and 1")
@@ -163,6 +167,15 @@ class Config:
         return self.patch * 3 if len(self.patch) == 1 else self.patch
 
     @property
+    def with_coords(self) -> bool:
+        return self.coords == "on" or (self.coords == "auto" and self.method == "patch")
+
+    @property
+    def multiple(self) -> int:
+        """Each side of a volume must be a multiple of this: the levels halve it, and --method half once more."""
+        return 2 ** (len(self.channel_mult) - (self.method != "half"))
+
+    @property
     def run_folder(self) -> Path:
         return Path(self.out or f"runs/patchddm-{Path(self.data).name}-{self.preset}")
 
@@ -184,8 +197,8 @@ class Config:
             raise InputError(f"--patch is {self.patch}, expected N or N,N,N with N of 1 or more")
         if not self.channel_mult or min(self.channel_mult) < 1:
             raise InputError(f"--channel-mult is {self.channel_mult}, expected whole numbers of 1 or more")
-        step = 2 ** (len(self.channel_mult) - 1)
-        if any(p % step for p in self.patch):
+        step, patches = 2 ** (len(self.channel_mult) - 1), self.method == "patch"
+        if patches and any(p % step for p in self.patch):
             raise InputError(
                 f"--patch {self.patch_size} cannot be halved {len(self.channel_mult) - 1} times (--channel-mult has "
                 f"{len(self.channel_mult)} levels); use multiples of {step}, or fewer levels"
@@ -197,7 +210,7 @@ class Config:
                     f"--num-groups {self.num_groups} does not divide the width {width}; choose a divisor of it"
                 )
         narrow = min(widths[-2], widths[-3] if self.skips == "average" and len(widths) > 2 else widths[-2])
-        if math.prod(p // step for p in self.patch_size) * narrow == self.num_groups:
+        if patches and math.prod(p // step for p in self.patch_size) * narrow == self.num_groups:
             raise InputError(
                 f"--patch {self.patch_size} leaves one voxel at the lowest level, one value a group of the norm with "
                 f"--num-groups {self.num_groups}; use a larger patch, fewer levels or fewer groups"
@@ -286,14 +299,14 @@ class UNet(nn.Module):
 
 
 def build_model(config: Config, in_channels: int, out_channels: int) -> nn.Module:
-    """The network; in_channels = image channels + 3 (--coords on) + mask channels, in this order."""
+    """The network; in_channels = image channels + 3 (coordinates) + mask channels, in this order."""
     return UNet(config, in_channels, out_channels)
 
 
 def network_for(config: Config, record: dict[str, Any]) -> nn.Module:
     """The network for the data that `record` describes (the `data` entry of a checkpoint)."""
     k = mask_channels(record)
-    return build_model(config, len(record["channels"]) + 3 * (config.coords == "on") + k, k)
+    return build_model(config, len(record["channels"]) + 3 * config.with_coords + k, k)
 
 
 # =====================================================================================================================
@@ -378,13 +391,13 @@ def x0_to_mask(x0: Tensor) -> Tensor:
 
 
 def padded_shape(shape: Sequence[int], config: Config, whole: Sequence[int] | None = None) -> tuple[int, ...]:
-    """The grid that a volume is padded to: at least the patch, each side a multiple of 2^(levels - 1).
+    """The grid that a volume is padded to: at least the patch, each side a multiple of what the levels can halve.
 
     whole: a grid that the prepared data name for all cases (BraTS: 256^3).
     """
-    step = 2 ** (len(config.channel_mult) - 1)
-    least = [max(*sides) for sides in zip(shape, config.patch_size, whole or shape)]
-    return tuple(-(-n // step) * step for n in least)
+    patch = config.patch_size if config.method == "patch" else shape
+    least = [max(*sides) for sides in zip(shape, patch, whole or shape)]
+    return tuple(-(-n // config.multiple) * config.multiple for n in least)
 
 
 def draw_start(rng: np.random.Generator, size: int, patch: int, kind: str) -> int:
@@ -422,8 +435,38 @@ def condition(
     return np.concatenate([window, coordinates(full, start, size)]) if coords else window
 
 
+def halve(image: np.ndarray, pool: str) -> np.ndarray:
+    """[C, X, Y, Z] -> [C, X / 2, Y / 2, Z / 2]: every second voxel, or the mean of 2 x 2 x 2 (--half-pool)."""
+    if pool == "stride":
+        return np.ascontiguousarray(image[:, ::2, ::2, ::2])
+    c, x, y, z = (n if i == 0 else n // 2 for i, n in enumerate(image.shape))
+    return image.reshape(c, x, 2, y, 2, z, 2).mean(axis=(2, 4, 6))
+
+
+def halve_label(label: np.ndarray, pool: str) -> np.ndarray:
+    """[X, Y, Z] -> [X / 2, Y / 2, Z / 2]: every second voxel, or the largest share of the eight (ties: the lower)."""
+    if pool == "stride":
+        return halve(label[None], pool)[0]
+    return (
+        np.stack([halve((label == v)[None], pool)[0] for v in range(int(label.max()) + 1)]).argmax(0).astype(np.uint8)
+    )
+
+
+def double(x: Tensor, pool: str) -> Tensor:
+    """[K', X, Y, Z] -> [K', 2 X, 2 Y, 2 Z] linearly, on the grid that belongs to `halve`.
+
+    stride: coarse voxel k lies at fine voxel 2 k; mean: at 2 k + 0.5. The other grid shifts the mask by half a voxel.
+    """
+    if pool == "mean":  # D10
+        return F.interpolate(x[None], scale_factor=2, mode="trilinear", align_corners=False)[0]
+    for axis in (1, 2, 3):
+        after = torch.cat([x.narrow(axis, 1, x.shape[axis] - 1), x.narrow(axis, x.shape[axis] - 1, 1)], dim=axis)
+        x = torch.stack([x, (x + after) / 2], dim=axis + 1).flatten(axis, axis + 1)
+    return x
+
+
 class Patches(Dataset):
-    """Sample n = 0, 1, 2, ... of the training: everything about it is a function of (seed, n).
+    """Sample n = 0, 1, 2, ... of the training, a patch or a whole volume: all of it is a function of (seed, n).
 
     n counts over the global batches, so the number of processes, workers and restarts changes nothing.
     """
@@ -433,20 +476,27 @@ class Patches(Dataset):
         self.cases = [c for c in data.cases("train") if data.has_label(c)]
         if not self.cases:
             raise InputError(f"{config.data} has no labelled training case; prepare data with labels")
+        shapes = [data.shape(c) for c in self.cases]
+        self.grid = data.meta.get("grid")
+        if config.method != "patch":  # whole volumes of one size, so that they can share a batch
+            self.grid = self.grid or [max(sides) for sides in zip(*shapes)]
 
     def __getitem__(self, n: int) -> tuple[np.ndarray, np.ndarray, int, int]:
         """Condition [C (+ 3), *P] fp32, label [*P] uint8, t in 1..T, and n."""
-        config, size = self.config, self.config.patch_size
+        config = self.config
         epoch, place = divmod(n, len(self.cases))
         order = np.random.default_rng(seed_of(config.seed, "order", epoch)).permutation(len(self.cases))
         case = self.cases[order[place]]
         rng = np.random.default_rng(seed_of(config.seed, "patch", n))
         image, label = self.data.image(case), self.data.label(case)
-        full = padded_shape(label.shape, config, self.data.meta.get("grid"))
+        full = padded_shape(label.shape, config, self.grid)
+        size = config.patch_size if config.method == "patch" else full
         start = [draw_start(rng, d, p, config.patch_dist) for d, p in zip(full, size)]
         front = loaders.symmetric_pad(label.shape, full)
-        cond = condition(image, full, start, size, config.coords == "on")
+        cond = condition(image, full, start, size, config.with_coords)
         label = loaders.read_window(label, [s - f for s, f in zip(start, front)], size)
+        if config.method == "half":
+            cond, label = halve(cond, config.half_pool), halve_label(label, config.half_pool)
         return cond, label, int(rng.integers(1, T + 1)), n  # t is uniform on 1..T
 
 
@@ -684,19 +734,25 @@ def print_header(config: Config, data: Any, ranks: Ranks, run: Training, reason:
     parameters, patch = sum(p.numel() for p in run.model.parameters()), "x".join(map(str, config.patch_size))
     paper, notes = Config(), ["D1", "D2", "D3", "D5", "D8", "D9"]
     notes += ["D4"] * (len(data.classes) > 1) + ["D6"] * (config.target != "eps")
+    notes += ["D10"] * (config.method == "half")
     notes += ["D7"] * any(getattr(config, k) != getattr(paper, k) for k in ("lr", "lr_schedule", "ema", "grad_clip"))
-    small = [c for c in data.cases("train") if any(n < p for n, p in zip(data.shape(c), config.patch_size))]
+    what = f"patch {patch}" if config.method == "patch" else f"{config.method} volumes"
+    small = [
+        c
+        for c in data.cases("train")
+        if config.method == "patch" and any(n < p for n, p in zip(data.shape(c), config.patch_size))
+    ]
     lines = [f"PatchDDM (Bieder et al. 2023) -> {config.run_folder}"]
     lines += [f"  data      {config.data}: {counts}; {', '.join(data.channels)}; classes {', '.join(data.classes)}"]
     if small:
         lines += [f"            {len(small)} training cases are smaller than the patch: padded with background"]
-    lines += [f"  network   {parameters:,} parameters, {config.num_groups} groups a norm, patch {patch}"]
+    lines += [f"  network   {parameters:,} parameters, {config.num_groups} groups a norm, {what}"]
     lines += [f"  training  step {run.step} to {config.steps}, batch {config.batch} = {share}; target {config.target}"]
     memory = runtime.peak_memory_gb(ranks.device)
     lines += [
         f"  device    {ranks.device}, {'fp32' if run.dtype is None else str(run.dtype)[6:]} ({reason}), {memory:.1f} GB"
     ]
-    lines += [f"  differs   {' '.join(sorted(notes))} (see the top of patchddm.py)"]
+    lines += [f"  differs   {' '.join(sorted(notes, key=lambda d: int(d[1:])))} (see the top of patchddm.py)"]
     lines += ["  time      left_s in the first lines below"] * (run.step < config.steps and not config.quiet)
     say("\n".join(lines), ranks)
 
@@ -826,13 +882,18 @@ def sample_ensemble(net: Network, cond: Tensor, case: str, watch: Any = None) ->
 
     Variance with ddof 0; of several channels half the sum, which for two exclusive channels is the variance of one.
     """
+
+    def grow(x: Tensor) -> Tensor:  # what was sampled at half the size comes out at full size, still continuous
+        return double(x, net.config.half_pool) if net.config.method == "half" else x
+
     mean = square = torch.zeros(())
     for n in range(1, net.config.ensemble + 1):
         member = sample_member(net, cond, case, n - 1, watch if n == 1 else None)
         delta = member - mean
         mean = mean + delta / n
         square = square + delta * (member - mean)  # running sum of squared differences from the mean
-        yield Ensemble(n, mean, square.sum(dim=0) / n / (1 if len(member) == 1 else 2), member)
+        variance = square.sum(dim=0, keepdim=True) / n / (1 if len(member) == 1 else 2)
+        yield Ensemble(n, grow(mean), grow(variance)[0], grow(member))
 
 
 # =====================================================================================================================
@@ -844,7 +905,8 @@ def whole_volume(image: np.ndarray, net: Network, grid: Sequence[int] | None) ->
     """The condition of the whole padded volume, [C (+ 3), *S], and the slices that cut the volume out of it again."""
     full = padded_shape(image.shape[1:], net.config, grid)
     front = loaders.symmetric_pad(image.shape[1:], full)
-    whole = condition(image, full, (0, 0, 0), full, net.config.coords == "on")
+    whole = condition(image, full, (0, 0, 0), full, net.config.with_coords)
+    whole = halve(whole, net.config.half_pool) if net.config.method == "half" else whole
     return torch.from_numpy(whole).to(net.device), tuple(slice(f, f + n) for f, n in zip(front, image.shape[1:]))
 
 
@@ -867,7 +929,7 @@ def score_cases(
             continue
         case, truth = cases[i], np.asarray(data.label(cases[i]))
         cond, inside = whole_volume(data.image(case), net, data.meta.get("grid"))
-        diary = figures.Diary(truth, inside) if out and i == 0 else None
+        diary = figures.Diary(truth, inside) if out and i == 0 and config.method != "half" else None
         for result in sample_ensemble(net, cond, case, diary):
             if result.size in rows:
                 mask = x0_to_mask(result.mean)[inside].cpu().numpy()

@@ -141,8 +141,8 @@ def commands() -> list[str]:
     """Every command of README.md, of the scripts' docstrings and of results/*.sh, one a line."""
     text = (ROOT / "README.md").read_text() + "".join(f.read_text() for f in (ROOT / "results").glob("*.sh"))
     text += "".join(ast.get_docstring(ast.parse(s.read_text())) or "" for s in SCRIPTS)
-    lines = text.replace("\\\n", " ").splitlines()
-    return [line.strip() for line in lines if re.match(r"\s*(python|torchrun|\$PYTHON) ", line)]
+    parts = [part.strip() for line in text.replace("\\\n", " ").splitlines() for part in line.split("&&")]
+    return [part for part in parts if re.match(r"(python|torchrun|\$PYTHON) ", part)]
 
 
 def test_readme_names_the_commands_of_each_part():

@@ -467,6 +467,69 @@ def test_patch_image_and_label_are_cut_at_the_same_place():
         assert found == [True]
 
 
+# --- baselines -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pool, expected",
+    [
+        ("stride", [0, 0.5, 1, 2.5, 4, 6.5, 9, 12.5, 16, 20.5, 25, 25]),
+        ("mean", [0, 0.25, 0.75, 1.75, 3.25, 5.25, 7.75, 10.75, 14.25, 18.25, 22.75, 25]),
+    ],
+)
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_doubling_equals_spec_values_on_each_axis(pool, expected, axis):
+    line = torch.tensor([0.0, 1, 4, 9, 16, 25])
+    shape = [1, 1, 1, 1]
+    shape[axis] = 6
+    repeat = [1, 2, 2, 2]
+    repeat[axis] = 1
+    out = P.double(line.reshape(shape).repeat(repeat), pool)
+    assert out.shape == tuple(12 if i == axis else 4 if i else 1 for i in range(4))
+    torch.testing.assert_close(out.movedim(axis, -1)[0, 1, 2], torch.tensor(expected))
+
+
+@pytest.mark.parametrize("pool, value", [("stride", [0, 2]), ("mean", [0.5, 2.5])])
+def test_halving_takes_every_second_voxel_or_the_mean(pool, value):
+    image = np.broadcast_to(np.arange(4.0)[:, None, None], (1, 4, 4, 4))
+    half = P.halve(image, pool)
+    assert half.shape == (1, 2, 2, 2) and half[0, :, 1, 1].tolist() == value
+    label = np.zeros((4, 4, 4), np.uint8)
+    label[1:] = 2
+    assert P.halve_label(label, pool)[:, 0, 0].tolist() == [0, 2]  # of 0, 0, 0, 0, 2, 2, 2, 2 the lower value
+
+
+@pytest.mark.parametrize("method, inputs, size", [("patch", 4, 8), ("full", 1, 16), ("half", 1, 8)])
+def test_method_decides_inputs_and_size_of_a_sample(method, inputs, size):
+    config = P.Config(**SMALL, method=method)
+    cond, label, _, _ = P.Patches(tiny_data(), config)[0]
+    assert cond.shape[:2] == (inputs, size) and label.shape == cond.shape[1:]
+    if method == "full":
+        data = tiny_data()
+        order = [c for c in data.cases("train") if np.array_equal(data.label(c), label[..., :12])]
+        assert len(order) == 1 and np.array_equal(cond[0][..., :12], 2 * data.image(order[0])[0] - 1)
+    net = P.network_for(config, loaders.data_record(tiny_data()))
+    assert net.input_blocks[0][0].weight.shape[1] == inputs + 3
+
+
+def test_half_samples_at_half_and_returns_the_whole_grid(monkeypatch):
+    config = P.Config(**SMALL, method="half", sampling_steps=2)
+    data = tiny_data()
+    case = data.cases("test")[0]
+    net = P.Network(
+        config,
+        P.network_for(config, loaders.data_record(data)),
+        loaders.data_record(data),
+        torch.device("cpu"),
+        None,
+        0,
+    )
+    cond, inside = P.whole_volume(data.image(case), net, None)
+    assert cond.shape == (1, 8, 8, 6)
+    (result,) = P.sample_ensemble(net, cond, case)
+    assert result.mean.shape == (3, 16, 16, 12) and result.mean[0][inside].shape == data.shape(case)
+
+
 def test_an_epoch_visits_each_case_once():
     asked = []
 

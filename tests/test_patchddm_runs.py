@@ -158,6 +158,26 @@ def test_accumulation_changes_memory_not_the_result(tmp_path):
         torch.testing.assert_close(left[k], right[k], atol=2e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("method", ["full", "half"])
+def test_baselines_train_and_score_at_full_resolution(tmp_path, method, fake):
+    argv = [
+        *FAST,
+        "--data",
+        str(fake / "prepared"),
+        "--preset",
+        "tiny",
+        "--method",
+        method,
+        "--out",
+        str(tmp_path / "r"),
+    ]
+    assert patchddm.main([*argv, "--steps", "1", "--save-maps"]) == 0
+    data = loaders.open_prepared(fake / "prepared")
+    case = data.cases("test")[0]
+    for name in (f"{case}.nii.gz", f"maps/{case}_variance.nii.gz"):
+        assert nib.load(tmp_path / "r/predictions" / name).shape == data.shape(case)
+
+
 def test_minutes_end_a_run_early(tmp_path):
     assert patchddm.main(["train", *FAST, "--out", str(tmp_path / "a"), "--steps", "9999", "--minutes", "0.02"]) == 0
     state = runtime.load_checkpoint(tmp_path / "a/last.pt", "patchddm")
