@@ -257,11 +257,11 @@ def test_stopped_run_of_two_processes_continues_to_the_same_weights(tmp_path):
 
 
 def test_two_processes_train_as_one(tmp_path):
-    argv = ["train", *FAST, "--steps", "3", "--accumulate", "1"]
+    argv = ["train", *FAST, "--steps", "3", "--batch", "4"]
     assert run(*argv, "--out", str(tmp_path / "one")).returncode == 0
-    two = run(*argv, "--out", str(tmp_path / "two"), processes=2)
+    two = run(*argv, "--out", str(tmp_path / "two"), "--accumulate", "2", processes=2)
     assert two.returncode == 0, two.stderr
-    assert "2 processes x 1 parts x 1" in two.stdout and two.stdout.count("PatchDDM (Bieder") == 1
+    assert "2 processes x 2 parts x 1" in two.stdout and two.stdout.count("PatchDDM (Bieder") == 1
     left, right = weights(tmp_path / "one"), weights(tmp_path / "two")
     for k in left:
         torch.testing.assert_close(left[k], right[k], atol=2e-5, rtol=1e-3)
