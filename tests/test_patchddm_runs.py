@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -483,3 +484,14 @@ def test_disk_full_while_saving_keeps_the_old_checkpoint(tmp_path):
     assert done.returncode == 2 and "last.pt cannot be written" in done.stderr, done.stderr
     assert runtime.load_checkpoint(tmp_path / "run/last.pt", "patchddm")["step"] == 2
     assert patchddm.main([*argv, "--steps", "3"]) == 0
+
+
+@pytest.mark.slow
+def test_bare_run_reaches_its_dice_in_five_minutes(tmp_path):
+    begin = time.time()
+    command = [sys.executable, "patchddm.py", "--quiet", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and time.time() - begin < 300, done.stderr
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    best = [float(v) for v in re.findall(r"(0\.\d+) / 0\.\d+", done.stdout.split("threshold / interval")[1])]
+    assert summary["mean"]["dice"]["mean"] >= 0.75 and max(best) < 0.4 and len(best) == 2
