@@ -212,19 +212,19 @@ def stop_and_continue(tmp_path: Path, processes: int, how: signal.Signals, worke
     assert done.returncode == 0, done.stderr
     cut = [*argv, "--out", str(tmp_path / "cut")]
     stops, wait = 0, random.Random(0)
-    for attempt in range(4):
+    for attempt in range(3):
         command = patchddm_command(*cut, processes=processes)
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )
         log, begin = tmp_path / "cut/last.pt", time.time()
         before = log.stat().st_mtime if log.exists() else 0
-        while attempt < 3 and process.poll() is None and time.time() - begin < 60:
+        while attempt < 2 and process.poll() is None and time.time() - begin < 60:
             if log.exists() and log.stat().st_mtime > before:
                 time.sleep(wait.uniform(0.0, 0.2))
                 break
             time.sleep(0.01)
-        if attempt < 3 and process.poll() is None:
+        if attempt < 2 and process.poll() is None:
             if how == signal.SIGKILL or workers != "0":
                 os.killpg(process.pid, how)  # as a terminal and a queue do: to everything that the run started
             else:
