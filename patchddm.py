@@ -54,8 +54,8 @@ Usage
     torchrun --nproc_per_node=4 patchddm.py --data brats          the paper's setting
 
 Expect
-    The bare run takes about four minutes on two cores and prints Dice and HD95 of ten unseen phantoms (mean
-    foreground Dice about 0.9), beside the best Dice that any intensity threshold could reach.
+    The bare run takes about four minutes on two cores of a server CPU and prints Dice and HD95 of ten unseen phantoms
+    (mean foreground Dice about 0.88), beside the best Dice that any intensity threshold could reach (0.16).
 """
 
 import copy
