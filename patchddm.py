@@ -544,7 +544,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, updates: int) -> 
 
 
 def fast_layout(model: nn.Module, compiled: bool = False) -> nn.Module:
-    """Channels last on a CPU, where bf16 convolutions are several times faster; torch.compile chooses by itself."""
+    """Channels last on a CPU: a step of the laptop preset takes a tenth less; torch.compile chooses by itself."""
     on_cpu = next(model.parameters()).device.type == "cpu" and not compiled
     return model.to(memory_format=torch.channels_last_3d) if on_cpu else model  # type: ignore[call-overload]
 
