@@ -668,13 +668,13 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
             break
 
         # 4. one step
-        begin = time.perf_counter()
+        begin, skipped = time.perf_counter(), run.skipped
         norm = train_step(run, net, batches, ranks, losses_by_t)
         run.seconds += time.perf_counter() - begin
         bar.update()
 
         # 5. log, save, stop
-        bad_in_a_row = 0 if bool(torch.isfinite(norm)) else bad_in_a_row + 1
+        bad_in_a_row = bad_in_a_row + 1 if run.skipped > skipped else 0
         if bad_in_a_row >= 20:
             raise InputError(f"no finite gradient in the 20 steps up to {run.step}; lower --lr, or use --amp off")
         signal, time_up = stop.agreed(ranks, run.seconds >= limit)

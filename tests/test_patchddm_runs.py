@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import patchddm
-from common import loaders, metrics, runtime
+from common import InputError, loaders, metrics, runtime
 from data_prep import msd
 
 ROOT = Path(__file__).parents[1]
@@ -193,6 +193,29 @@ def test_number_formats_train(tmp_path, amp):
     assert bool(state["scaler"]) == (amp == "fp16")
     assert all(v.dtype == torch.float32 and v.isfinite().all() for v in state["model"].values())
     assert (state["model"]["out.2.weight"] != 0).any()
+
+
+def spoiled_loss(monkeypatch, bad_calls):
+    plain, calls = patchddm.diffusion_loss, iter(range(10_000))
+
+    def loss(*args):
+        return plain(*args) * (float("nan") if next(calls) in bad_calls else 1.0)
+
+    monkeypatch.setattr(patchddm, "diffusion_loss", loss)
+
+
+def test_step_without_a_finite_gradient_is_skipped_and_counted(tmp_path, monkeypatch):
+    spoiled_loss(monkeypatch, {1, 2})
+    assert patchddm.main(["train", *FAST, "--out", str(tmp_path / "run"), "--steps", "4"]) == 0
+    state = runtime.load_checkpoint(tmp_path / "run/last.pt", "patchddm")
+    assert state["skipped"] == 2 and state["optimizer"]["state"][0]["step"] == 2
+    assert all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_twenty_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
+    spoiled_loss(monkeypatch, set(range(3, 10)) | set(range(11, 99)))  # seven, then a good one, then too many
+    with pytest.raises(InputError, match="no finite gradient in the 20 steps up to 31"):
+        patchddm.main(["train", *FAST, "--out", str(tmp_path / "run"), "--steps", "99"])
 
 
 def test_workers_do_not_change_the_result(tmp_path):
