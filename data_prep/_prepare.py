@@ -76,6 +76,7 @@ class Source:
     faults: tuple[str, ...] = ()  # found while listing
     notes: tuple[str, ...] = ()
     splits: dict[str, list[str]] | None = None  # of the labelled cases: train, val, test; None: loaders.make_splits
+    patient: Callable[[str], str] = str  # case id -> patient, whose cases stay in one split
     grids: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)  # shape of all cases -> virtual grid
     entries: dict[str, Any] = field(default_factory=dict)  # more of dataset.json
 
@@ -423,6 +424,24 @@ def check_destination(dst: Path, setup: dict) -> None:
             )
 
 
+def splits_of(source: Source, sizes: tuple[int, ...] | None) -> dict[str, list[str]]:
+    """Labelled cases of train, val and test: the source's own splits, or their shuffled order cut by --split-sizes."""
+    splits = dict(source.splits or make_splits(case.id for case in source.cases if case.label))
+    if not sizes:
+        return splits
+    order = [case for part in ("train", "val", "test") for case in splits[part]]
+    if sum(sizes) != len(order):
+        text = ",".join(map(str, sizes))
+        raise InputError(f"--split-sizes {text} are {sum(sizes)} cases, {len(order)} have a label; make the sums equal")
+    ends = np.cumsum(sizes).tolist()
+    for end in ends:
+        if 0 < end < len(order) and source.patient(order[end - 1]) == source.patient(order[end]):
+            raise InputError(
+                f"--split-sizes divides {order[end - 1]} from {order[end]}, the same patient; change by one"
+            )
+    return {part: order[end - n : end] for part, n, end in zip(("train", "val", "test"), sizes, ends)}
+
+
 def prepare(source: Source, options: argparse.Namespace, tool: str) -> str:
     """Check all, prepare what is not yet there, write dataset.json last. Returns the manifest."""
     dst, setup = Path(options.dst), setup_of(source, options, tool)
@@ -437,7 +456,7 @@ def prepare(source: Source, options: argparse.Namespace, tool: str) -> str:
     if options.check:
         return f"{tool}: {len(reports)} cases checked, no faults; nothing was written"
 
-    splits = dict(source.splits or make_splits(case.id for case in source.cases if case.label))
+    splits = splits_of(source, options.split_sizes)
     splits["unlabelled"] = sorted((case.id for case in source.cases if not case.label), key=natural_key)
     if any(source.ct):  # finished cases are read again: their window is made from all training cases
         missing = [c for c in source.cases if c.id in done and c.id in set(splits["train"])]
@@ -507,6 +526,14 @@ def parse_spacing(text: str) -> tuple[float, ...]:
     return tuple(numbers)
 
 
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """`9,0,4`: cases of train, val and test."""
+    numbers = text.split(",")
+    if len(numbers) != 3 or not all(n.isdigit() for n in numbers) or int(numbers[0]) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not three counts of train, val and test cases, such as 9,0,4")
+    return tuple(map(int, numbers))
+
+
 def positive(text: str) -> int:
     """An integer of at least 1."""
     if not text.isdigit() or int(text) < 1:
@@ -523,6 +550,9 @@ def parser_of(tool: str, description: str, layouts: tuple[str, ...]) -> Parser:
     p.add_argument("--check", action="store_true", help="read all files, list all faults, write nothing")
     p.add_argument("--workers", type=positive, default=1, metavar="N", help="processes (default 1)")
     p.add_argument("--spacing", type=parse_spacing, metavar="X,Y,Z", help="resample to this, mm, RAS order")
+    p.add_argument(
+        "--split-sizes", type=parse_sizes, metavar="N,N,N", help="cases of train, val, test (default: 80/10/10 %%)"
+    )
     p.add_argument(
         "--allow-affine-mismatch",
         action="store_true",

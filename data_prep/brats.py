@@ -111,6 +111,7 @@ def read_source(src: Path, options: argparse.Namespace) -> Source:
         faults=(*faults, *fault),
         notes=(*notes, *said_label),
         splits=split_patients(labelled),
+        patient=patient_of,
         grids=GRIDS,
         entries={"regions": REGIONS} if options.classes == "regions" else {},
     )

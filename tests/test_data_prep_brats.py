@@ -525,3 +525,24 @@ def test_brats_of_each_year_trains_and_predicts(fakes, tmp_path, layout):
     assert mask.shape == image.shape and mask.header["qform_code"] == image.header["qform_code"]
     np.testing.assert_array_equal(mask.affine, image.affine)
     assert set(np.unique(mask.dataobj)) <= {0, 1, 2, 3 if hyphens else 4}
+
+
+def test_brats_split_sizes_cut_the_same_order_and_never_a_patient(fakes, tmp_path, capsys):
+    src = str(fakes / "2023")
+    assert brats.main(["--src", src, "--dst", str(tmp_path / "a"), "--quiet"]) == 0
+    usual = open_prepared(tmp_path / "a").meta["splits"]
+    order = usual["train"] + usual["val"] + usual["test"]
+    results = {}
+    for n in range(1, 11):
+        sizes = f"{n},0,{10 - n}"
+        code = brats.main(["--src", src, "--dst", str(tmp_path / "b"), "--quiet", "--split-sizes", sizes])
+        if code:
+            assert "the same patient" in capsys.readouterr().err
+            assert brats.patient_of(order[n - 1]) == brats.patient_of(order[n])
+            continue
+        splits = open_prepared(tmp_path / "b").meta["splits"]
+        results[n] = (splits["train"], splits["val"], splits["test"]) == (order[:n], [], order[n:])
+    assert all(results.values()) and 0 < len(results) < 10
+    capsys.readouterr()
+    assert brats.main(["--src", src, "--dst", str(tmp_path / "c"), "--quiet", "--split-sizes", "9,0,4"]) == 2
+    assert "13 cases, 10 have a label" in capsys.readouterr().err
