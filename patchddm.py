@@ -44,6 +44,7 @@ Differs
         paper says [0, 1]. Percentiles are those of the brain where the background is exactly 0.
     D10 --method half is scored at full size, enlarged on the grid that belongs to how it was reduced; the public
         code scores at half size.
+    D11 --task generate: the paper's outlook. x_0 is the image in [-1, 1], the condition the coordinates alone.
 
 Usage
     python patchddm.py                                            all of it on phantoms: train, sample, score
@@ -51,6 +52,9 @@ Usage
     python patchddm.py train --data hippocampus --preset laptop
     python patchddm.py evaluate --data hippocampus --preset laptop --ensemble 5
     python patchddm.py predict --data hippocampus --preset laptop --image scan.nii.gz --output mask.nii.gz
+    python patchddm.py grid --data hippocampus --preset laptop --sampling-steps 50,20,5 --ensemble 1,3,5   figure 5
+    python patchddm.py profile --preset paper                     table 1: memory and seconds of one evaluation here
+    python patchddm.py train --data hippocampus --preset laptop --task generate --out runs/generate    then `sample`
     torchrun --nproc_per_node=4 patchddm.py --data brats          the paper's setting
 
 Expect
@@ -89,6 +93,7 @@ from common.unet import (
     ResBlock,
     Upsample,
     conv,
+    lean_forward,
     timestep_embedding,
     zero_module,
 )
@@ -118,6 +123,7 @@ class Config:
     amp: Literal["auto", "bf16", "fp16", "off"] = flag("auto", "number format of convolutions (public code: fp16)")
     compile: bool = flag(False, "torch.compile the training network")
     recompute: bool = flag(False, "keep block inputs only for backward: less memory, x 4/3 time")
+    split_devices: str = flag("", "A,B, as cuda:0,cuda:1: the decoder of the two finest levels lies on B (public code)")
     workers: int = flag(4, "processes that load patches, per rank; 0: in the training process")
     # network (section 2.2 and the public code)
     num_channels: int = flag(29, "width C of the first level")
@@ -126,6 +132,7 @@ class Config:
     num_groups: int = flag(29, "groups of each group norm")
     skips: Literal["average", "concat"] = flag("average", "how a skip meets the decoder (section 2.2)")
     # patches (section 2.3) and the baselines
+    task: Literal["segment", "generate"] = flag("segment", "generate: images instead of masks, from coordinates alone")
     method: Literal["patch", "full", "half"] = flag("patch", "train on patches, whole or half-size volumes")
     half_pool: Literal["stride", "mean"] = flag("stride", "half: every second voxel (public code), or means of 2x2x2")
     patch: tuple[int, ...] = flag((128,), "patch size in voxels, N or N,N,N (paper: 128 of 256)")
@@ -150,9 +157,11 @@ class Config:
     # sampling and evaluation (sections 2.4 and 4.3)
     sampler: Literal["ddim", "ddpm", "heun"] = flag("ddim", "ddim (paper), ddpm = ddim with eta 1, heun (section 5)")
     timesteps: Literal["trailing", "code"] = flag("trailing", "trailing: T, T - T/S, ..., 0; code: the public code's")
-    sampling_steps: int = flag(20, "network evaluations S of one sample, 1..1000 (paper: 1000, and 20 in figure 5)")
+    sampling_steps: int = flag(20, "steps S of one sample, 1..1000 (paper: 1000, and 20 in figure 5)", many=True)
     eta: float = flag(0.0, "noise of the reverse process, 0..1 (paper: 0)")
-    ensemble: int = flag(1, "members: samples from different noise (paper: 1 to 15)")
+    ensemble: int = flag(1, "members: samples from different noise (paper: 1 to 15); sample: volumes", many=True)
+    max_evaluations: int = flag(0, "grid: leave out cells of more network evaluations a case; 0: none")
+    slab: int = flag(0, "sampling: norm and convolution in slabs of so many slices: less memory; 0: off")
     save_members: bool = flag(False, "evaluate, predict: write each member's mask")
     save_maps: bool = flag(False, "evaluate, predict: write mean and variance maps")
     checkpoint: str = flag("", "evaluate, predict: weights; empty: OUT/best.pt, else OUT/last.pt")
@@ -179,13 +188,24 @@ class Config:
     def run_folder(self) -> Path:
         return Path(self.out or f"runs/patchddm-{Path(self.data).name}-{self.preset}")
 
+    def check_lowest_level(self, size: Sequence[int], what: str) -> None:
+        """InputError where an input of `size` has one voxel at the lowest level and a norm one value a group there."""
+        widths = [self.num_channels * m for m in self.channel_mult]
+        narrow = min(widths[-2:] if self.skips == "average" else widths[-1:])
+        voxels = math.prod(n >> (len(widths) - 1) for n in size)
+        if voxels * narrow == self.num_groups:
+            raise InputError(
+                f"{what} leaves one voxel at the lowest level, one value a group of the norm with "
+                f"--num-groups {self.num_groups}; use a larger patch or volume, fewer levels or fewer groups"
+            )
+
     def __post_init__(self) -> None:
         """Ranges and the rules between flags; InputError names the flag."""
         for name in ("num_channels", "num_res_blocks", "num_groups", "steps", "batch", "accumulate", "ensemble"):
             runtime.check_range(self, name, 1)
         for name in ("eval_every", "save_every"):
             runtime.check_range(self, name, 1)
-        for name in ("minutes", "weight_decay", "grad_clip", "workers", "limit", "seed"):
+        for name in ("minutes", "weight_decay", "grad_clip", "workers", "limit", "seed", "max_evaluations", "slab"):
             runtime.check_range(self, name, 0)
         runtime.check_range(self, "lr", 0, 1, open_low=True)
         runtime.check_range(self, "ema", 0, 0.999999)
@@ -193,6 +213,8 @@ class Config:
         runtime.check_range(self, "sampling_steps", 1, T)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise InputError(f"--device is {self.device}, expected auto, cpu, cuda or cuda:N; correct the flag")
+        if not re.fullmatch(r"|(cpu|cuda:\d+),(cpu|cuda:\d+)", self.split_devices):
+            raise InputError(f"--split-devices is {self.split_devices}, expected A,B, each cpu or cuda:N")
         if len(self.patch) not in (1, 3) or min(self.patch) < 1:
             raise InputError(f"--patch is {self.patch}, expected N or N,N,N with N of 1 or more")
         if not self.channel_mult or min(self.channel_mult) < 1:
@@ -209,15 +231,13 @@ class Config:
                 raise InputError(
                     f"--num-groups {self.num_groups} does not divide the width {width}; choose a divisor of it"
                 )
-        narrow = min(widths[-2], widths[-3] if self.skips == "average" and len(widths) > 2 else widths[-2])
-        if patches and math.prod(p // step for p in self.patch_size) * narrow == self.num_groups:
-            raise InputError(
-                f"--patch {self.patch_size} leaves one voxel at the lowest level, one value a group of the norm with "
-                f"--num-groups {self.num_groups}; use a larger patch, fewer levels or fewer groups"
-            )
+        if patches:
+            self.check_lowest_level(self.patch_size, f"--patch {self.patch_size}")
         if self.mask_range == "pm1" and self.clip == "mask":
             raise InputError("--clip mask cuts off the -1 of --mask-range pm1; use --clip unit")
-        if self.timesteps == "code" and self.sampling_steps < 2:
+        if self.task == "generate" and (self.clip == "mask" or self.mask_range == "pm1"):
+            raise InputError("--task generate has images in [-1, 1], no mask; leave --mask-range and --clip mask out")
+        if self.timesteps == "code" and 1 in (self.sampling_steps, *np.atleast_1d(self.sampling_steps)):
             raise InputError("--timesteps code is not defined for --sampling-steps 1; use 2 or more")
         if self.sampler == "heun" and self.eta:
             raise InputError("--sampler heun follows the noise-free equation; use --eta 0")
@@ -246,7 +266,8 @@ class UNet(nn.Module):
     def __init__(self, config: Config, in_channels: int, out_channels: int):
         super().__init__()
         c, mult, groups = config.num_channels, config.channel_mult, config.num_groups
-        self.width, self.average, self.recompute = c, config.skips == "average", config.recompute
+        self.in_channels, self.width = in_channels, c
+        self.average, self.recompute = config.skips == "average", config.recompute
         self.time_embed = nn.Sequential(nn.Linear(c, 4 * c), nn.SiLU(), nn.Linear(4 * c, 4 * c))
 
         def block(a: int, b: int) -> ResBlock:
@@ -292,21 +313,51 @@ class UNet(nn.Module):
             skips.append(x)
         x = self.run(self.middle_block, x, emb)
         for block in self.output_blocks:
-            skip = skips.pop()
+            where = next(block.parameters()).device  # another one for the last blocks with --split-devices
+            x, skip, emb = (v.to(where) for v in (x, skips.pop(), emb))
             x = (x + skip) / 2 if self.average else torch.cat([x, skip], dim=1)
             x = self.run(block, x, emb)
-        return self.out(x)  # [B, C_out, X, Y, Z]
+        return self.out(x.to(t.device))  # [B, C_out, X, Y, Z]
 
 
-def build_model(config: Config, in_channels: int, out_channels: int) -> nn.Module:
+def build_model(config: Config, in_channels: int, out_channels: int) -> UNet:
     """The network; in_channels = image channels + 3 (coordinates) + mask channels, in this order."""
     return UNet(config, in_channels, out_channels)
 
 
-def network_for(config: Config, record: dict[str, Any]) -> nn.Module:
-    """The network for the data that `record` describes (the `data` entry of a checkpoint)."""
-    k = mask_channels(record)
-    return build_model(config, len(record["channels"]) + 3 * config.with_coords + k, k)
+def network_for(config: Config, record: dict[str, Any], device: torch.device) -> UNet:
+    """The network for the data that `record` describes (the `data` entry of a checkpoint), on its device or devices."""
+    k = x0_channels(config, record)
+    image = len(record["channels"]) if config.task == "segment" else 0
+    model = build_model(config, image + 3 * config.with_coords + k, k).to(device)
+    if config.split_devices:  # the decoder of levels 1 and 0, as in the public code; its head stays on the first device
+        model.output_blocks[-2 * (config.num_res_blocks + 1) :].to(torch.device(config.split_devices.split(",")[1]))
+    return model
+
+
+def check_memory(
+    config: Config, record: dict[str, Any], shape: Sequence[int], batch: int, training: bool, device: torch.device
+) -> None:
+    """InputError where a forward pass over [batch, ., *shape] needs more memory than is free: one line, with flags.
+
+    Training needs at least what is kept for backward, counted on tensors without storage. Sampling needs about five
+    maps of the first level at once.
+    """
+    dtype = runtime.number_format(config.amp, device)[0] or torch.float32
+    if training:
+        with torch.device("meta"):
+            model = network_for(replace(config, split_devices=""), record, torch.device("meta")).to(dtype).train()
+            x = torch.empty(batch, model.in_channels, *shape, dtype=dtype)
+            needed = runtime.kept_for_backward_gb(lambda: model(x, torch.zeros(batch)))
+    else:
+        needed = 5 * batch * config.num_channels * math.prod(shape) * dtype.itemsize / 1e9
+    free = runtime.free_memory_gb(device)
+    if needed > free:
+        less = "--recompute, --batch, --patch" if training else "--slab 16, --method half"
+        raise InputError(
+            f"{'training on' if training else 'sampling'} {batch} x {'x'.join(map(str, shape))} voxels needs about "
+            f"{needed:.1f} GB, {device} has {free:.1f} GB free; try {less}, --amp bf16 or a smaller --num-channels"
+        )
 
 
 # =====================================================================================================================
@@ -376,6 +427,11 @@ def mask_channels(record: dict[str, Any]) -> int:
     return 1 if k == 1 else k + 1  # D4
 
 
+def x0_channels(config: Config, record: dict[str, Any]) -> int:
+    """K' of what is sampled: the channels of the mask, or with --task generate those of the image."""
+    return mask_channels(record) if config.task == "segment" else len(record["channels"])
+
+
 def mask_to_x0(label: Tensor, channels: int, mask_range: str = "01") -> Tensor:
     """[B, X, Y, Z] integers -> [B, K', X, Y, Z] fp32 in {0, 1}, or {-1, 1} with --mask-range pm1."""
     if channels == 1:
@@ -397,7 +453,10 @@ def padded_shape(shape: Sequence[int], config: Config, whole: Sequence[int] | No
     """
     patch = config.patch_size if config.method == "patch" else shape
     least = [max(*sides) for sides in zip(shape, patch, whole or shape)]
-    return tuple(-(-n // config.multiple) * config.multiple for n in least)
+    full = tuple(-(-n // config.multiple) * config.multiple for n in least)
+    half = 2 if config.method == "half" else 1
+    config.check_lowest_level([n // half for n in full], f"a volume of {'x'.join(map(str, shape))}")
+    return full
 
 
 def draw_start(rng: np.random.Generator, size: int, patch: int, kind: str) -> int:
@@ -412,13 +471,18 @@ def draw_start(rng: np.random.Generator, size: int, patch: int, kind: str) -> in
     return math.floor((z + 1) / 2 * n + 0.5)
 
 
-def coordinates(full: Sequence[int], start: Sequence[int], size: Sequence[int]) -> np.ndarray:
+def coordinates(
+    full: Sequence[int], start: Sequence[int], size: Sequence[int], out: np.ndarray | None = None
+) -> np.ndarray:
     """[3, *size] fp32: position of each voxel in the whole padded volume, -1 at its first voxel, +1 at its last.
 
-    Made for the volume and cut with the patch, so that a patch knows where it lies (section 2.3).
+    Made for the volume and cut with the patch, so that a patch knows where it lies (section 2.3). out: to write into.
     """
-    axes = [np.linspace(-1, 1, d)[s : s + n] if d > 1 else np.zeros(1) for d, s, n in zip(full, start, size)]
-    return np.stack(np.meshgrid(*axes, indexing="ij")).astype(np.float32)
+    out = np.empty((3, *size), np.float32) if out is None else out
+    for k, (d, s, n) in enumerate(zip(full, start, size)):
+        axis = np.linspace(-1, 1, d)[s : s + n] if d > 1 else np.zeros(1)
+        out[k] = axis.reshape([n if i == k else 1 for i in range(3)])  # [n, 1, 1], [1, n, 1] or [1, 1, n]
+    return out
 
 
 def condition(
@@ -431,8 +495,13 @@ def condition(
     """
     front = loaders.symmetric_pad(image.shape[1:], full)
     window = loaders.read_window(image, [s - f for s, f in zip(start, front)], size)  # [C, *size]
-    window = 2 * window.astype(np.float32) - 1  # D9
-    return np.concatenate([window, coordinates(full, start, size)]) if coords else window
+    cond = np.empty((len(image) + 3 * coords, *size), np.float32)
+    cond[: len(image)] = window
+    cond[: len(image)] *= 2
+    cond[: len(image)] -= 1  # D9
+    if coords:
+        coordinates(full, start, size, out=cond[len(image) :])
+    return cond
 
 
 def halve(image: np.ndarray, pool: str) -> np.ndarray:
@@ -473,7 +542,7 @@ class Patches(Dataset):
 
     def __init__(self, data: Any, config: Config):
         self.data, self.config = data, config
-        self.cases = [c for c in data.cases("train") if data.has_label(c)]
+        self.cases = [c for c in data.cases("train") if config.task == "generate" or data.has_label(c)]
         if not self.cases:
             raise InputError(f"{config.data} has no labelled training case; prepare data with labels")
         shapes = [data.shape(c) for c in self.cases]
@@ -481,23 +550,36 @@ class Patches(Dataset):
         if config.method != "patch":  # whole volumes of one size, so that they can share a batch
             self.grid = self.grid or [max(sides) for sides in zip(*shapes)]
 
+    def largest(self) -> tuple[int, ...]:
+        """(X, Y, Z) of the largest sample, as the network sees it."""
+        shapes = [padded_shape(self.data.shape(c), self.config, self.grid) for c in self.cases]
+        whole = max(shapes, key=math.prod)
+        if self.config.method == "half":
+            return tuple(n // 2 for n in whole)
+        return self.config.patch_size if self.config.method == "patch" else whole
+
     def __getitem__(self, n: int) -> tuple[np.ndarray, np.ndarray, int, int]:
-        """Condition [C (+ 3), *P] fp32, label [*P] uint8, t in 1..T, and n."""
+        """Condition [C (+ 3), *P] fp32, label [*P] uint8, t in 1..T, and n.
+
+        With --task generate the image moves: condition [3, *P] (or no channel), then the image [C, *P] in [-1, 1].
+        """
         config = self.config
         epoch, place = divmod(n, len(self.cases))
         order = np.random.default_rng(seed_of(config.seed, "order", epoch)).permutation(len(self.cases))
         case = self.cases[order[place]]
         rng = np.random.default_rng(seed_of(config.seed, "patch", n))
-        image, label = self.data.image(case), self.data.label(case)
-        full = padded_shape(label.shape, config, self.grid)
+        image, shape = self.data.image(case), self.data.shape(case)
+        full = padded_shape(shape, config, self.grid)
         size = config.patch_size if config.method == "patch" else full
         start = [draw_start(rng, d, p, config.patch_dist) for d, p in zip(full, size)]
-        front = loaders.symmetric_pad(label.shape, full)
         cond = condition(image, full, start, size, config.with_coords)
-        label = loaders.read_window(label, [s - f for s, f in zip(start, front)], size)
-        if config.method == "half":
-            cond, label = halve(cond, config.half_pool), halve_label(label, config.half_pool)
-        return cond, label, int(rng.integers(1, T + 1)), n  # t is uniform on 1..T
+        cond = halve(cond, config.half_pool) if config.method == "half" else cond
+        t = int(rng.integers(1, T + 1))  # uniform on 1..T
+        if config.task == "generate":
+            return cond[len(image) :], cond[: len(image)], t, n  # D11
+        front = loaders.symmetric_pad(shape, full)
+        label = loaders.read_window(self.data.label(case), [s - f for s, f in zip(start, front)], size)
+        return cond, halve_label(label, config.half_pool) if config.method == "half" else label, t, n
 
 
 class Sharded(Sampler):
@@ -543,7 +625,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, updates: int) -> 
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
 
 
-def fast_layout(model: nn.Module, compiled: bool = False) -> nn.Module:
+def fast_layout(model: UNet, compiled: bool = False) -> UNet:
     """Channels last on a CPU: a step of the laptop preset takes a tenth less; torch.compile chooses by itself."""
     on_cpu = next(model.parameters()).device.type == "cpu" and not compiled
     return model.to(memory_format=torch.channels_last_3d) if on_cpu else model  # type: ignore[call-overload]
@@ -555,11 +637,16 @@ class Training:
     def __init__(self, config: Config, record: dict[str, Any], device: torch.device, dtype: torch.dtype | None):
         torch.manual_seed(seed_of(config.seed, "weights") % 2**32)
         self.config, self.record, self.device, self.dtype = config, record, device, dtype
-        self.model = fast_layout(network_for(config, record).to(device), config.compile)
+        self.model = fast_layout(network_for(config, record, device), config.compile)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False) if config.ema else self.model
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.step, self.seconds, self.skipped = 0, 0.0, 0  # skipped: steps without a finite gradient
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+        )
+        # The scaler also finds gradients that are not finite, and a fused optimiser then leaves the weights alone
+        # without the host having to ask; so it stays on, with scale 1, where the numbers need no scaling.
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if dtype == torch.float16 else 1.0)
+        self.step, self.seconds = 0, 0.0
+        self.skipped = torch.zeros(3, device=device)  # steps without a finite gradient: all, in a row, most in a row
         self.best = {"dice": -1.0, "step": 0, "seen": 0}  # seen: the newest step that was validated
 
     def save(self, name: str) -> None:
@@ -570,10 +657,10 @@ class Training:
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict() if self.config.ema else {},
             "optimizer": self.optimizer.state_dict() if name == "last.pt" else {},
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.scaler.state_dict() if self.dtype == torch.float16 else {},
             "step": self.step,
             "seconds": self.seconds,  # of training, over all restarts
-            "skipped": self.skipped,
+            "skipped": self.skipped.tolist(),
             "best": self.best,
             "data": self.record,
         }
@@ -585,9 +672,10 @@ class Training:
         if self.config.ema:
             self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"] and self.scaler.is_enabled():  # not where --amp changed on continuing
+        if self.dtype == torch.float16 and state["scaler"]:  # not where --amp changed meanwhile
             self.scaler.load_state_dict(state["scaler"])
-        self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.skipped.copy_(torch.tensor(state["skipped"]))
         self.best = state["best"]
 
 
@@ -605,7 +693,9 @@ def train_step(
     for part in range(config.accumulate):
         cond, label, t, n = next(batches)  # [B, C + 3, *P], [B, *P], [B], [B]
         cond, label, t = (v.to(device, non_blocking=True) for v in (cond, label, t))
-        x0 = mask_to_x0(label, mask_channels(run.record), config.mask_range)  # [B, K', *P]
+        x0 = label  # [B, K', *P] with --task generate, else made here
+        if config.task == "segment":
+            x0 = mask_to_x0(label, mask_channels(run.record), config.mask_range)  # [B, K', *P]
         eps = noise(config.seed, n.tolist(), x0.shape[1:], device)
         alone = ranks.world == 1 or part == config.accumulate - 1  # gradients travel with the last part only
         with nullcontext() if alone else net.no_sync():
@@ -614,12 +704,17 @@ def train_step(
             run.scaler.scale(losses.mean() / config.accumulate).backward()
         losses_by_t.add(t, losses.detach())
     run.scaler.unscale_(run.optimizer)
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
-    finite = bool(torch.isfinite(norm))  # the same on all processes: gradients are averaged by now
-    if finite:
-        run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.step, run.skipped = run.step + 1, run.skipped + (not finite)
+    parameters = list(run.model.parameters())
+    if config.grad_clip:
+        norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+    else:
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    run.scaler.step(run.optimizer)  # does nothing where the norm is not finite, on all processes alike
+    run.scaler.update(None if dtype == torch.float16 else 1.0)
+    bad, (total, row, most) = (~torch.isfinite(norm)).float(), run.skipped.unbind()
+    row = (row + 1) * bad
+    run.skipped = torch.stack([total + bad, row, torch.maximum(most, row)])  # stays on the device
+    run.step += 1
     if config.ema:
         update_ema(run.ema, run.model, config.ema, run.step)
     return norm
@@ -631,7 +726,10 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
     dtype, reason = runtime.number_format(config.amp, device)
 
     # 1. what is needed, and the checkpoint to continue from; nothing is written or thrown away before all is there
-    patches, run = Patches(data, config), Training(config, record, device, dtype)
+    patches = Patches(data, config)
+    share = config.batch // (ranks.world * config.accumulate)
+    check_memory(config, record, patches.largest(), share, True, device)
+    run = Training(config, record, device, dtype)
     state = None if config.overwrite else runtime.find_run(out, "patchddm", asdict(config), MAY_DIFFER, record, ranks)
     if state is not None:
         run.restore(state)
@@ -655,33 +753,37 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
     )
     log = runtime.Log(out / "log.csv", [*COLUMNS, *(f"val_dice_{c}" for c in record["classes"])], run.step, ranks.first)
     batches, losses_by_t, clock = iter(loader), runtime.LossByTime(T, device), (run.step, run.seconds)
-    limit, time_up, signal, bad_in_a_row = 60 * config.minutes or math.inf, False, 0, 0
+    limit, time_up, signal = 60 * config.minutes or math.inf, False, 0
     bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=config.quiet or not ranks.first or None)
 
     while True:
         # 3. validate when it is due; a run stopped before it did so does it first thing when continued
         finished = run.step >= config.steps or time_up or run.seconds >= limit
-        if run.step > run.best["seen"] and (run.step % config.eval_every == 0 or finished) and data.cases("val"):
+        due = run.step % config.eval_every == 0 or finished
+        if due and run.step > run.best["seen"] and data.cases("val") and config.task == "segment":
             validate(run, data, ranks, stop, log)
             signal, _ = stop.agreed(ranks)
         if finished or signal:
             break
 
         # 4. one step
-        begin, skipped = time.perf_counter(), run.skipped
+        begin = time.perf_counter()
         norm = train_step(run, net, batches, ranks, losses_by_t)
         run.seconds += time.perf_counter() - begin
         bar.update()
 
         # 5. log, save, stop
-        bad_in_a_row = bad_in_a_row + 1 if run.skipped > skipped else 0
-        if bad_in_a_row >= 20:
-            raise InputError(f"no finite gradient in the 20 steps up to {run.step}; lower --lr, or use --amp off")
+        if (device.type == "cpu" or run.step % LOG_EVERY == 0) and run.skipped[2] >= 20:  # a GPU is not asked each step
+            raise InputError(f"no finite gradient in 20 steps before step {run.step}; lower --lr, or use --amp off")
         signal, time_up = stop.agreed(ranks, run.seconds >= limit)
         if run.step % LOG_EVERY == 0 or run.step in (10, config.steps):
             rate = (run.step - clock[0]) / (run.seconds - clock[1])  # steps a second
             row = {"step": run.step, "seconds": run.seconds, "lr": learning_rate(config, run.step - 1)}
-            row |= {"grad_norm": float(norm), "skipped": run.skipped, "memory_gb": runtime.peak_memory_gb(device)}
+            row |= {
+                "grad_norm": float(norm),
+                "skipped": int(run.skipped[0]),
+                "memory_gb": runtime.peak_memory_gb(device),
+            }
             row |= {"samples_per_s": rate * config.batch, "left_s": (config.steps - run.step) / rate}
             log.row(row | losses_by_t.row(ranks), silent=config.quiet)
             clock = (run.step, run.seconds)
@@ -711,7 +813,7 @@ def validate(run: Training, data: Any, ranks: Ranks, stop: runtime.StopFlag, log
         run.save("last.pt")
     config = replace(run.config, ensemble=1)
     net = Network(config, run.ema.eval(), run.record, run.device, run.dtype, run.step)
-    rows = score_cases(net, data, ranks, data.cases("val", config.limit or None), None, stop)
+    rows = score_cases(net, data, ranks, data.cases("val", config.limit or None), None, (1,), stop)
     run.model.train()
     if rows is None:
         return
@@ -733,8 +835,8 @@ def print_header(config: Config, data: Any, ranks: Ranks, run: Training, reason:
     share = f"{ranks.world} processes x {config.accumulate} parts x {config.batch // (ranks.world * config.accumulate)}"
     parameters, patch = sum(p.numel() for p in run.model.parameters()), "x".join(map(str, config.patch_size))
     paper, notes = Config(), ["D1", "D2", "D3", "D5", "D8", "D9"]
-    notes += ["D4"] * (len(data.classes) > 1) + ["D6"] * (config.target != "eps")
-    notes += ["D10"] * (config.method == "half")
+    notes += ["D4"] * (len(data.classes) > 1 and config.task == "segment") + ["D6"] * (config.target != "eps")
+    notes += ["D10"] * (config.method == "half") + ["D11"] * (config.task == "generate")
     notes += ["D7"] * any(getattr(config, k) != getattr(paper, k) for k in ("lr", "lr_schedule", "ema", "grad_clip"))
     what = f"patch {patch}" if config.method == "patch" else f"{config.method} volumes"
     small = [
@@ -805,6 +907,11 @@ def heun_step(x0: Tensor, xt: Tensor, t: int, s: int, look: Callable[[Tensor, in
     return math.sqrt(ABAR[s]) * (y + h * slope)
 
 
+def evaluations(sampler: str, steps: int) -> int:
+    """Evaluations of the network for one sample: S, or 2 S - 1 of Heun's method."""
+    return 2 * steps - 1 if sampler == "heun" else steps
+
+
 def sample(
     f: Callable[[Tensor, Tensor], Tensor],
     xt: Tensor,
@@ -814,7 +921,7 @@ def sample(
 ) -> Tensor:
     """x_0 from x_T = xt ~ N(0, I), [1, K', X, Y, Z]; the state stays in the number type of xt (fp32 or wider).
 
-    f(xt, index [1]) is the network with its condition, called S times (Heun: 2 S - 1); draw() gives standard normal
+    f(xt, index [1]) is the network with its condition, called `evaluations` times; draw() gives standard normal
     noise like xt; watch is shown t, x_t and the predicted x_0 of each step.
     """
     eta = 1.0 if config.sampler == "ddpm" else config.eta
@@ -840,7 +947,7 @@ class Network:
     """A network with what sampling needs to know. record: the `data` entry of a checkpoint; dtype: of autocast."""
 
     config: Config
-    model: nn.Module
+    model: UNet
     record: dict[str, Any]
     device: torch.device
     dtype: torch.dtype | None
@@ -852,19 +959,27 @@ def sample_member(net: Network, cond: Tensor, case: str, number: int, watch: Any
     """Member `number` of a case, the whole volume at once: [K', *S] fp32 in [0, 1].
 
     cond: [C (+ 3), *S]. The noise is drawn on the CPU from (seed, case, number), so it is the same on every device.
+    The network runs in its lean form, which gives the same numbers with two thirds of the memory.
     """
-    shape = (1, mask_channels(net.record), *cond.shape[1:])
-    generator = torch.Generator().manual_seed(seed_of(net.config.seed, "sample", case, number))  # D5
+    config = net.config
+    shape = (1, x0_channels(config, net.record), *cond.shape[1:])
+    generator = torch.Generator().manual_seed(seed_of(config.seed, "sample", case, number))  # D5
+    fed = torch.cat([cond[None], torch.empty(shape, device=cond.device)], dim=1)  # [1, C (+ 3) + K', *S]
+    total, silent = evaluations(config.sampler, config.sampling_steps), config.quiet or None
+    bar = tqdm(total=total, desc=f"{case} {number}", unit="evaluation", leave=False, delay=5, disable=silent)
 
     def draw() -> Tensor:
         return torch.randn(shape, generator=generator).to(net.device)
 
     def f(xt: Tensor, index: Tensor) -> Tensor:
+        fed[:, len(cond) :] = xt  # the input is built once, and then only x_t changes
+        bar.update()
         with torch.autocast(net.device.type, net.dtype, enabled=net.dtype is not None):
-            return net.model(torch.cat([cond[None], xt], dim=1), index).float()
+            return lean_forward(net.model, [fed], index, config.slab).float()
 
-    x0 = sample(f, draw(), net.config, draw, watch)[0]
-    return (x0 if net.config.mask_range == "01" else (x0 + 1) / 2).clamp(0, 1)
+    with bar:
+        x0 = sample(f, draw(), config, draw, watch)[0]
+    return ((x0 + 1) / 2 if config.mask_range == "pm1" or config.task == "generate" else x0).clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -896,6 +1011,37 @@ def sample_ensemble(net: Network, cond: Tensor, case: str, watch: Any = None) ->
         yield Ensemble(n, grow(mean), grow(variance)[0], grow(member))
 
 
+def generate(config: Config, ranks: Ranks) -> int:
+    """--task generate: --ensemble volumes out of nothing, the whole grid at once, from a network that saw patches.
+
+    A volume has the data's median shape and spacing and values in [0, 1]; each channel is a NIfTI file.
+    """
+    net = load_network(config, ranks)
+    statistics, grid = net.record["statistics"], net.record.get("grid")
+    shape = [round(n) for n in statistics["shape_median"]]
+    full = padded_shape(shape, config, grid)
+    front = loaders.symmetric_pad(shape, full)
+    inside = tuple(slice(f, f + n) for f, n in zip(front, shape))
+    cond = coordinates(full, (0, 0, 0), full) if config.with_coords else np.zeros((0, *full), np.float32)
+    cond = halve(cond, config.half_pool) if config.method == "half" else cond
+    out, slices = Path(config.output) if config.output else config.run_folder / "predictions", []
+    affine = np.diag([*statistics["spacing_median_mm"], 1.0])  # RAS, mm
+    for n in range(ranks.rank, config.ensemble, ranks.world):
+        begin, volume = time.perf_counter(), sample_member(net, torch.from_numpy(cond).to(net.device), "generate", n)
+        volume = (double(volume, config.half_pool) if config.method == "half" else volume)[
+            :, inside[0], inside[1], inside[2]
+        ]
+        for channel, values in enumerate(volume.cpu().numpy()):
+            loaders.write_on_grid(out / f"sample_{n}_{channel:04d}.nii.gz", values, affine)
+        slices.append((n, figures.radiological(volume[0, :, :, shape[2] // 2].cpu().numpy())))
+        say(f"{out / f'sample_{n}_0000.nii.gz'}: {' x '.join(map(str, shape))}, {time.perf_counter() - begin:.1f} s")
+    pairs = sorted((pair for part in runtime.gather(slices, ranks) for pair in part), key=lambda pair: pair[0])
+    if ranks.first:
+        titles, title = [f"sample {n}" for n, _ in pairs], f"{net.record['name']}, middle slices, step {net.step}"
+        figures.montage([picture for _, picture in pairs], titles, out / "samples.png", title=title)
+    return 0
+
+
 # =====================================================================================================================
 # Evaluate
 # =====================================================================================================================
@@ -907,20 +1053,26 @@ def whole_volume(image: np.ndarray, net: Network, grid: Sequence[int] | None) ->
     front = loaders.symmetric_pad(image.shape[1:], full)
     whole = condition(image, full, (0, 0, 0), full, net.config.with_coords)
     whole = halve(whole, net.config.half_pool) if net.config.method == "half" else whole
+    check_memory(net.config, net.record, whole.shape[1:], 1, False, net.device)
     return torch.from_numpy(whole).to(net.device), tuple(slice(f, f + n) for f, n in zip(front, image.shape[1:]))
 
 
 def score_cases(
-    net: Network, data: Any, ranks: Ranks, cases: Sequence[str], out: Path | None, stop: runtime.StopFlag | None = None
+    net: Network,
+    data: Any,
+    ranks: Ranks,
+    cases: Sequence[str],
+    out: Path | None,
+    sizes: Sequence[int],
+    stop: runtime.StopFlag | None = None,
 ) -> dict[int, list[dict[str, Any]]] | None:
     """Sample and score `cases`, shared over the processes: ensemble size -> rows of metrics.csv, in order of cases.
 
-    out: run folder for masks, maps and pictures; None: nothing is written. None is returned where a signal came.
+    sizes: of the ensembles, up to --ensemble; they are nested, the first n members of the same ones. out: run folder
+    for masks, maps and pictures; None: nothing is written. None is returned where a signal came.
     """
     config = net.config
-    rows: dict[int, dict[str, Any]] = {
-        n: {} for n in sorted({n for n in NESTED if n < config.ensemble} | {config.ensemble})
-    }
+    rows: dict[int, dict[str, Any]] = {n: {} for n in sizes}
     turns = range(ranks.rank, ranks.rank + len(cases), ranks.world)  # equally many on each process
     for i in tqdm(turns, desc="cases", leave=False, disable=config.quiet or not ranks.first or None):
         if stop is not None and stop.agreed(ranks)[0]:
@@ -959,19 +1111,29 @@ def maps_of(result: Ensemble, net: Network, inside: Any) -> dict[str, np.ndarray
     return {name: values[inside].cpu().numpy() for name, values in maps.items()}
 
 
-def evaluate(config: Config, data: Any, ranks: Ranks) -> int:
-    """Score a split on the prepared grid: prints the table, writes metrics.csv, summary.json, masks, pictures."""
-    net, here = load_network(config, ranks), loaders.data_record(data)
+def cases_to_score(config: Config, data: Any) -> list[str]:
+    cases = data.cases(config.split, config.limit or None)
+    if not cases:
+        raise InputError(f"{config.data} has no labelled case in its split {config.split}; choose another --split")
+    return cases
+
+
+def check_same_data(net: Network, config: Config, data: Any) -> None:
+    here = loaders.data_record(data)
     for key in ("channels", "classes", "spacing", "normalisation"):
         if net.record[key] != here[key]:
             raise InputError(
                 f"{config.data} has {key} {here[key]}, the checkpoint {net.record[key]}; prepare them alike"
             )
-    out, cases = config.run_folder, data.cases(config.split, config.limit or None)
-    if not cases:
-        raise InputError(f"{config.data} has no labelled case in its split {config.split}; choose another --split")
-    begin = time.perf_counter()
-    by_size = score_cases(net, data, ranks, cases, out)
+
+
+def evaluate(config: Config, data: Any, ranks: Ranks) -> int:
+    """Score a split on the prepared grid: prints the table, writes metrics.csv, summary.json, masks, pictures."""
+    net, cases = load_network(config, ranks), cases_to_score(config, data)
+    check_same_data(net, config, data)
+    out, begin = config.run_folder, time.perf_counter()
+    sizes = sorted({n for n in NESTED if n < config.ensemble} | {config.ensemble})
+    by_size = score_cases(net, data, ranks, cases, out, sizes)
     if not ranks.first or by_size is None:
         return 0
     how = f"{config.sampler}, {config.sampling_steps} steps, target {config.target}, weights of step {net.step}"
@@ -993,11 +1155,150 @@ def evaluate(config: Config, data: Any, ranks: Ranks) -> int:
 def load_network(config: Config, ranks: Ranks) -> Network:
     """The network of a checkpoint, with its averaged weights if it has them."""
     state = runtime.load_checkpoint(checkpoint_path(config), "patchddm")
-    model = network_for(config, state["data"])
+    model = network_for(config, state["data"], ranks.device)
     model.load_state_dict(state["ema"] or state["model"])
-    model = fast_layout(model.to(ranks.device)).eval()
+    model = fast_layout(model).eval()
     dtype, _ = runtime.number_format(config.amp, ranks.device)
     return Network(config, model, state["data"], ranks.device, dtype, state["step"])
+
+
+def grid(config: Config, data: Any, ranks: Ranks) -> int:
+    """Figure 5: scores over steps x ensemble size, beside the network evaluations that each cell costs.
+
+    Each member is sampled once; size n scores the first n. Cells go to grid.csv row by row, and what stands there for
+    the same weights, cases and sampler is not sampled again. Cells of other samplers stay, for comparison at equal
+    evaluations.
+    """
+    net, cases, path = load_network(config, ranks), cases_to_score(config, data), config.run_folder / "grid.csv"
+    check_same_data(net, config, data)
+    steps, sizes = (sorted(set(np.atleast_1d(v).tolist())) for v in (config.sampling_steps, config.ensemble))
+    what = {"weights": net.step, "split": config.split, "cases": len(cases), "seed": config.seed, "clip": config.clip}
+    how = {"timesteps": config.timesteps, "eta": config.eta, "sampler": config.sampler}
+    cells = [c for c in runtime.read_csv(path) if all(c[k] == str(v) for k, v in what.items())]
+    for s in steps:
+        cost = evaluations(config.sampler, s)
+        fits = [n for n in sizes if not config.max_evaluations or n * cost <= config.max_evaluations]
+        key = {k: str(v) for k, v in (what | how | {"sampling_steps": s}).items()}
+        known = [int(c["ensemble"]) for c in cells if all(c[k] == v for k, v in key.items())]
+        if set(fits) <= set(known):
+            continue
+        begin, setting = time.perf_counter(), replace(config, sampling_steps=s, ensemble=max(fits))
+        by_size = score_cases(replace(net, config=setting), data, ranks, cases, None, fits)
+        seconds = time.perf_counter() - begin
+        cells = [c for c in cells if any(c[k] != v for k, v in key.items())]
+        for n, rows in (by_size or {}).items():
+            mean = metrics.summarise(rows)["mean"]
+            scores = {
+                f"{m}_{k}": f"{mean[m][k]:.6g}" for m in ("dice", "hd95_mm", "hd95_pooled_mm") for k in ("mean", "sd")
+            }
+            cost_of = {"ensemble": str(n), "evaluations": str(n * cost), "seconds": f"{seconds * n / max(fits):.1f}"}
+            cells.append(key | cost_of | scores)
+        if ranks.first:
+            runtime.write_csv(path, cells)
+    if ranks.first:
+        show_grid([c for c in cells if all(c[k] == str(v) for k, v in how.items())], steps, sizes, config)
+        show_equal(cells)
+        say(f"\nall cells are in {path}")
+    return 0
+
+
+def show_grid(cells: list[dict[str, str]], steps: list[int], sizes: list[int], config: Config) -> None:
+    """Print Dice and HD95 with the evaluations of each cell, and draw both as heat maps."""
+    at = {(int(c["sampling_steps"]), int(c["ensemble"])): c for c in cells}
+    cost = [[f"{n * evaluations(config.sampler, s)} evaluations" for n in sizes] for s in steps]
+    for metric, unit, digits in (("dice", "Dice", 3), ("hd95_mm", "mm", 2)):
+        values = [[float(at[s, n][f"{metric}_mean"]) if (s, n) in at else math.nan for n in sizes] for s in steps]
+        say(f"\n{metric} by steps and ensemble, in brackets the network evaluations; {config.sampler}")
+        say("steps  " + "".join(f"{f'ensemble {n}':>18}" for n in sizes))
+        for s, row in zip(steps, values):
+            texts = [
+                "-" if math.isnan(v) else f"{v:.{digits}f} ({n * evaluations(config.sampler, s)})"
+                for v, n in zip(row, sizes)
+            ]
+            say(f"{s:<7}" + "".join(f"{text:>18}" for text in texts))
+        file, title = config.run_folder / f"figures/grid_{config.sampler}_{metric}.png", f"{metric}, {config.sampler}"
+        names = [f"{s} steps" for s in steps], [f"ensemble {n}" for n in sizes]
+        figures.heat_map(np.array(values), *names, file, title, unit=unit, fmt=f"{{:.{digits}f}}", below=cost)
+
+
+def show_equal(cells: list[dict[str, str]]) -> None:
+    """Print side by side what costs the same number of network evaluations, the best first."""
+    costs = sorted({int(c["evaluations"]) for c in cells})
+    for cost in costs:
+        same = [c for c in cells if int(c["evaluations"]) == cost]
+        same.sort(key=lambda c: -float(c["dice_mean"]))
+        names = [f"{c['sampler']} {c['sampling_steps']} x {c['ensemble']} {float(c['dice_mean']):.3f}" for c in same]
+        if len(same) > 1:
+            say(f"Dice at {cost} evaluations (steps x ensemble): " + ", ".join(names))
+
+
+PROFILE, WIDTHS = ("method", "phase", "form", "voxels", "seconds", "GB", "in all", ""), (6, 9, 28, 16, 9, 7, 7, 0)
+
+
+def profile(config: Config, data: Any, ranks: Ranks, given: dict[str, Any]) -> int:
+    """Table 1: seconds and memory of one network evaluation in training and in sampling, on this device.
+
+    Whole volumes are those of --data; without --data they are twice the patch along each axis, as in the paper, with
+    four channels and one class. Every --method, unless one is given. Memory is what comes on top of the weights.
+    """
+    record = (
+        loaders.data_record(data) if data else {"channels": ["t1", "t1ce", "t2", "flair"], "classes": {"tumour": 1}}
+    )
+    rows = []
+    say("  ".join(f"{word:<{w}}" for word, w in zip(PROFILE, WIDTHS)))
+    for method in [config.method] if "method" in given else ["patch", "full", "half"]:
+        base = replace(config, method=method)  # type: ignore[arg-type]
+        sizes = [data.shape(c) for c in data.cases("train")] if data else [tuple(2 * n for n in config.patch_size)]
+        whole = padded_shape([max(n) for n in zip(*sizes)], base, data.meta.get("grid") if data else None)
+        whole = tuple(n // 2 for n in whole) if method == "half" else whole
+        seen = config.patch_size if method == "patch" else whole
+        for recompute in (False, True):
+            for compiled in (False, True) if config.compile else (False,):
+                name = "plain" + " --recompute" * recompute + " --compile" * compiled
+                trial = replace(base, recompute=recompute, compile=compiled)
+                rows.append(profile_row(trial, record, "training", name, seen, ranks.device))
+        for name, slab in (("plain", -1), ("lean", 0), (f"lean --slab {config.slab or 16}", config.slab or 16)):
+            rows.append(profile_row(base, record, "sampling", name, whole, ranks.device, slab))
+    runtime.write_csv(config.run_folder / "profile.csv", rows)
+    say(f"\nwritten to {config.run_folder / 'profile.csv'}")
+    return 0
+
+
+def profile_row(
+    config: Config,
+    record: dict[str, Any],
+    phase: str,
+    name: str,
+    shape: Sequence[int],
+    device: torch.device,
+    slab: int = 0,
+) -> dict[str, str]:
+    """Measure, print and return one row of `profile`; slab -1: the plain forward pass."""
+    dtype, training = runtime.number_format(config.amp, device)[0], phase == "training"
+    batch = config.batch if training else 1
+    row = {"method": config.method, "phase": phase, "form": name, "voxels": f"{batch}x" + "x".join(map(str, shape))}
+    try:
+        check_memory(config, record, shape, batch, training, device)
+        model = fast_layout(network_for(config, record, device), config.compile).train(training)
+        x = torch.zeros(batch, model.in_channels, *shape, device=device)
+        net, t = torch.compile(model) if config.compile and training else model, torch.zeros(batch, device=device)
+
+        def call() -> None:
+            with torch.autocast(device.type, dtype, enabled=dtype is not None), torch.set_grad_enabled(training):
+                y = net(x, t) if training or slab < 0 else lean_forward(model, [x], t, slab)
+            if training:
+                y.float().square().mean().backward()
+                model.zero_grad(set_to_none=True)
+
+        trials = [runtime.measure(call, device)]
+        trials += [runtime.measure(call, device) for _ in range(3)] if trials[0][0] < 5 else []  # the first warms up
+        seconds, memory = np.median([s for s, _ in trials[1:] or trials]), max(m for _, m in trials)
+        total = runtime.peak_memory_gb(device)
+        row |= {"seconds": f"{seconds:.3f}", "memory_gb": f"{memory:.2f}", "process_gb": f"{total:.2f}", "note": ""}
+    except InputError as error:
+        row |= {"seconds": "", "memory_gb": "", "process_gb": "", "note": str(error).split(";")[0]}
+    say("  ".join(f"{v:<{w}}" for v, w in zip(row.values(), WIDTHS)))
+    return row
 
 
 # =====================================================================================================================
@@ -1040,27 +1341,16 @@ def predict(config: Config, ranks: Ranks) -> int:
 # Command line
 # =====================================================================================================================
 
-VERBS = ("train", "evaluate", "predict")
+VERBS = ("train", "evaluate", "predict", "sample", "grid", "profile")
 # How a trained network is used once: neither kept from a training nor compared on continuing it.
 ONCE = {"checkpoint", "split", "ensemble", "save_members", "save_maps", "image", "output", "overwrite", "quiet"}
-ONCE |= {"device", "amp", "workers"}
+ONCE |= {"device", "amp", "workers", "max_evaluations", "slab", "split_devices"}
 # On continuing a run these may differ: they change where, how fast and how long, not what.
 MAY_DIFFER = ONCE | {"out", "preset", "steps", "minutes", "compile", "recompute", "accumulate", "eval_every"}
 MAY_DIFFER |= {"save_every"}
 # For evaluate and predict these may differ from the training.
-USE = ONCE | {
-    "data",
-    "preset",
-    "out",
-    "seed",
-    "limit",
-    "sampler",
-    "sampling_steps",
-    "timesteps",
-    "eta",
-    "clip",
-    "recompute",
-}
+USE = ONCE | {"data", "preset", "out", "seed", "limit", "sampler", "sampling_steps", "timesteps", "eta", "clip"}
+USE |= {"recompute", "compile"}
 
 
 def checkpoint_path(config: Config) -> Path:
@@ -1085,22 +1375,39 @@ def shared_batch(config: Config, given: dict[str, Any], ranks: Ranks) -> Config:
 
 def main(argv: Sequence[str]) -> int:
     verb, config, given = runtime.parse_flags(Config, argv, VERBS, PRESETS, (__doc__ or "").split("\n\n")[0])
-    if verb in ("evaluate", "predict"):
+    for name in ("sampling_steps", "ensemble"):
+        if verb != "grid" and isinstance(getattr(config, name), tuple):
+            raise InputError(f"--{name.replace('_', '-')} takes one number here; only the verb grid takes several")
+    if verb in ("evaluate", "predict", "sample", "grid"):
         config = runtime.trained_config(config, given, checkpoint_path(config), "patchddm", USE, ONCE | {"limit"})
+        if (config.task == "generate") != (verb == "sample"):
+            other = "use the verb sample" if config.task == "generate" else "train with --task generate"
+            raise InputError(f"{verb} cannot use a network trained with --task {config.task}; {other}")
     elif config.init:
         network = runtime.network_flags(Path(config.init), "patchddm")
         config = replace(config, **{k: v for k, v in network.items() if k not in given})
-    ranks, stop = runtime.start_processes(config.device), runtime.StopFlag()
+    device = config.split_devices.split(",")[0] or config.device
+    ranks, stop = runtime.start_processes(device), runtime.StopFlag()
+    if config.split_devices and ranks.world > 1:
+        raise InputError(f"--split-devices is for one process, {ranks.world} run here; start without torchrun")
     try:
-        if verb == "predict":
-            stop.restore()
-            code = predict(config, ranks)
-        else:
+        if verb in ("", "train"):
             data, config = loaders.open_data(config.data), shared_batch(config, given, ranks)
-            code = train(config, data, ranks, stop) if verb in ("", "train") else 0
+            code = train(config, data, ranks, stop)
             stop.restore()  # from here on there is nothing to save
-            if verb in ("", "evaluate") and code == 0:
-                code = evaluate(replace(config, checkpoint="") if verb == "" else config, data, ranks)
+            if verb == "" and code == 0:
+                used = replace(config, checkpoint="")
+                code = evaluate(used, data, ranks) if config.task == "segment" else generate(used, ranks)
+        else:
+            stop.restore()
+            if verb == "predict":
+                code = predict(config, ranks)
+            elif verb == "sample":
+                code = generate(config, ranks)
+            elif verb == "profile":
+                code = profile(config, loaders.open_data(config.data) if "data" in given else None, ranks, given)
+            else:
+                code = (grid if verb == "grid" else evaluate)(config, loaders.open_data(config.data), ranks)
     finally:
         stop.restore()
     runtime.stop_processes()

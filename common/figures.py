@@ -571,11 +571,13 @@ def heat_map(
     col_name: str = "",
     unit: str = "",
     fmt: str = "{:.3f}",
+    below: Sequence[Sequence[str]] | None = None,
 ) -> Path:
     """A table of numbers as coloured cells with a colour bar, for example a metric over two settings.
 
     values [rows, columns] in `unit`; NaN is a hatched grey cell "not run", an infinite value a plain grey one.
-    row_name and col_name say what the labels count. Returns the path. Raises ValueError where labels and values differ.
+    row_name and col_name say what the labels count; below: a second line of text for each cell. Returns the path.
+    Raises ValueError where labels and values differ.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.shape != (len(row_labels), len(col_labels)) or values.size == 0:
@@ -588,14 +590,17 @@ def heat_map(
     width = max(72, *(_width(t) + 16 for row in texts for t in row), *(min(_width(w) + 6, 140) for w in words))
     limits = _limits(values)
     cells: list[list[np.ndarray]] = []
-    for row, fills in zip(texts, _heat(values, limits)):  # fills [columns, 3]
+    second = below or [[""] * values.shape[1] for _ in texts]
+    width = max(width, *(_width(t) + 12 for row in second for t in row))
+    for row, notes, fills in zip(texts, second, _heat(values, limits)):  # fills [columns, 3]
         cells.append([])
-        for text, fill in zip(row, fills.tolist()):
+        for text, under, fill in zip(row, notes, fills.tolist()):
             cell = Image.new("RGB", (width, 44), tuple(fill))
             for x in range(-44, width, 12) if text == "not run" else ():  # lines: also seen in a grey print
                 ImageDraw.Draw(cell).line((x, 44, x + 44, 0), WHITE)
             dark = 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] < 100
-            _write(cell, (width / 2, 22), [text], anchor="mm", fill=WHITE if dark else BLACK)
+            lines = [text, under] if under else [text]
+            _write(cell, (width / 2, 14 if under else 22), lines, anchor="mm", fill=WHITE if dark else BLACK)
             cells[-1].append(np.asarray(cell))
     note = ", ".join(f"{way}: {name}" for way, name in (("rows", row_name), ("columns", col_name)) if name)
     above = [list(col_labels)] + [[] for _ in cells[1:]]

@@ -847,7 +847,7 @@ class Phantoms:
             "classes": self.classes,
             "label_values": {"0": 0, "1": 1, "2": 2},
             "normalisation": {"kind": "none"},
-            "statistics": {},
+            "statistics": {"shape_median": list(shape), "spacing_median_mm": [1.0, 1.0, 1.5]},
             "orientation": "RAS",
             "spacing": [1.0, 1.0, 1.5],  # mm
             "splits": {"train": names[:first], "val": names[first:second], "test": names[second:]},

@@ -7,6 +7,7 @@ stand in the scripts.
 
 import argparse
 import csv
+import ctypes
 import dataclasses
 import difflib
 import hashlib
@@ -123,6 +124,68 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
+def measure(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Seconds that `call()` takes, and GB that it needs at its peak above what is there before; its result included.
+
+    CUDA: memory of tensors (not what the allocator holds in reserve). CPU: resident memory of the process, which has
+    in it the copies that kernels make for themselves; only Linux can set its maximum back (proc(5), clear_refs), on
+    others the second number is nan. `peak_memory_gb` begins anew as well.
+    """
+
+    def resident(key: str) -> float:
+        return int(next(line for line in status.read_text().splitlines() if line.startswith(key)).split()[1]) * 1024
+
+    status, gpu, before = Path("/proc/self/status"), device.type == "cuda", math.nan
+    if gpu:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    elif sys.platform == "linux":
+        try:
+            ctypes.CDLL(None).malloc_trim(0)  # else the call gets memory that earlier ones have freed, and looks frugal
+            Path("/proc/self/clear_refs").write_text("5")
+            before = resident("VmRSS")
+        except (OSError, AttributeError):  # not allowed everywhere; a C library other than glibc
+            pass
+    begin = time.perf_counter()
+    result = call()
+    if gpu:
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - begin
+    peak = torch.cuda.max_memory_allocated(device) if gpu else 0.0 if math.isnan(before) else resident("VmHWM")
+    del result
+    return seconds, (peak - before) / 1e9
+
+
+def free_memory_gb(device: torch.device) -> float:
+    """Memory in GB that a new tensor could take: free on the GPU, available here within the container's limit."""
+    if device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + reserved) / 1e9
+    free = math.inf
+    if (info := Path("/proc/meminfo")).exists():
+        free = 1024 * int(info.read_text().split("MemAvailable:")[1].split()[0])
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and limit.read_text().strip().isdigit():
+        free = min(free, int(limit.read_text()) - int(limit.with_name("memory.current").read_text()))
+    return free / 1e9
+
+
+def kept_for_backward_gb(forward: Callable[[], Any]) -> float:
+    """GB of the distinct tensors that autograd keeps during `forward`, parameters not counted; also on `meta`."""
+    storages: dict[int, int] = {}
+
+    def count(t: torch.Tensor) -> torch.Tensor:
+        if not isinstance(t, torch.nn.Parameter):
+            storages[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+        kept = forward()
+    del kept
+    return sum(storages.values()) / 1e9
+
+
 def seed_of(*parts: int | str) -> int:
     """A 63-bit seed that is a function of its parts alone, e.g. (seed, "step", step, sample)."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
@@ -184,6 +247,10 @@ def run_main(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[str
         return main(argv)
     except KeyboardInterrupt:
         code = 130
+    except torch.OutOfMemoryError as error:
+        remedy = "lower --batch, --patch or --num-channels, or use --recompute, --slab 16"
+        print(f"{name}: out of memory ({_first_line(error)}); {remedy}", file=sys.stderr, flush=True)
+        code = 2
     except Exception as error:
         if rank:  # the first process has most likely met the same, or ended and thereby caused this
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -240,6 +307,24 @@ def save_checkpoint(path: Path, state: Mapping[str, Any], previous: Path | None 
 
 def write_json(path: Path, content: Any) -> None:
     write_atomic(path, lambda f: f.write((json.dumps(content, indent=1) + "\n").encode()))
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows with equal keys, which become the header; the folder is made. InputError on a full disk."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, lambda f: f.write(text.getvalue().encode()))
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of `write_csv`, all values as text; none where there is no file."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
 
 
 def load_tensors(path: Path) -> Any:
@@ -437,9 +522,9 @@ class LossByTime:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def flag(default: Any, text: str) -> Any:
-    """A dataclass field with its help: unit, range, the paper's value."""
-    return dataclasses.field(default=default, metadata={"help": text})
+def flag(default: Any, text: str, many: bool = False) -> Any:
+    """A dataclass field with its help: unit, range, the paper's value. many: a verb also takes N,N,... for it."""
+    return dataclasses.field(default=default, metadata={"help": text, "many": many})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -453,6 +538,11 @@ def _tuple_of(kind: type) -> Callable[[str], tuple[Any, ...]]:
 
     parse.__name__ = f"comma-separated {kind.__name__}"
     return parse
+
+
+def _one_or_many(text: str) -> int | tuple[int, ...]:
+    values = tuple(int(part) for part in text.split(","))
+    return values[0] if len(values) == 1 else values
 
 
 def make_parser(config: type, verbs: Sequence[str], description: str) -> argparse.ArgumentParser:
@@ -483,6 +573,8 @@ def make_parser(config: type, verbs: Sequence[str], description: str) -> argpars
             options |= {"nargs": "+", "metavar": "PATH"}
         elif typing.get_origin(kind) is tuple:
             options |= {"type": _tuple_of(typing.get_args(kind)[0]), "metavar": "N,N"}
+        elif field.metadata["many"]:
+            options |= {"type": _one_or_many, "metavar": "N"}
         else:
             options |= {"type": kind, "metavar": kind.__name__.upper()}
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
@@ -513,7 +605,8 @@ def parse_flags(
 def check_range(config: Any, name: str, low: float, high: float = math.inf, open_low: bool = False) -> None:
     """InputError unless low <= value < inf (low < value with open_low) and value <= high; NaN is refused."""
     value = getattr(config, name)
-    if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+    values = value if isinstance(value, tuple) else (value,)
+    if any(not math.isfinite(v) or v < low or v > high or (open_low and v == low) for v in values):
         bounds = f"a number {'above' if open_low else 'from'} {low:g}" + (
             "" if high == math.inf else f" up to {high:g}"
         )

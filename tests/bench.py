@@ -95,6 +95,23 @@ def blobs() -> tuple[np.ndarray, np.ndarray]:
     return pred ^ (ellipsoid((120, 110, 80), (30, 26, 20)) & (rng.random((240, 240, 155)) < 0.02)), true
 
 
+class BratsSize(loaders.Phantoms):
+    """One prepared case as large as BraTS: four channels and a label, memory-mapped, padded to 256^3 when read."""
+
+    def __init__(self, folder: Path):
+        super().__init__(0, (1, 0, 0), shape=(240, 240, 155))
+        self.meta |= {"grid": [256] * 3, "channels": ["t1", "t1ce", "t2", "flair"]}
+        self.folder, rng = folder, np.random.default_rng(0)
+        np.save(folder / "image.npy", rng.random((4, *self.grid), np.float32).astype(np.float16))
+        np.save(folder / "label.npy", (rng.random(self.grid) < 0.01).astype(np.uint8))
+
+    def image(self, case: str) -> np.ndarray:
+        return np.load(self.folder / "image.npy", mmap_mode="r")
+
+    def label(self, case: str) -> np.ndarray:
+        return np.load(self.folder / "label.npy", mmap_mode="r")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
@@ -131,6 +148,12 @@ def main() -> None:
         variants = {f"{n}^3": lambda n=n: window(n) for n in (64, 128)}
         for name, s in interleaved(variants, 20).items():
             print(f"{'patch of a prepared 256^3 case':<34}{name:<28}{1000 * s:>9.2f} ms")
+
+        patches = patchddm.Patches(BratsSize(Path(folder)), patchddm.Config())
+        numbers = iter(range(1000))
+        variants = {"4 channels, coordinates, label": lambda: patches[next(numbers)]}
+        for name, s in interleaved(variants, args.repeats).items():
+            print(f"{'training sample 128^3 of BraTS':<34}{name:<28}{1000 * s:>9.1f} ms")
 
     pred, true = blobs()
     for name, s in interleaved({"1 mm": lambda: metrics.surface_scores(pred, true, (1, 1, 1))}, args.repeats).items():

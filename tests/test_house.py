@@ -160,7 +160,12 @@ def test_documented_command_parses(command):
     if stem in NAMES:
         module = importlib.import_module(stem)
         argv = words[words.index(f"{stem}.py") + 1 :]
-        argv = [re.sub(r"\$\{?\w+\}?", "1", w) if w.startswith("$") else w for w in argv]
+        choices = {
+            f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(module.Config) if "Literal" in str(f.type)
+        }
+        argv = [w for at, w in enumerate(argv) if not (w in choices and argv[at + 1].startswith("$"))]
+        argv = [w for at, w in enumerate(argv) if not (w.startswith("$") and not argv[at - 1].startswith("--"))]
+        argv = [re.sub(r"\$\{?\w+\}?", "8", w) if w.startswith("$") else w for w in argv]
         runtime.parse_flags(module.Config, argv, module.VERBS, module.PRESETS, "")
     else:
         assert (ROOT / f"{stem}.py").exists() or stem == "", command

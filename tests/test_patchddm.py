@@ -508,7 +508,7 @@ def test_method_decides_inputs_and_size_of_a_sample(method, inputs, size):
         data = tiny_data()
         order = [c for c in data.cases("train") if np.array_equal(data.label(c), label[..., :12])]
         assert len(order) == 1 and np.array_equal(cond[0][..., :12], 2 * data.image(order[0])[0] - 1)
-    net = P.network_for(config, loaders.data_record(tiny_data()))
+    net = P.network_for(config, loaders.data_record(tiny_data()), torch.device("cpu"))
     assert net.input_blocks[0][0].weight.shape[1] == inputs + 3
 
 
@@ -518,7 +518,7 @@ def test_half_samples_at_half_and_returns_the_whole_grid(monkeypatch):
     case = data.cases("test")[0]
     net = P.Network(
         config,
-        P.network_for(config, loaders.data_record(data)),
+        P.network_for(config, loaders.data_record(data), torch.device("cpu")),
         loaders.data_record(data),
         torch.device("cpu"),
         None,
@@ -662,7 +662,9 @@ def test_one_batch_is_overfitted(target):
     x0 = P.mask_to_x0(torch.stack([torch.from_numpy(i[1]) for i in items]), 3)
     t = times(100, 300, 500, 700)
     eps = P.noise(0, range(4), x0.shape[1:], torch.device("cpu"))
-    model = P.network_for(config, loaders.data_record(data)).to(memory_format=torch.channels_last_3d)
+    model = P.network_for(config, loaders.data_record(data), torch.device("cpu")).to(
+        memory_format=torch.channels_last_3d
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     first = P.diffusion_loss(model, target, cond, x0, t, eps).mean().item()
     for _ in range(60):
