@@ -36,35 +36,25 @@ def interleaved(variants: dict[str, Callable[[], object]], repeats: int) -> dict
     return {name: statistics.median(s) for name, s in seconds.items()}
 
 
-def saved_for_backward(forward: Callable[[], object]) -> float:
-    """MB of the distinct tensors that autograd keeps during `forward`, parameters not counted."""
-    storages: dict[int, int] = {}
+def training_step(
+    config: patchddm.Config, shape: tuple[int, ...], out: int, device: torch.device, number: torch.dtype | None
+) -> dict[str, tuple[Callable[[], object], float]]:
+    """One step on an input of `shape`: as here, recomputed, and as the public code: its norms keep an fp32 copy.
 
-    def count(t: torch.Tensor) -> torch.Tensor:
-        if not isinstance(t, torch.nn.Parameter) and t.numel() > 1000:
-            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-        kept = forward()
-    del kept
-    return sum(storages.values()) / 1e6
-
-
-def training_step(device: torch.device, number: torch.dtype | None) -> dict[str, tuple[Callable[[], object], float]]:
-    """One step of the laptop preset's network: plain, recomputed, and with the norm that keeps an fp32 copy."""
+    Returns variant -> (step, MB kept for backward).
+    """
     calls = {}
-    config = patchddm.Config(**patchddm.PRESETS["laptop"])
-    for name in ("as the scripts do it", "--recompute", "contiguous layout", "norm by fp32 cast"):
-        net = patchddm.build_model(replace(config, recompute=name == "--recompute"), 7, 3).to(device).train()
-        if device.type == "cpu" and name != "contiguous layout":
+    public = "fp32 copies, contiguous"  # and an optimiser that is not fused
+    for name in ("as the scripts do it", "--recompute", "contiguous layout", "norm by fp32 cast", public):
+        net = patchddm.build_model(replace(config, recompute=name == "--recompute"), shape[1], out).to(device).train()
+        if device.type == "cpu" and name not in ("contiguous layout", public):
             net = net.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        if name == "norm by fp32 cast":
+        if name in ("norm by fp32 cast", public):
             for module in net.modules():
                 if isinstance(module, unet.GroupNorm):
                     module.forward = fp32_norm.__get__(module)  # type: ignore[method-assign]
-        x, t = torch.randn(4, 7, 32, 32, 32, device=device), torch.randint(0, 1000, (4,), device=device)
-        optimizer = torch.optim.AdamW(net.parameters())
+        x, t = torch.randn(*shape, device=device), torch.randint(0, 1000, (shape[0],), device=device)
+        optimizer = torch.optim.AdamW(net.parameters(), fused=name != public)
 
         def forward(net=net, x=x, t=t) -> torch.Tensor:
             with torch.autocast(device.type, number, enabled=number is not None):
@@ -75,7 +65,7 @@ def training_step(device: torch.device, number: torch.dtype | None) -> dict[str,
             forward().backward()
             optimizer.step()
 
-        calls[name] = (step, saved_for_backward(forward))
+        calls[name] = (step, 1000 * runtime.kept_for_backward_gb(forward))
     return calls
 
 
@@ -116,17 +106,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--paper", type=int, default=0, metavar="N", help="also a step of the paper's network, patch N^3"
+    )
     args = parser.parse_args()
     device = runtime.start_processes(args.device).device
     number, reason = runtime.number_format("auto", device)
     print(f"{device}, {torch.get_num_threads()} threads, {number} ({reason}), torch {torch.__version__}\n")
     print(f"{'part':<34}{'variant':<28}{'median':>12}{'memory':>14}")
 
-    calls = training_step(device, number)
-    for name, s in interleaved({n: c for n, (c, _) in calls.items()}, args.repeats).items():
-        print(f"{'training step, 4 x 32^3, C 16':<34}{name:<28}{1000 * s:>9.0f} ms{calls[name][1]:>11.0f} MB")
+    laptop = patchddm.Config(**patchddm.PRESETS["laptop"])
+    steps = [("training step, 4 x 32^3, C 16", laptop, (4, 7, 32, 32, 32), 3)]
+    if args.paper:
+        steps += [(f"training step, paper, {args.paper}^3", patchddm.Config(), (1, 8, *(args.paper,) * 3), 1)]
+    for title, config, shape, out in steps:
+        calls = training_step(config, shape, out, device, number)
+        for name, s in interleaved({n: c for n, (c, _) in calls.items()}, args.repeats).items():
+            print(f"{title:<34}{name:<28}{1000 * s:>9.0f} ms{calls[name][1]:>11.0f} MB")
+        del calls
 
-    net = patchddm.build_model(patchddm.Config(**patchddm.PRESETS["laptop"]), 7, 3).to(device).eval()
+    net = patchddm.build_model(laptop, 7, 3).to(device).eval()
     net = net.to(memory_format=torch.channels_last_3d) if device.type == "cpu" else net  # type: ignore[call-overload]
     x, t = torch.randn(1, 7, 48, 64, 48, device=device), torch.zeros(1, device=device)
 
