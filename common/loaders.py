@@ -511,9 +511,8 @@ def open_prepared(path: str | os.PathLike) -> Prepared:
     """
     root = Path(path)
     file = root / "dataset.json"
-    command = (
-        f"prepare it first: python -m data_prep.{'brats' if 'brats' in root.name else 'msd'} --src DIR --dst {root}"
-    )
+    tool = next((name for name in ("brats", "prostate", "amos") if name in root.name), "msd")
+    command = f"prepare it first: python -m data_prep.{tool} --src DIR --dst {root}"
     if not file.exists():
         what = "is empty" if root.is_dir() and not any(root.iterdir()) else "holds no dataset.json"
         if (root / "prepare.json").exists():

@@ -8,8 +8,10 @@ reads every file and collects every fault before a byte is written, the second w
 import argparse
 import contextlib
 import json
+import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -17,7 +19,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -75,10 +77,18 @@ class Source:
     cases: tuple[Case, ...]
     faults: tuple[str, ...] = ()  # found while listing
     notes: tuple[str, ...] = ()
+    rules: tuple[dict, ...] | None = None  # how each channel is normalised, where that is fixed; None: found, see ct
+    crop: dict | None = None  # {"kind": "label"|"centre"|"none", "size": [X, Y, Z]}, see crop_start
     splits: dict[str, list[str]] | None = None  # of the labelled cases: train, val, test; None: loaders.make_splits
     patient: Callable[[str], str] = str  # case id -> patient, whose cases stay in one split
     grids: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)  # shape of all cases -> virtual grid
+    counts: dict[str, tuple[int, int]] = field(default_factory=dict)  # what -> found here, published
     entries: dict[str, Any] = field(default_factory=dict)  # more of dataset.json
+
+    @property
+    def fits_window(self) -> bool:
+        """Whether a window of intensities has to be found from the training cases."""
+        return any(self.ct) and self.rules is None
 
 
 @dataclass
@@ -89,6 +99,47 @@ class Report:
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     facts: dict = field(default_factory=dict)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def nifti_files(src: Path, faults: list[str]) -> Iterator[tuple[Path, str, Path]]:
+    """(folder, published name, file) of every NIfTI below src; a folder x.nii stands for the one file in it."""
+
+    def raise_it(error: OSError) -> None:
+        raise error
+
+    def volume(name: str) -> bool:
+        return name[0] not in "._" and name.endswith((".nii", ".nii.gz"))
+
+    seen = set()
+    for top, folders, names in os.walk(src, onerror=raise_it, followlinks=True):
+        real = os.path.realpath(top)
+        if real in seen:  # a link back to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in sorted(filter(volume, names)):
+            yield Path(top), name, Path(top, name)
+        for name in sorted(filter(volume, folders)):
+            inside = sorted(f for f in Path(top, name).iterdir() if f.is_file() and volume(f.name))
+            if len(inside) == 1:
+                yield Path(top), name, inside[0]
+            else:
+                what = f"a folder with {len(inside)} NIfTI files"
+                faults.append(f"{Path(top, name)}: {what}, expected a file, or one in it; unpack it again")
+        folders[:] = sorted((f for f in folders if f[0] not in "._" and not volume(f)), key=natural_key)
+
+
+def is_case_name(case: str) -> bool:
+    """Whether a case can be the name of a folder everywhere: letters, digits, - and _ (. and + inside)."""
+    return re.fullmatch(r"[^\W_][\w.+-]*", case) is not None
+
+
+def some(names: list[str]) -> str:
+    """The first five, and dots where there are more."""
+    return ", ".join(names[:5]) + ", …" * (len(names) > 5)
 
 
 # --- one case --------------------------------------------------------------------------------------------------------
@@ -166,10 +217,44 @@ def check_case(source: Source, case: Case, allow: bool) -> Report:
     loaded = load_case(source, case, allow, report)
     if loaded is not None:
         image, labels, _ = loaded
-        if labels is not None and any(source.ct) and labels.any():
+        if labels is not None and source.fits_window and labels.any():
             inside = [channel[labels > 0] if ct else None for channel, ct in zip(image, source.ct)]
             report.facts["quantiles"] = [None if v is None else np.quantile(v, QUANTILES).tolist() for v in inside]
     return report
+
+
+def crop_start(shape: Sequence[int], size: Sequence[int], label: np.ndarray | None) -> list[int]:
+    """First voxel on each axis when [X, Y, Z] is cut to `size`; 0 where the axis is not longer.
+
+    The window is centred on the bounding box of the label's foreground, which is not 0: it begins at
+    ceil((first + last) / 2 - size / 2), moved back inside the volume. Without label or foreground it is centred on the
+    volume, as loaders.symmetric_pad is: floor((n - size) / 2) voxels lie in front of it.
+    """
+    start = []
+    for axis, (n, target) in enumerate(zip(shape, size)):
+        first, last = 0, n - 1
+        if label is not None and label.any():
+            first, last = np.flatnonzero(label.any(axis=tuple({0, 1, 2} - {axis})))[[0, -1]].tolist()
+        start.append(min(max(math.ceil((first + last - target) / 2), 0), max(n - target, 0)))
+    return start
+
+
+def cut(
+    image: np.ndarray, labels: np.ndarray | None, affine: np.ndarray, crop: dict
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, dict]:
+    """Cut the axes that are longer than crop["size"]; shorter ones are left for the scripts to pad when they read.
+
+    Returns: image [C, X, Y, Z], label [X, Y, Z], affine, and what was cut, for dataset.json: shape before, start, and
+    how many labelled voxels lie outside.
+    """
+    shape = image.shape[1:]
+    start = crop_start(shape, crop["size"], labels if crop["kind"] == "label" else None)
+    inside = tuple(slice(first, first + n) for first, n in zip(start, crop["size"]))
+    affine = affine.copy()
+    affine[:3, 3] += affine[:3, :3] @ np.array(start)
+    lost = None if labels is None else int(np.count_nonzero(labels) - np.count_nonzero(labels[inside]))
+    facts = {"shape": list(shape), "start": start, "label_voxels_outside": lost}
+    return image[..., inside[0], inside[1], inside[2]], None if labels is None else labels[inside], affine, facts
 
 
 def prepare_case(source: Source, case: Case, recipe: dict, folder: Path) -> Report:
@@ -188,6 +273,9 @@ def prepare_case(source: Source, case: Case, recipe: dict, folder: Path) -> Repo
         image, affine = resample(image, native, recipe["spacing"], order=1)
         if labels is not None:
             labels, _ = resample(labels, native, recipe["spacing"], order=0)
+    outside = {}
+    if (crop := recipe.get("crop", {"kind": "none"}))["kind"] != "none":
+        image, labels, affine, outside["crop"] = cut(image, labels, affine, crop)
     report.facts = {
         "shape": list(image.shape[1:]),
         "spacing_mm": [round(float(np.linalg.norm(affine[:3, axis])), 6) for axis in range(3)],
@@ -199,6 +287,7 @@ def prepare_case(source: Source, case: Case, recipe: dict, folder: Path) -> Repo
             "orientation": orientation_name(first.affine),
         },
         "label_voxels": None,
+        **outside,
         "sources": sources,
     }
     if labels is not None:
@@ -302,12 +391,14 @@ def _sigint_blocked() -> Iterator[None]:
 
 
 def normalisation_of(source: Source, train: list[str], quantiles: dict[str, list | None]) -> dict:
-    """The rule for each channel: percentiles of each volume (MR), or one window for all (CT).
+    """The rule for each channel: the source's own; else percentiles of each volume (MR), or one window for all (CT).
 
     The window is the 0.5th and 99.5th percentile of the labelled foreground of the training cases; each case counts
     the same, by 1001 quantiles of its own.
     """
-    rules: list[dict] = []
+    rules: list[dict] = [dict(rule) for rule in source.rules or ()]
+    if rules:
+        return {"channels": rules}
     for channel, ct in enumerate(source.ct):
         if not ct:
             rules.append(dict(PERCENTILES))
@@ -342,6 +433,31 @@ def statistics_of(cases: dict[str, dict], classes: dict[str, int]) -> dict:
     }
 
 
+def counts_of(source: Source) -> dict[str, dict[str, int]]:
+    """The entry `counts` of dataset.json."""
+    return {name: {"found": found, "published": published} for name, (found, published) in source.counts.items()}
+
+
+def counts_text(counts: dict[str, dict[str, int]]) -> list[str]:
+    """A line of the manifest: what is here beside what was published."""
+    parts = [f"{name} {n['found']} of {n['published']}" for name, n in counts.items()]
+    return [f"  published    {', '.join(parts)}"] if parts else []
+
+
+def crop_text(meta: dict) -> list[str]:
+    """A line of the manifest: how many cases were cut, and what of their labels that cost."""
+    if "crop" not in meta:
+        return []
+    crop, cases = meta["crop"], meta["cases"].values()
+    size = " x ".join(map(str, crop["size"]))
+    if crop["kind"] == "none":
+        return [f"  crop         none; {size} would be the published window"]
+    cut_cases = [c for c in cases if c["crop"]["shape"] != c["shape"]]
+    lost = [n for c in cut_cases if (n := c["crop"]["label_voxels_outside"])]
+    what = f"{len(cut_cases)} cases were larger, {sum(lost):,} labelled voxels of {len(lost)} cases lie outside"
+    return [f"  crop         {crop['kind']}, {size}: {what}"]
+
+
 def manifest(meta: dict, root: Path) -> str:
     """The lines printed at the end of a preparation."""
     s, cases = meta["statistics"], meta["cases"]
@@ -361,6 +477,7 @@ def manifest(meta: dict, root: Path) -> str:
         f"max {row(s['spacing_max_mm'])}",
         f"  orientation  {', '.join(orientations)} -> {meta['orientation']}",
     ]
+    lines += [*crop_text(meta), *counts_text(meta.get("counts", {}))]
     for name, value in [("background", 0), *meta["classes"].items()]:
         n = s["label_voxels"][name]
         published = meta["label_values"][str(value)]
@@ -406,6 +523,7 @@ def setup_of(source: Source, options: argparse.Namespace, tool: str) -> dict:
         "label_map": {str(k): v for k, v in source.label_map.items()},
         "spacing": list(options.spacing) if options.spacing else None,
         "allow_affine_mismatch": options.allow_affine_mismatch,
+        **({"crop": source.crop} if source.crop else {}),
     }
 
 
@@ -454,11 +572,12 @@ def prepare(source: Source, options: argparse.Namespace, tool: str) -> str:
     for note in dict.fromkeys([*source.notes, *(n for own in notes for n in own)]):
         print(f"{tool}: note: {note}", file=sys.stderr)
     if options.check:
-        return f"{tool}: {len(reports)} cases checked, no faults; nothing was written"
+        done_text = f"{tool}: {len(reports)} cases checked, no faults; nothing was written"
+        return "\n".join([done_text, *counts_text(counts_of(source))])
 
     splits = splits_of(source, options.split_sizes)
     splits["unlabelled"] = sorted((case.id for case in source.cases if not case.label), key=natural_key)
-    if any(source.ct):  # finished cases are read again: their window is made from all training cases
+    if source.fits_window:  # finished cases are read again: their window is made from all training cases
         missing = [c for c in source.cases if c.id in done and c.id in set(splits["train"])]
         reports |= check_all(source, missing, options)
     quantiles = {r.id: r.facts.get("quantiles") for r in reports.values()}
@@ -467,6 +586,7 @@ def prepare(source: Source, options: argparse.Namespace, tool: str) -> str:
         "spacing": setup["spacing"],
         "allow_affine_mismatch": options.allow_affine_mismatch,
         "label_map": setup["label_map"],
+        **({"crop": source.crop} if source.crop else {}),
     }
     records = {case: record["facts"] for case, record in done.items() if record["recipe"] == recipe}
     todo = [case for case in source.cases if case.id not in records]
@@ -488,6 +608,8 @@ def _finish(source: Source, dst: Path, setup: dict, recipe: dict, splits: dict, 
     records = {case.id: records[case.id] for case in source.cases}  # the same bytes whatever the order of work
     shapes = {tuple(facts["shape"]) for facts in records.values()}
     grid = source.grids.get(min(shapes)) if len(shapes) == 1 else None
+    if source.crop and source.crop["kind"] != "none":
+        grid = source.crop["size"]
     meta = {
         "format": FORMAT,
         "name": source.name,
@@ -497,9 +619,11 @@ def _finish(source: Source, dst: Path, setup: dict, recipe: dict, splits: dict, 
         "label_values": {str(k): v for k, v in source.label_values.items()},
         "spacing": setup["spacing"],
         **({"grid": list(grid)} if grid else {}),
+        **({"crop": source.crop} if source.crop else {}),
         "orientation": "RAS",
         "normalisation": recipe["normalisation"],
         "statistics": statistics_of(records, source.classes),
+        **({"counts": counts_of(source)} if source.counts else {}),
         **source.entries,
         "splits": splits,
         "cases": records,
@@ -539,6 +663,22 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
     return int(text)
+
+
+def add_window_flags(parser: Parser, spacing: tuple[float, ...]) -> None:
+    """The flags of a set whose publisher or paper gives a spacing, a window and counts."""
+    parser.set_defaults(spacing=spacing)
+    parser.add_argument(
+        "--crop", choices=("label", "centre", "none"), default="label", help="longer axes are cut, see above"
+    )
+    parser.add_argument(
+        "--subset", action="store_true", help="accept fewer cases than published; absent ones are left out"
+    )
+
+
+def window_of(spacing: Sequence[float], published: Sequence[float], size: Sequence[int]) -> list[int]:
+    """`size` voxels of the published spacing, in voxels of another: the nearest multiple of 16, at least 16."""
+    return [max(16, 16 * round(n * old / new / 16)) for n, old, new in zip(size, published, spacing)]
 
 
 def parser_of(tool: str, description: str, layouts: tuple[str, ...]) -> Parser:

@@ -26,11 +26,10 @@ Stored    The native grid. Where all cases are 240 x 240 x 155, dataset.json nam
 """
 
 import argparse
-import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,7 +39,7 @@ import numpy as np
 from common import InputError
 from common.loaders import make_splits, natural_key, nifti_stem, read_nifti
 from data_prep import _prepare
-from data_prep._prepare import Case, Report, Source
+from data_prep._prepare import Case, Report, Source, nifti_files, some
 
 LAYOUTS = ("2020", "2018", "2021", "2023")
 CHANNELS = ("t1", "t1ce", "t2", "flair")
@@ -120,34 +119,6 @@ def read_source(src: Path, options: argparse.Namespace) -> Source:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def nifti_files(src: Path, faults: list[str]) -> Iterator[tuple[Path, str, Path]]:
-    """(folder, published name, file) of every NIfTI below src; a folder x.nii stands for the one file in it."""
-
-    def raise_it(error: OSError) -> None:
-        raise error
-
-    def volume(name: str) -> bool:
-        return name[0] not in "._" and name.endswith((".nii", ".nii.gz"))
-
-    seen = set()
-    for top, folders, names in os.walk(src, onerror=raise_it, followlinks=True):
-        real = os.path.realpath(top)
-        if real in seen:  # a link back to a folder above
-            folders.clear()
-            continue
-        seen.add(real)
-        for name in sorted(filter(volume, names)):
-            yield Path(top), name, Path(top, name)
-        for name in sorted(filter(volume, folders)):
-            inside = sorted(f for f in Path(top, name).iterdir() if f.is_file() and volume(f.name))
-            if len(inside) == 1:
-                yield Path(top), name, inside[0]
-            else:
-                what = f"a folder with {len(inside)} NIfTI files"
-                faults.append(f"{Path(top, name)}: {what}, expected a file, or one in it; unpack it again")
-        folders[:] = sorted((f for f in folders if f[0] not in "._" and not volume(f)), key=natural_key)
-
-
 def find_cases(src: Path) -> tuple[list[Found], list[Path], list[str]]:
     """Cases in natural order; NIfTI files of other names; and faults."""
     cases: dict[str, Found] = {}
@@ -175,17 +146,12 @@ def is_validation(case: str) -> bool:
     return "validation" in case.lower()
 
 
-def some(names: list[str]) -> str:
-    """The first five, and dots where there are more."""
-    return ", ".join(names[:5]) + ", …" * (len(names) > 5)
-
-
 def case_faults(case: Found) -> list[str]:
     """What is wrong with a case's list of files, each fault with its folder."""
     where, mark = min(case.folders), "-" if case.hyphens else "_"
     published = {ours: name for name, ours in SUFFIXES.items()} if case.hyphens else {name: name for name in CHANNELS}
     faults = []
-    if not re.fullmatch(r"[^\W_][\w.+-]*", case.id):
+    if not _prepare.is_case_name(case.id):
         faults.append(f"{where}: case name {case.id!r}, expected letters, digits, - and _; rename it")
     for role, files in case.files.items():
         if len(files) > 1:

@@ -129,7 +129,7 @@ def list_cases(src: Path, meta: dict, channels: int) -> tuple[list[Case], list[s
         cases, faults = _found_cases(src, channels)
     seen: dict[str, Case] = {}
     for case in cases:
-        if not re.fullmatch(r"[^\W_][\w.+-]*", case.id):
+        if not _prepare.is_case_name(case.id):
             faults.append(f"{src}: case name {case.id!r}, expected letters, digits, - and _; rename it")
         elif case.id.lower() in seen:  # some disks do not tell A from a
             faults.append(f"{src}: case {case.id} is there twice; remove one")
