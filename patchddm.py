@@ -751,7 +751,7 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
         pin_memory=device.type == "cuda",
         worker_init_fn=runtime.ignore_signals,
     )
-    log = runtime.Log(out / "log.csv", [*COLUMNS, *(f"val_dice_{c}" for c in record["classes"])], run.step, ranks.first)
+    log = runtime.Log(out / "log.csv", [*COLUMNS, *(f"val_dice_{c}" for c in data.scored)], run.step, ranks.first)
     batches, losses_by_t, clock = iter(loader), runtime.LossByTime(T, device), (run.step, run.seconds)
     limit, time_up, signal = 60 * config.minutes or math.inf, False, 0
     bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=config.quiet or not ranks.first or None)
@@ -1085,7 +1085,7 @@ def score_cases(
         for result in sample_ensemble(net, cond, case, diary):
             if result.size in rows:
                 mask = x0_to_mask(result.mean)[inside].cpu().numpy()
-                rows[result.size][case] = metrics.evaluate_case(case, mask, truth, data.spacing(case), data.classes)
+                rows[result.size][case] = metrics.evaluate_case(case, mask, truth, data.spacing(case), data.scored)
             if out and config.save_members:
                 member = x0_to_mask(result.member)[inside].cpu().numpy()
                 loaders.write_on_grid(
@@ -1311,7 +1311,8 @@ def predict(config: Config, ranks: Ranks) -> int:
     if not config.image or not config.output:
         raise InputError("predict needs --image FILE... (or one folder) and --output FILE (or folder)")
     net = load_network(config, ranks)
-    inputs = loaders.find_inputs([Path(p) for p in config.image], net.record["channels"])
+    names = net.record["channels"], net.record.get("channel_suffixes")
+    inputs = loaders.find_inputs([Path(p) for p in config.image], *names)
     output = Path(config.output)
     to_file = output.name.endswith((".nii", ".nii.gz"))
     if to_file and len(inputs) > 1:

@@ -15,7 +15,7 @@ import os
 import re
 import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -449,7 +449,7 @@ class Prepared:
     """A prepared folder. Arrays are opened memory-mapped at each call: no open files pile up, and none is read whole.
 
     name: str. channels: names. classes: name -> value 1..K in the label (0 is background and has no entry).
-    meta: all of dataset.json.
+    scored: name -> value, or values whose union counts: what scores are of. meta: all of dataset.json.
     """
 
     def __init__(self, root: Path, meta: dict):
@@ -457,6 +457,11 @@ class Prepared:
         self.name: str = meta["name"]
         self.channels: list[str] = list(meta["channels"])
         self.classes: dict[str, int] = dict(meta["classes"])
+
+    @property
+    def scored(self) -> dict[str, int | list[int]]:
+        """The regions where dataset.json names some (unions of labels that may overlap), else the classes."""
+        return dict(self.meta.get("regions") or self.classes)
 
     def cases(self, split: str, limit: int | None = None) -> list[str]:
         """Case ids of train, val, test (or unlabelled), at most `limit`. Raises: InputError for another name."""
@@ -523,6 +528,9 @@ def open_prepared(path: str | os.PathLike) -> Prepared:
         if meta["format"] > FORMAT:
             raise InputError(f"{file}: format {meta['format']}, expected at most {FORMAT}; use newer code")
         data = Prepared(root, meta)
+        for name, values in meta.get("regions", {}).items():
+            if not values or not {*values} <= {*data.classes.values()}:
+                raise ValueError(f"region {name} is {values}, expected some of {[*data.classes.values()]}")
         faults = [fault for case, facts in meta["cases"].items() for fault in _array_faults(data, case, facts)]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise InputError(f"{file}: not a description of prepared data ({type(e).__name__}: {e}); {command}") from e
@@ -554,11 +562,13 @@ def _array_faults(data: Prepared, case: str, facts: dict) -> list[str]:
 def data_record(data: Prepared) -> dict:
     """The entry `data` of a checkpoint: all that `load_for_prediction` needs, in plain Python types.
 
-    spacing: the common target spacing in mm, or None where each case keeps its own. grid: only where the set names one.
+    spacing: the common target spacing in mm, or None where each case keeps its own. Only where the set names them:
+    grid; regions, what validation scores (a network may be evaluated on data with others); channel_suffixes, see
+    `find_inputs`.
     """
     keys = ("name", "channels", "classes", "label_values", "spacing", "orientation", "normalisation", "statistics")
-    record = {key: data.meta[key] for key in keys} | ({"grid": data.meta["grid"]} if "grid" in data.meta else {})
-    return json.loads(json.dumps(record))
+    more = [key for key in ("grid", "regions", "channel_suffixes") if key in data.meta]
+    return json.loads(json.dumps({key: data.meta[key] for key in (*keys, *more)}))
 
 
 def make_splits(
@@ -651,21 +661,83 @@ def nifti_stem(path: Path) -> str:
     return re.sub(r"\.nii(\.gz)?$", "", path.name)
 
 
-def find_inputs(paths: Sequence[str | os.PathLike], channels: int | Sequence[str]) -> list[tuple[str, list[Path]]]:
-    """The cases among files, or in one folder, for `predict`: [(case name, its files in channel order)], sorted.
+def find_inputs(
+    paths: Sequence[str | os.PathLike],
+    channels: int | Sequence[str],
+    suffixes: Mapping[str, Sequence[str]] | None = None,
+) -> list[tuple[str, list[Path]]]:
+    """The cases among files, or in folders, for `predict`: [(case name, its files in channel order)], sorted.
 
-    Files x_0000.nii.gz, x_0001.nii.gz … are the channels of case x. As many files as the network has channels, each
-    3D and without such endings, are one case. Names that begin with . or _ are left out. channels: number or names.
-    Raises: InputError for a missing path, a folder without volumes, an incomplete set of channels.
+    Files x_0000.nii.gz, x_0001.nii.gz … are the channels of case x; so are files whose names end in _ or - and a word
+    of a channel, in capitals or not (x_t1.nii.gz, x-T2.nii.gz), and t1.nii.gz, t2.nii.gz in a folder x. Where such
+    words tell the channels, the order of `paths` does not count, files of other names are left out with a warning,
+    and a folder that holds no volume is searched below. Where names do not tell, as many files as the network has
+    channels, each 3D, are one case in the order given. Names that begin with . or _ are left out.
+    channels: number or names. suffixes: words of a channel; without them its name is its word.
+    Raises: InputError for a missing path, a folder without volumes, a channel without a file or with two.
     """
     n = channels if isinstance(channels, int) else len(channels)
+    words = {} if isinstance(channels, int) else _channel_words(channels, suffixes)
     given = [Path(p) for p in paths]
     if missing := [str(p) for p in given if not p.exists()]:
         raise InputError(f"{', '.join(missing)}: no such file or folder; check the path")
-    files = [f for p in given for f in (p.iterdir() if p.is_dir() else [p])]
-    files = [f for f in files if f.is_file() and f.name[0] not in "._" and re.search(r"\.nii(\.gz)?$", f.name)]
+    files: list[Path] = []
+    for p in given:
+        files += _volumes(p, words) if p.is_dir() else [p] * _is_volume(p.name)
     if not files:
-        raise InputError(f"{', '.join(map(str, given))}: no .nii or .nii.gz file found; give files or a folder of them")
+        named = f", nor below it one named as CASE_{' or CASE_'.join(words)}" if words else ""
+        what = f"no .nii or .nii.gz file found{named}; give files or a folder of them"
+        raise InputError(f"{', '.join(map(str, given))}: {what}")
+    found, rest = _numbered_cases(files, n)
+    told = {f: at for f in rest if (at := _told_by_word(f, words))}
+    # files given one by one, and some of them of any name: as long as the others do not tell another order
+    in_order = 1 < n == len(rest) == len(given) > len(told)
+    in_order = in_order and all(told.get(f, ("", i))[1] == i for i, f in enumerate(rest))
+    if in_order and all(read_nifti(f).data.ndim == 3 for f in rest):
+        found.append((nifti_stem(rest[0]), rest))
+    elif told and not isinstance(channels, int):
+        found += _worded_cases(told, channels, words)
+        if left := sorted((f.name for f in rest if f not in told), key=natural_key):
+            listed = ", ".join(left[:5]) + ", …" * (len(left) > 5)
+            warnings.warn(f"left out, since their names tell no channel: {len(left)} files ({listed})", stacklevel=2)
+    else:
+        found += [(nifti_stem(f), [f]) for f in rest]
+    names = [name for name, _ in found]
+    if double := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"{', '.join(double)}: found more than once; rename, or predict the folders one by one")
+    return sorted(found, key=lambda case: natural_key(case[0]))
+
+
+def _is_volume(name: str) -> bool:
+    return name[0] not in "._" and re.search(r"\.nii(\.gz)?$", name) is not None
+
+
+def _volumes(folder: Path, words: Mapping[str, int]) -> list[Path]:
+    """NIfTI files in a folder; where it holds none and names below it tell channels, all that lie below it.
+
+    A folder x.nii, as some unpackers make, stands for the file in it. Raises: InputError where one cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); check the rights") from error
+
+    own: list[Path] = []
+    below: list[Path] = []
+    seen = set()
+    for top, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(top)
+        if real in seen:  # a link back to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        place = own if Path(top) == folder or (Path(top).parent == folder and _is_volume(Path(top).name)) else below
+        place += [file for name in names if _is_volume(name) and (file := Path(top, name)).is_file()]
+        folders[:] = [name for name in folders if _is_volume(name) or (words and not own and name[0] not in "._")]
+    return own or (below if any(_told_by_word(file, words) for file in below) else [])
+
+
+def _numbered_cases(files: Sequence[Path], n: int) -> tuple[list[tuple[str, list[Path]]], list[Path]]:
+    """Cases whose files are x_0000 to n - 1, and the other files. Raises: InputError for an incomplete one."""
     groups: dict[tuple[str, str], dict[int, Path]] = {}
     for file in files:
         if match := re.fullmatch(r"(.+)_(\d{4})", nifti_stem(file)):
@@ -679,15 +751,55 @@ def find_inputs(paths: Sequence[str | os.PathLike], channels: int | Sequence[str
             raise InputError(f"{group[0]}: channel files {have} of {name}, expected 0000 to {n - 1:04d}; complete it")
         found.append((name, [group[i] for i in range(n)]))
     taken = {f for _, group in found for f in group}
-    rest = [f for f in files if f not in taken]
-    if 1 < n == len(rest) == len(given) and all(read_nifti(f).data.ndim == 3 for f in rest):
-        found.append((nifti_stem(rest[0]), rest))
-    else:
-        found += [(nifti_stem(f), [f]) for f in rest]
-    names = [name for name, _ in found]
-    if double := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"{', '.join(double)}: found more than once; rename, or predict the folders one by one")
-    return sorted(found, key=lambda case: natural_key(case[0]))
+    return found, [f for f in files if f not in taken]
+
+
+def _channel_words(channels: Sequence[str], suffixes: Mapping[str, Sequence[str]] | None) -> dict[str, int]:
+    """Word in small letters -> place of its channel; empty where words do not tell one channel from another.
+
+    So it is where two channels share a word, where there is one channel, and where a channel's name has no letter:
+    x_1.nii.gz is rather a case's number. The last two do not hold for words that a set names itself.
+    """
+    pairs = [(word.lower(), i) for i, name in enumerate(channels) for word in (suffixes or {}).get(name, [name])]
+    words = dict(pairs)
+    unsure = not suffixes and (len(channels) < 2 or not all(re.search(r"[^\W\d_]", word) for word in words))
+    return {} if unsure or len(words) < len(set(pairs)) else words
+
+
+def _told_by_word(file: Path, words: Mapping[str, int]) -> tuple[str, int] | None:
+    """(case, place of the channel) of a file named x_WORD, x-WORD, or WORD in a folder x; else None."""
+    folder = Path(os.path.abspath(file)).parent
+    stem = nifti_stem(file)
+    if _is_volume(folder.name):  # an unpacker's folder, whose file may have any name
+        stem, folder = nifti_stem(folder), folder.parent
+    # the shortest x: of words such as b50 and adc-b50 the longer one counts
+    match = re.fullmatch(rf"(?:(.+?)[_-])??({'|'.join(map(re.escape, words))})", stem, re.IGNORECASE)
+    return (match[1] or folder.name, words[match[2].lower()]) if match and match[2].lower() in words else None
+
+
+def _worded_cases(
+    told: Mapping[Path, tuple[str, int]], channels: Sequence[str], words: Mapping[str, int]
+) -> list[tuple[str, list[Path]]]:
+    """Cases of files whose names tell their channel. Raises: InputError that lists all missing and double files."""
+    cases: dict[str, dict[int, list[Path]]] = {}
+    for file, (case, place) in sorted(told.items()):
+        cases.setdefault(case, {}).setdefault(place, []).append(file)
+    faults = []
+    for case in sorted(cases, key=natural_key):
+        folder = min(file.parent for files in cases[case].values() for file in files)
+        for place, channel in enumerate(channels):
+            files = cases[case].get(place, [])
+            wanted = " or ".join(f"{case}_{word}.nii.gz" for word in words if words[word] == place)
+            if not files:
+                faults.append(f"{folder}: case {case} has no {channel}, expected {wanted}")
+            elif len(files) > 1:
+                listed = " and ".join(map(str, files))
+                faults.append(f"{folder}: case {case} has {len(files)} files for {channel}, expected one: {listed}")
+    if faults:
+        more = f" (and {len(faults) - 20} more faults)" * (len(faults) > 20)
+        remedy = "add, rename or take away files, or predict the other cases by themselves"
+        raise InputError(f"{' | '.join(faults[:20])}{more}; {remedy}")
+    return [(case, [group[place][0] for place in range(len(channels))]) for case, group in cases.items()]
 
 
 # --- phantoms --------------------------------------------------------------------------------------------------------
@@ -852,6 +964,11 @@ class Phantoms:
             "splits": {"train": names[:first], "val": names[first:second], "test": names[second:]},
         }
         self._kept: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    @property
+    def scored(self) -> dict[str, int | list[int]]:
+        """What scores are of: the classes."""
+        return dict(self.classes)
 
     def cases(self, split: str, limit: int | None = None) -> list[str]:
         return self.meta["splits"][split][:limit]

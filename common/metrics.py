@@ -12,9 +12,10 @@ P is the prediction, G the reference. What empty masks give:
 NaN is left out of every mean. A mean distance thus improves when a hard structure is missed altogether, which is why
 no table here prints a distance without the missed and spurious counts beside it.
 
-    python -m common.metrics table runs/a runs/b               one row a run
+    python -m common.metrics table runs/a runs/b               one row a run, with time and memory from its log.csv
     python -m common.metrics compare runs/a runs/b             paired tests
     python -m common.metrics score --pred DIR --true DIR       any two folders of NIfTI or PNG masks
+    python -m common.metrics score ... --classes whole=1+2+4 core=1+4      unions of label values
 """
 
 import argparse
@@ -308,13 +309,14 @@ def evaluate_case(
     pred: np.ndarray,
     true: np.ndarray,
     spacing: Sequence[float],
-    classes: Mapping[str, int],
+    classes: Mapping[str, int | Sequence[int]],
     tolerance_mm: float = 1.0,
 ) -> list[dict[str, Any]]:
     """One row of metrics.csv (keys COLUMNS, in that order) per foreground class.
 
-    Args: case: its id; pred, true: integer labels, one shape; spacing: mm per axis; classes: name -> label value.
-    Raises: ValueError for unequal shapes, labels that are not integers, a wrong spacing.
+    Args: case: its id; pred, true: integer labels, one shape; spacing: mm per axis; classes: name -> label value, or
+        values whose union is scored; unions may overlap.
+    Raises: ValueError for unequal shapes, labels that are not integers, a wrong spacing, a union of nothing.
     """
     pred, true = np.asarray(pred), np.asarray(true)
     if pred.shape != true.shape or pred.dtype.kind not in "uib" or true.dtype.kind not in "uib":
@@ -325,7 +327,12 @@ def evaluate_case(
     box = _box(pred != 0, true != 0)  # cropping once for all classes changes no metric
     rows = []
     for name, value in classes.items():
-        p, t = (pred[box] == value, true[box] == value) if value else (pred == value, true == value)
+        union = np.atleast_1d(value).tolist()
+        if not union:
+            raise ValueError(f"case {case}: class {name} has no label value; expected one or more; leave it out")
+        inside = () if 0 in union else box  # background also lies outside the box
+        # a comparison a value: np.isin takes twenty times as long
+        p, t = (np.logical_or.reduce([labels[inside] == v for v in union]) for labels in (pred, true))
         row = {
             "case": case,
             "class": name,
@@ -550,25 +557,57 @@ def _source(path: str, prefer: str) -> Path:
     return found
 
 
+def _training(path: Path) -> list[str]:
+    """Cells of a run's log.csv: steps trained, training seconds a step, peak memory in GB; empty without a log.
+
+    Seconds are those of all steps (validation not counted) over their number, not a median: steps x seconds a step is
+    then the time that was spent, slow beginnings and a shared machine included, as a comparison at equal time needs.
+    Raises: InputError for a cell that is no number.
+    """
+    if not path.is_file():
+        return [""] * 3
+    log: dict[str, list[float]] = {"step": [], "seconds": [], "memory_gb": []}
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
+        reader = csv.DictReader(file)
+        for cells in reader:
+            try:
+                for name, values in log.items():
+                    values += [float(cells[name])] if cells.get(name) else []
+            except ValueError as error:
+                raise InputError(
+                    f"{path} line {reader.line_num}: {error}; expected numbers or empty cells; mend or remove the file"
+                ) from error
+    steps, seconds, memory = (max(values, default=NAN) for values in log.values())  # the first two only grow
+    return [
+        "" if math.isnan(steps) else f"{steps:.0f}",
+        f"{seconds / steps:.3g}" if steps > 0 and seconds > 0 else "",
+        "" if math.isnan(memory) else f"{memory:.3g}",
+    ]
+
+
 def _table(args: argparse.Namespace) -> None:
-    """One row a run: mean±SD per class and of the mean."""
-    runs = {}
+    """One row a run: mean±SD per class and of the mean; and what the training took, where a run has its log."""
+    runs, logs = {}, {}
     for path in args.files:
         file = _source(path, "summary.json")
         summary = read_summary(file) if file.suffix == ".json" else summarise(read_metrics_csv(file))
-        runs[str(file.parent if file.name in ("summary.json", "metrics.csv") else file)] = summary
+        run = str(file.parent if file.name in ("summary.json", "metrics.csv") else file)
+        runs[run], logs[run] = summary, _training(file.with_name("log.csv"))
+    trained = any("".join(cells) for cells in logs.values())
     names = list(dict.fromkeys(name for summary in runs.values() for name in summary["classes"]))
     columns = [(metric, name) for metric in args.metric for name in [*names, None]]  # None: the mean over classes
     table = [["run", "n", *(f"{TITLES[m]} {'mean' if name is None else name}" for m, name in columns)]]
+    table[0] += ["steps", "s/step", "memory GB"] * trained
     for run, summary in runs.items():
         cells = []
         for metric, name in columns:
             s = (summary["mean"] if name is None else summary["classes"].get(name, {})).get(metric)
             counts = f" ({s['n_missed']}/{s['n_spurious']})" if s and metric in DISTANCES else ""
             cells.append(_mean_sd(s, metric) + counts if s else "-")
-        table.append([run, str(summary["mean"]["dice"]["n"]), *cells])
+        table.append([run, str(summary["mean"]["dice"]["n"]), *cells, *(logs[run] * trained)])
     print(_layout(table, args.markdown))
     note = "; distances in mm (missed/spurious pairs, which they leave out)" if {*args.metric} & {*DISTANCES} else ""
+    note += "; s/step: training seconds over steps, without validation; memory: peak" * trained
     print(("\n" if args.markdown else "") + "mean±SD over n images" + note)
 
 
@@ -731,14 +770,15 @@ def _mask_files(folder: str) -> dict[str, Path]:
     return files
 
 
-def _parse_classes(words: list[str]) -> dict[str, int]:
-    """NAME=VALUE words -> name -> label value."""
+def _parse_classes(words: list[str]) -> dict[str, list[int]]:
+    """NAME=VALUE or NAME=VALUE+VALUE words -> name -> label values, whose union is the class."""
     try:
-        return {name: int(value) for name, value in (w.split("=") for word in words for w in word.split(",") if w)}
+        pairs = [w.split("=") for word in words for w in word.split(",") if w]
+        return {name: [int(value) for value in values.split("+")] for name, values in pairs}
     except ValueError as error:
         raise InputError(
-            f"--classes {' '.join(words)} is not understood; expected NAME=VALUE ...; "
-            f"write for example --classes liver=1 tumour=2"
+            f"--classes {' '.join(words)} is not understood; expected NAME=VALUE ..., or NAME=VALUE+VALUE for a union; "
+            f"write for example --classes liver=1+2 tumour=2"
         ) from error
 
 
@@ -763,12 +803,12 @@ def _score(args: argparse.Namespace) -> None:
         except InputError as error:
             faults.append(f"{case}: {error}")
             continue
-        found = classes or {str(v): int(v) for v in np.union1d(np.unique(pred), np.unique(true)) if v}
+        found = classes or {str(v): [int(v)] for v in np.union1d(np.unique(pred), np.unique(true)) if v}
         results[case] = {row["class"]: row for row in evaluate_case(case, pred, true, spacing, found, args.tolerance)}
         grids[case] = diagonal_mm(true.shape, spacing), spacing
     if faults:
         raise InputError(f"{len(faults)} faulty cases: {' | '.join(faults)}; correct or remove these files")
-    classes = classes or {name: int(name) for name in sorted({n for rows in results.values() for n in rows}, key=int)}
+    classes = classes or {name: [int(name)] for name in sorted({n for rows in results.values() for n in rows}, key=int)}
     if not classes:
         raise InputError("all masks are empty; expected label values above 0; check the folders, or give --classes")
     rows = []
@@ -776,8 +816,8 @@ def _score(args: argparse.Namespace) -> None:
         spacing = grids[case][1]
         blank = np.zeros((1,) * len(spacing), dtype=np.uint8)  # a class that this case has on neither side
         rows += [
-            by_class.get(name) or evaluate_case(case, blank, blank, spacing, {name: value})[0]
-            for name, value in classes.items()
+            by_class.get(name) or evaluate_case(case, blank, blank, spacing, {name: values})[0]
+            for name, values in classes.items()
         ]
     summary = summarise(rows, {c: g[0] for c, g in grids.items()} if args.empty_distance == "diagonal" else None)
     print(format_summary(summary))
@@ -821,7 +861,12 @@ def main(argv: list[str] | None = None) -> int:
     score = verbs.add_parser("score", help="score two folders of NIfTI or PNG masks, paired by file name")
     score.add_argument("--pred", required=True, metavar="DIR", help="predicted masks")
     score.add_argument("--true", required=True, metavar="DIR", help="reference masks")
-    score.add_argument("--classes", nargs="+", metavar="NAME=VALUE", help="default: every value but 0 in the files")
+    score.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="NAME=VALUE, or NAME=VALUE+VALUE for a union; default: every value but 0 in the files",
+    )
     score.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of NSD, in mm (default 1)")
     score.add_argument(
         "--empty-distance",

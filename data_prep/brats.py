@@ -8,16 +8,17 @@ Names     CASE_{t1,t1ce,t2,flair,seg} or CASE-{t1n,t1c,t2w,t2f,seg}, .nii or .ni
           without HGG and LGG, nested by an unpacker, x.nii being a folder with the file in it. Channels are stored in
           the order t1, t1ce, t2, flair. Names that begin with . or _ (left by a Mac's archiver) are never read. Case
           355 of 2020 has a label of another name: where a case has no label and one NIfTI file is left over in its
-          folder, that file is the label, and a note says so.
+          folder, that file is the label, and a note says so. The words for the channels stand in dataset.json as
+          `channel_suffixes`, so that a network of one year predicts files named as in another.
 Labels    1 necrotic core, 2 oedema, and enhancing tumour, which is 4 until 2021 and 3 from 2023 on. Which of the two
           it is, is decided once from all label files, since a case without enhancing tumour cannot tell. Both in one
           set are refused: in 2024 a 4 is the cavity left by surgery, which is another task.
 --classes whole    one class, all tumour (the PatchDDM paper's task); a prediction is written back as 1
           all      the three labels as three classes; a prediction has the published values again, 4 where it was 4
-          regions  the labels of `all`, and in dataset.json an entry `regions` that lists the unions the challenge
+          regions  the labels of `all`, and in dataset.json an entry `regions` with the unions that the challenge
                    scores: whole tumour 1+2+3, tumour core 1+3, enhancing tumour 3 (prepared values). They lie
-                   inside each other, so no label map can hold them: a network still learns three classes, and
-                   only scores can be of the unions.
+                   inside each other, so no label map can hold them: a network still learns three classes, and a
+                   prediction has their published values; validation and evaluate score the unions instead.
 Splits    80/10/10 of the patients; two dates of a patient (2023: -000, -001) stay together. For all 369 cases of 2020
           this gives the 295/37/37 of PatchDDM's authors. Cases without label (the validation folders) are prepared
           as `unlabelled`. Two years in one folder are refused, since they share patients under other names.
@@ -99,6 +100,7 @@ def read_source(src: Path, options: argparse.Namespace) -> Source:
     if set(labelled) == AUTHORS:
         notes.append("all 369 cases of 2020 are here: split as by PatchDDM's authors, 295/37/37")
     classes, label_values, label_map = label_tables(options.classes, highest)
+    regions = {"regions": REGIONS} if options.classes == "regions" else {}
     return Source(
         name=family(found[0].id) if found else "BraTS",
         channels=CHANNELS,
@@ -112,7 +114,7 @@ def read_source(src: Path, options: argparse.Namespace) -> Source:
         splits=split_patients(labelled),
         patient=patient_of,
         grids=GRIDS,
-        entries={"regions": REGIONS} if options.classes == "regions" else {},
+        entries={"channel_suffixes": channel_suffixes(), **regions},
     )
 
 
@@ -139,6 +141,11 @@ def find_cases(src: Path) -> tuple[list[Found], list[Path], list[str]]:
         case.odd = [f for folder in sorted(case.folders) if shared[folder] == 1 for f in spare.get(folder, [])]
     found = sorted(cases.values(), key=lambda case: natural_key(case.id))
     return found, [file for files in spare.values() for file in files], faults
+
+
+def channel_suffixes() -> dict[str, list[str]]:
+    """Channel -> the words that end the names of its files, of all years."""
+    return {channel: [channel, *(new for new, ours in SUFFIXES.items() if ours == channel)] for channel in CHANNELS}
 
 
 def is_validation(case: str) -> bool:

@@ -239,6 +239,13 @@ def test_brats_regions_keep_three_labels_and_name_their_unions(src, tmp_path):
             np.testing.assert_array_equal(ours, np.isin(voxels(src, f"{case}_seg"), published))
 
 
+@pytest.mark.parametrize("classes", ["whole", "all", "regions"])
+def test_brats_tells_by_which_words_any_year_names_its_channels(src, tmp_path, classes):
+    assert run("--src", src, "--dst", tmp_path / "p", "--classes", classes)[0] == 0
+    words = open_prepared(tmp_path / "p").meta["channel_suffixes"]
+    assert list(words.items()) == [(old, [old, *{new} - {old}]) for old, new in zip(OLD, NEW)]
+
+
 def test_brats_decides_the_enhancing_value_once_for_the_set(src, tmp_path, capsys):
     change(src / "BraTS2021_00000" / "BraTS2021_00000_seg.nii.gz", lambda a: np.where(a == 4, 0, a).astype(np.float32))
     change(src / "BraTS2021_00002" / "BraTS2021_00002_seg.nii.gz", lambda a: a.astype(np.float32) - np.float32(5e-4))

@@ -616,6 +616,27 @@ def test_data_record_holds_plain_types_and_all_that_predict_needs(tmp_path):
     assert keys <= set(record)
 
 
+def test_data_record_passes_on_regions_and_words_where_the_set_has_them(tmp_path):
+    more = {"regions": {"all": [1]}, "channel_suffixes": {"MR": ["mr", "t1"]}}
+    record = data_record(open_prepared(prepared(tmp_path / "a", **more)))
+    assert {k: record.get(k) for k in more} == more
+    assert not more.keys() & data_record(open_prepared(prepared(tmp_path / "b"))).keys()
+
+
+def test_scored_are_the_regions_where_the_set_names_some_else_the_classes(tmp_path):
+    classes, regions = {"core": 1, "rim": 2}, {"all": [1, 2], "core": [1]}
+    assert open_prepared(prepared(tmp_path / "a", classes=classes)).scored == classes
+    assert open_prepared(prepared(tmp_path / "b", classes=classes, regions=regions)).scored == regions
+    phantoms = loaders.Phantoms()
+    assert phantoms.scored == phantoms.classes
+
+
+@pytest.mark.parametrize("values", [[], [1, 3], [0, 1]])
+def test_open_prepared_refuses_a_region_of_values_that_are_no_class(tmp_path, values):
+    folder = prepared(tmp_path, classes={"core": 1, "rim": 2}, regions={"all": values})
+    assert f"region all is {values}, expected some of [1, 2]" in error_of(open_prepared, folder)
+
+
 def test_make_splits_gives_the_published_brats_validation_set():
     splits = make_splits(range(1, 370))
     assert [len(splits[k]) for k in ("train", "val", "test")] == [295, 37, 37]
@@ -748,6 +769,103 @@ def test_find_inputs_refuses_one_name_twice(tmp_path):
         (tmp_path / folder).mkdir()
         touch(tmp_path / folder, "case.nii")
     assert error_of(find_inputs, [tmp_path / "a", tmp_path / "b"], 1).startswith("case: found more than once")
+
+
+BRATS = ["t1", "t1ce", "t2", "flair"]
+SUFFIXES = {"t1": ["t1", "t1n"], "t1ce": ["t1ce", "t1c"], "t2": ["t2", "t2w"], "flair": ["flair", "t2f"]}
+
+
+def named(found: list[tuple[str, list[Path]]]) -> list[tuple[str, list[str]]]:
+    return [(case, [f.name for f in files]) for case, files in found]
+
+
+def test_find_inputs_tells_channels_by_their_names_in_any_order(tmp_path):
+    touch(tmp_path, "b_ADC.nii.gz", "b_t2.nii", "a-adc.nii", "a-x_T2.nii.gz", "a-x-Adc.nii", "a_T2.nii.gz")
+    found = [("a", ["a_T2.nii.gz", "a-adc.nii"]), ("a-x", ["a-x_T2.nii.gz", "a-x-Adc.nii"])]
+    found.append(("b", ["b_t2.nii", "b_ADC.nii.gz"]))
+    assert named(find_inputs([tmp_path], ["T2", "ADC"])) == found
+    for order in itertools.permutations([tmp_path / "b_ADC.nii.gz", tmp_path / "b_t2.nii"]):
+        assert named(find_inputs(order, ["T2", "ADC"])) == found[2:]
+
+
+def test_find_inputs_tells_channels_by_a_sets_own_words(tmp_path):
+    touch(tmp_path, *(f"p-001_{name}.nii" for name in BRATS), *(f"q-t1c-{w}.nii" for w in ("T2F", "t1n", "t2w", "t1c")))
+    assert named(find_inputs([tmp_path], BRATS, SUFFIXES)) == [
+        ("p-001", [f"p-001_{name}.nii" for name in BRATS]),
+        ("q-t1c", ["q-t1c-t1n.nii", "q-t1c-t1c.nii", "q-t1c-t2w.nii", "q-t1c-T2F.nii"]),
+    ]
+
+
+def test_find_inputs_takes_the_longest_word_and_the_folder_of_a_bare_one(tmp_path):
+    (folder := tmp_path / "p7").mkdir()
+    touch(folder, "adc-b50.nii", "b50.nii", "p8_adc-b50.nii", "p8-b50.nii")
+    found = [("p7", ["b50.nii", "adc-b50.nii"]), ("p8", ["p8-b50.nii", "p8_adc-b50.nii"])]
+    assert named(find_inputs([folder], ["b50", "ADC-b50"])) == found
+
+
+def test_find_inputs_searches_below_a_folder_without_volumes_and_says_what_it_leaves_out(tmp_path):
+    for case in ("x/HGG/p10", "x/LGG/p2"):
+        (tmp_path / case).mkdir(parents=True)
+        touch(tmp_path / case, *(f"{Path(case).name}_{w}.nii.gz" for w in ("T2", "ADC", "seg")), "._p_T2.nii.gz")
+    (tmp_path / "x/__MACOSX").mkdir()
+    touch(tmp_path / "x/__MACOSX", "p3_T2.nii.gz")
+    (tmp_path / "x/LGG/loop").symlink_to(tmp_path / "x")
+    with pytest.warns(UserWarning) as said:
+        found = find_inputs([tmp_path], ["T2", "ADC"])
+    assert [case for case, _ in found] == ["p2", "p10"]
+    text = "left out, since their names tell no channel: 2 files (p2_seg.nii.gz, p10_seg.nii.gz)"
+    assert [str(w.message) for w in said] == [text]
+    touch(tmp_path / "x", "p9.nii.gz")  # a folder that holds a volume itself is not searched
+    assert named(find_inputs([tmp_path / "x"], ["T2", "ADC"])) == [("p9", ["p9.nii.gz"])]
+
+
+def test_find_inputs_takes_an_unpackers_folder_for_the_file_in_it(tmp_path):
+    (folder := tmp_path / "p1_ADC.nii").mkdir()
+    touch(folder, "0057_brain.nii")
+    touch(tmp_path, "p1_T2.nii")
+    for paths in ([tmp_path], [folder, tmp_path / "p1_T2.nii"], [folder / "0057_brain.nii", tmp_path / "p1_T2.nii"]):
+        assert named(find_inputs(paths, ["T2", "ADC"])) == [("p1", ["p1_T2.nii", "0057_brain.nii"])]
+
+
+@pytest.mark.parametrize("channels", [2, ["MR", "MR"], ["MR", "mr"], ["1", "2"], ["MR"]])
+def test_find_inputs_does_not_guess_where_names_are_no_words(tmp_path, channels):
+    touch(tmp_path, "x_1.nii", "x_2.nii", "x_MR.nii")
+    assert [case for case, _ in find_inputs([tmp_path], channels)] == ["x_1", "x_2", "x_MR"]
+
+
+def test_find_inputs_does_not_search_below_where_no_name_tells(tmp_path):
+    (tmp_path / "labels").mkdir()
+    touch(tmp_path / "labels", "x.nii.gz")
+    for channels in (["MR"], ["T2", "ADC"]):
+        assert "no .nii or .nii.gz file found" in error_of(find_inputs, [tmp_path], channels)
+
+
+def test_find_inputs_names_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert error_of(find_inputs, [tmp_path], 1) == f"{tmp_path}: cannot be read (Permission denied); check the rights"
+
+
+def test_find_inputs_keeps_the_order_given_unless_a_name_tells_another(tmp_path):
+    some = [save(tmp_path / name, noise()) for name in ("x_T2.nii", "scan.nii")]
+    assert find_inputs(some, ["T2", "ADC"]) == [("x_T2", some)]
+    text = error_of(find_inputs, some[::-1], ["T2", "ADC"])
+    assert text.startswith(f"{tmp_path}: case x has no ADC, expected x_adc.nii.gz; add, rename")
+
+
+def test_find_inputs_lists_all_missing_and_double_files(tmp_path):
+    (tmp_path / "more").mkdir()
+    touch(tmp_path, "a_T2.nii", "b_ADC.nii", "b_T2.nii", "c_ADC.nii.gz")
+    touch(tmp_path / "more", "b_T2.nii.gz")
+    text = error_of(find_inputs, [tmp_path, tmp_path / "more"], ["T2", "ADC"])
+    assert text == (
+        f"{tmp_path}: case a has no ADC, expected a_adc.nii.gz | "
+        f"{tmp_path}: case b has 2 files for T2, expected one: {tmp_path / 'b_T2.nii'} and "
+        f"{tmp_path / 'more/b_T2.nii.gz'} | {tmp_path}: case c has no T2, expected c_t2.nii.gz; "
+        "add, rename or take away files, or predict the other cases by themselves"
+    )
 
 
 def test_loaders_do_not_import_torch():

@@ -311,6 +311,31 @@ def test_evaluate_case_gives_the_columns_in_order_and_the_values_of_the_single_m
     assert {k: rows[1][k] for k in expected} == pytest.approx(expected)
 
 
+def test_evaluate_case_scores_unions_that_lie_inside_each_other():
+    true = np.array([[[0, 0, 2, 2, 1, 4, 4, 2]]], dtype=np.uint8)  # one row of eight voxels
+    pred = np.array([[[0, 2, 2, 1, 4, 4, 0, 0]]], dtype=np.uint8)
+    regions = {"whole": [1, 2, 4], "core": (1, 4), "enhancing": 4, "rest": [0, 2]}
+    rows = metrics.evaluate_case("x", pred, true, (1.0, 1.0, 2.0), regions)
+    # voxels of P, of G, of both: whole 5, 6, 4; core 3, 3, 2; enhancing 2, 2, 1; rest, with the background, 5, 5, 4
+    assert [row["class"] for row in rows] == list(regions)
+    assert [row["dice"] for row in rows] == pytest.approx([2 * 4 / 11, 2 * 2 / 6, 2 * 1 / 4, 2 * 4 / 10])
+    assert [row["iou"] for row in rows] == pytest.approx([4 / 7, 2 / 4, 1 / 3, 4 / 6])
+    assert [row["volume_pred_ml"] * 500 for row in rows] == pytest.approx([5, 3, 2, 5])
+    assert [row["volume_true_ml"] * 500 for row in rows] == pytest.approx([6, 3, 2, 5])
+    # P 1..5 and G 2..7: P's 1 is 2 mm off, G's 6 and 7 are 2 and 4 mm off; a row has only surface voxels
+    assert rows[0]["assd_mm"] == pytest.approx((2 + 2 + 4) / 11)
+    assert rows[1]["centroid_mm"] == pytest.approx(2.0) and rows[2]["centroid_mm"] == pytest.approx(2.0)
+
+
+def test_evaluate_case_of_one_value_is_the_same_as_a_list_or_numpy_number():
+    rng = np.random.default_rng(1)
+    pred, true = rng.integers(0, 3, (2, 6, 7, 8))
+    rows = [metrics.evaluate_case("x", pred, true, ONE, {"a": v}) for v in (2, [2], (2, 2), np.int64(2))]
+    assert all(row == rows[0] for row in rows)
+    with pytest.raises(ValueError, match="class a has no label value"):
+        metrics.evaluate_case("x", pred, true, ONE, {"a": []})
+
+
 def test_summary_counts_each_pair_once():
     summary = metrics.summarise(labelled_cases())
     assert summary["images"] == 4 and summary["images_dropped"] == 1
@@ -576,6 +601,37 @@ def test_table_as_markdown_has_equal_columns(run_folder, capsys):
     assert {line.count("|") for line in lines} == {6} and set(lines[1]) <= set("|-: ")
 
 
+LOG = """step,seconds,loss,memory_gb,val_dice
+10,30,0.5,1.25,
+50,70,0.4,2.5,
+50,70,,,0.3
+60,78.5,0.3,2.25,
+"""
+
+
+def test_table_adds_steps_time_and_memory_of_the_logs(run_folder, capsys):
+    a, b, c = (run_folder(name, i) for i, name in enumerate("abc"))
+    (a / "log.csv").write_text(LOG)
+    (c / "log.csv").write_text("epoch,seconds\n1,5\n")  # of another program
+    (a / "summary.json").rename(a / "summary_ensemble1.json")
+    files = a / "summary_ensemble1.json", b, c
+    code, out, err = call(capsys, "table", *files, "--metric", "dice", "--markdown")
+    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[:5])
+    assert (code, err) == (0, "") and header[-3:] == ["steps", "s/step", "memory GB"]
+    assert [row[-3:] for row in rows] == [["60", "1.31", "2.5"], [""] * 3, [""] * 3]  # 78.5 / 60
+    assert "s/step: training seconds over steps, without validation; memory: peak" in out
+    code, out, _ = call(capsys, "table", *files, "--metric", "dice")
+    assert out.splitlines()[1].split()[-3:] == ["60", "1.31", "2.5"]
+    _, out, _ = call(capsys, "table", b, c)  # no log says anything: no empty columns
+    assert "s/step" not in out
+
+
+def test_table_names_the_line_of_a_log_that_is_no_number(run_folder, capsys):
+    (a := run_folder("a", 1)).joinpath("log.csv").write_text(LOG.replace("2.5,", "much,"))
+    code, _, err = call(capsys, "table", a)
+    one_line(code, err, f"{a / 'log.csv'} line 3", "much", "expected numbers")
+
+
 def test_compare_prints_the_tests_of_scipy_over_the_shared_cases(run_folder):
     a, b = run_folder("a", 1, cases=8), run_folder("b", 2)
     code, out, err = command("compare", a, b)
@@ -670,6 +726,19 @@ def test_score_of_nifti_folders_uses_the_header_spacing_and_writes_both_files(tm
     summary = metrics.read_summary(tmp_path / "out" / "summary.json")
     assert summary["classes"]["organ"]["dice"]["mean"] == pytest.approx((0.75 + 1) / 2)
     assert summary["classes"]["absent"]["dice"]["n_excluded"] == 2
+
+
+def test_score_takes_unions_of_label_values(tmp_path, capsys):
+    true = cube((3, 3, 3)) * 1 + cube((8, 8, 8)) * 4
+    save_nifti(tmp_path / "pred" / "a.nii", np.where(true == 1, 2, true))
+    save_nifti(tmp_path / "true" / "a.nii", true)
+    words = ("score", "--pred", tmp_path / "pred", "--true", tmp_path / "true", "--out", tmp_path / "out")
+    code, _, err = call(capsys, *words, "--classes", "whole tumour=1+2+4", "core=1+4,enhancing=4")
+    assert (code, err) == (0, "")
+    rows = metrics.read_metrics_csv(tmp_path / "out" / "metrics.csv")
+    first, second = (true == 1).sum(), (true == 4).sum()
+    assert [r["class"] for r in rows] == ["whole tumour", "core", "enhancing"]
+    assert [r["dice"] for r in rows] == pytest.approx([1, 2 * second / (first + 2 * second), 1])
 
 
 def test_score_without_classes_takes_every_value_of_any_file(tmp_path, capsys):
@@ -771,6 +840,7 @@ def test_score_refuses_folders_and_classes_that_cannot_be_used(tmp_path, capsys)
         ("png", "true", (), "both PNG and NIfTI"),
         ("png", "png", (), "expected one channel"),
         ("true", "true", ("--classes", "organ"), "NAME=VALUE"),
+        ("true", "true", ("--classes", "organ=1+"), "NAME=VALUE+VALUE for a union"),
     ):
         code, _, err = call(capsys, "score", "--pred", tmp_path / pred, "--true", tmp_path / true, *more)
         one_line(code, err, part)
