@@ -1086,11 +1086,12 @@ def score_cases(
             if result.size in rows:
                 mask = x0_to_mask(result.mean)[inside].cpu().numpy()
                 rows[result.size][case] = metrics.evaluate_case(case, mask, truth, data.spacing(case), data.scored)
+            member = x0_to_mask(result.member)[inside].cpu().numpy()
+            if diary is not None and result.size <= 3:
+                diary.members.append(member)
             if out and config.save_members:
-                member = x0_to_mask(result.member)[inside].cpu().numpy()
-                loaders.write_on_grid(
-                    out / f"predictions/members/{case}_{result.size - 1}.nii.gz", member, data.affine(case)
-                )
+                name = f"predictions/members/{case}_{result.size - 1}.nii.gz"
+                loaders.write_on_grid(out / name, member, data.affine(case))
         if out:
             loaders.write_on_grid(out / f"predictions/{case}.nii.gz", mask, data.affine(case))
             for name, values in maps_of(result, net, inside).items():
@@ -1133,7 +1134,7 @@ def evaluate(config: Config, data: Any, ranks: Ranks) -> int:
     check_same_data(net, config, data)
     out, begin = config.run_folder, time.perf_counter()
     sizes = sorted({n for n in NESTED if n < config.ensemble} | {config.ensemble})
-    by_size = score_cases(net, data, ranks, cases, out, sizes)
+    by_size, dice = score_cases(net, data, ranks, cases, out, sizes), {}  # type: Any, dict[str, list[float]]
     if not ranks.first or by_size is None:
         return 0
     how = f"{config.sampler}, {config.sampling_steps} steps, target {config.target}, weights of step {net.step}"
@@ -1143,6 +1144,11 @@ def evaluate(config: Config, data: Any, ranks: Ranks) -> int:
         metrics.write_metrics_csv(out / f"metrics{suffix}.csv", rows)
         metrics.write_summary(out / f"summary{suffix}.json", summary)
         say(f"\nensemble of {n}\n{metrics.format_summary(summary)}")
+        by_class = summary["classes"] | {"mean": summary["mean"]}
+        dice |= {c: dice.get(c, []) + [v["dice"]["mean"]] for c, v in by_class.items()}
+    if len(sizes) > 1:  # figure 4
+        lines = {c: (sizes, values) for c, values in dice.items()}
+        figures.curves(lines, out / "figures/ensemble.png", "Dice and ensemble size", "members", "Dice", dots=True)
     if config.data == "synthetic":  # what intensity alone could reach, chosen with the truth
         images, labels = [data.image(c)[0] for c in cases], [data.label(c) for c in cases]
         best = [metrics.best_interval_dice(images, labels, value) for value in data.classes.values()]

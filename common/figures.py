@@ -339,7 +339,8 @@ def _panel(
     for curve in curves:
         use = np.isfinite(curve.x) & np.isfinite(curve.y) & ((curve.y > 0) | (not log))
         points = np.stack(place(curve.x[use], curve.y[use]), axis=1) * fine  # [m, 2]
-        draw.line([(float(x), float(y)) for x, y in points], curve.colour, curve.width * fine, "curve")
+        if len(points):
+            draw.line([(float(x), float(y)) for x, y in points], curve.colour, curve.width * fine, "curve")
         for x, y in points if curve.dots or len(points) == 1 else ():
             draw.ellipse((x - 4 * fine, y - 4 * fine, x + 4 * fine, y + 4 * fine), curve.colour)
     canvas.paste(layer.resize((width, height), Image.Resampling.BOX), (left, top))
@@ -411,6 +412,41 @@ def loss_curve(log_csv: str | Path, path: str | Path, title: str = "") -> Path:
         _write(canvas, (left + width / 2, box[3] + LINE + 10), ["optimisation step"])
         canvas.paste(key, (box[2] + 2 * GAP, box[1]))
         y = box[3] + 3 * LINE
+    return _save(canvas, path)
+
+
+def curves(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    path: str | Path,
+    title: str = "",
+    x_name: str = "",
+    y_name: str = "",
+    dots: bool = False,
+) -> Path:
+    """Lines name -> (x, y) in one panel with linear axes from the least to the greatest value; returns the path.
+
+    x has ticks at whole numbers only; values that are not finite are left out. Raises ValueError where no line has a
+    finite point.
+    """
+    colours = class_colours(len(lines))
+    drawn = [
+        _Curve(n, c, np.asarray(x, float), np.asarray(y, float), dots=dots)
+        for (n, (x, y)), c in zip(lines.items(), colours)
+    ]
+    if not any((np.isfinite(c.x) & np.isfinite(c.y)).any() for c in drawn):
+        raise ValueError(f"curves: {len(lines)} lines without a finite point; expected at least one point")
+    limits = [_limits(np.concatenate([getattr(c, axis) for c in drawn])) for axis in ("x", "y")]
+    x_limits, y_limits = ((low - 0.04 * (high - low), high + 0.04 * (high - low)) for low, high in limits)
+    key, heading = _legend([(c.name, c.colour) for c in drawn]), [title] * bool(title)
+    left, top, width, height = MARGIN + 70, MARGIN + (TITLE + 4 + GAP) * bool(title) + LINE + GAP, 620, 300
+    canvas = Image.new(
+        "RGB", (left + width + 2 * GAP + key.width + MARGIN, top + height + 2 * LINE + 10 + MARGIN), WHITE
+    )
+    _write(canvas, (MARGIN, MARGIN), heading, TITLE, "la")
+    _write(canvas, (left, top - LINE - GAP // 2), [y_name], anchor="la")
+    _panel(canvas, (left, top, left + width, top + height), drawn, x_limits, y_limits, False)
+    _write(canvas, (left + width / 2, top + height + LINE + 10), [x_name])
+    canvas.paste(key, (left + width + 2 * GAP, top))
     return _save(canvas, path)
 
 
@@ -620,6 +656,7 @@ class Diary:
         self.truth, self.z = truth, int((truth == truth.max()).sum(axis=(0, 1)).argmax())
         self.cut = (0, -1, inside[0], inside[1], inside[2].start + self.z)
         self.frames: list[tuple[int, np.ndarray, np.ndarray]] = []
+        self.members: list[np.ndarray] = []  # masks [X, Y, Z] of the first members, if the caller adds them
 
     def __call__(self, t: int, xt: Any, x0: Any) -> None:
         """xt, x0: tensors [1, K, X, Y, Z] on any device."""
@@ -637,9 +674,10 @@ def case_sheet(
     diary: Diary,
     variance: np.ndarray,
 ) -> None:
-    """Three pictures of a case: masks over slices, the way from noise to mask, image beside the ensemble's variance.
+    """Three pictures of a case: masks over slices, the way from noise to mask, members beside their mean and variance.
 
-    image, variance: [X, Y, Z]; mask: [X, Y, Z] integers. The third is left out where the variance is 0 (one member).
+    image, variance: [X, Y, Z]; mask: [X, Y, Z] integers. The third is left out where the variance is 0 (one member); in
+    it the variance is divided by its maximum.
     """
     image, z = image.astype(np.float32), diary.z
     masks = {"truth": diary.truth, "prediction": mask}
@@ -649,5 +687,10 @@ def case_sheet(
     title = f"{case}, {list(class_names)[-1]}, slice {z}"
     denoising_strip(rows, [f"t = {f[0]}" for f in some], folder / f"{case}_steps.png", title=title)
     if variance.max() > 0:
-        pair = [radiological(v[:, :, z]) for v in (image, variance)]
-        montage(pair, ["image", "variance of the ensemble"], folder / f"{case}_variance.png", title=case)
+        grey = _grey(radiological(image[:, :, z]), _limits(image, (0.5, 99.5)))
+        colours = class_colours(max(class_names.values()))
+        shown = {"truth": diary.truth} | {f"member {n + 1}": m for n, m in enumerate(diary.members)} | {"mean": mask}
+        pictures = [grey, *(overlay(grey, radiological(m[:, :, z]), colours) for m in shown.values())]
+        pictures.append(radiological(variance[:, :, z] / variance.max()))
+        names = ["image", *shown, "variance"]
+        montage(pictures, names, folder / f"{case}_ensemble.png", title=f"{case}, slice {z}", columns=len(names))

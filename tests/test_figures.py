@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from common import figures
@@ -304,3 +305,31 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         figures.montage([np.ones((8, 8))], ["new"], path)
     assert path.read_bytes() == old and [p.name for p in path.parent.iterdir()] == ["m.png"]
+
+
+def test_curves_draws_each_line_in_its_colour_and_refuses_nothing(tmp_path):
+    x = np.arange(20)
+    path = figures.curves(
+        {"up": (x, x / 20), "down": (x, 1 - x / 20), "gone": (x, x * np.nan)}, tmp_path / "c.png", "both"
+    )
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    counts = [int((pixels[:, :700] == colour).all(-1).sum()) for colour in figures.class_colours(3)]
+    assert counts[0] > 300 and counts[1] > 300 and counts[2] < 50
+    with pytest.raises(ValueError, match="without a finite point"):
+        figures.curves({"gone": (x, x * np.nan)}, tmp_path / "d.png")
+
+
+def test_case_sheet_shows_members_only_of_an_ensemble(tmp_path):
+    label = np.zeros((8, 8, 4), np.uint8)
+    label[2:5, 2:5, 1:3] = 1
+    image, none = np.random.default_rng(0).random((8, 8, 4)), np.zeros((8, 8, 4))
+    diary = figures.Diary(label, [slice(0, 8), slice(0, 8), slice(0, 4)])
+    diary(1000, torch.randn(1, 1, 8, 8, 4), torch.zeros(1, 1, 8, 8, 4))
+    figures.case_sheet(tmp_path / "one", "a", image, label, (1, 1, 1), {"x": 1}, diary, none)
+    assert not (tmp_path / "one/a_ensemble.png").exists()
+    widths = []
+    for members in (0, 3):
+        diary.members = [label] * members
+        figures.case_sheet(tmp_path / str(members), "a", image, label, (1, 1, 1), {"x": 1}, diary, none + 0.1)
+        widths.append(Image.open(tmp_path / str(members) / "a_ensemble.png").width)
+    assert widths[1] > widths[0] + 500  # three pictures more
