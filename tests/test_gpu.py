@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import patchddm
-from common import runtime
-from common.unet import GroupNorm
+from common import loaders, runtime
+from common.unet import GroupNorm, lean_forward
 
 NET = ["--num-channels", "4", "--channel-mult", "1,2", "--num-groups", "2", "--patch", "16", "--batch", "2"]
 FAST = [*NET, "--sampling-steps", "2", "--limit", "1", "--quiet"]
+NETWORK = {"num_channels": 4, "channel_mult": (1, 2), "num_groups": 2, "patch": (8,), "batch": 2}
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, none is here")
 
 
@@ -46,6 +48,64 @@ def test_training_on_a_gpu_saves_and_continues(tmp_path, amp):
     assert patchddm.main([*argv, "--steps", "5", "--device", "cpu", "--amp", "off"]) == 0
     state = runtime.load_checkpoint(tmp_path / "run/last.pt", "patchddm")
     assert state["step"] == 5 and all(v.isfinite().all() for v in state["model"].values())
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("amp, target", [("bf16", "eps"), ("fp16", "x0"), ("off", "v")])
+def test_a_training_step_never_waits_for_the_gpu(amp, target):
+    """PyTorch raises at whatever would make the host wait (cuda sync debug mode)."""
+    device, data = torch.device("cuda:0"), loaders.Phantoms(0, (3, 1, 1), shape=(16, 16, 16))
+    config = patchddm.Config(**NETWORK, amp=amp, target=target, ema=0.9, grad_clip=1.0)
+    ranks, dtype = runtime.Ranks(0, 1, 0, device), runtime.number_format(amp, device)[0]
+    run = patchddm.Training(config, loaders.data_record(data), device, dtype)
+    batches = iter(DataLoader(patchddm.Patches(data, config), 2, sampler=range(8), pin_memory=True))
+    losses = runtime.LossByTime(1000, device)
+    patchddm.train_step(run, run.model, batches, ranks, losses)  # tables and the optimiser's state are made here
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            patchddm.train_step(run, run.model, batches, ranks, losses)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert run.skipped.tolist()[0] == 0
+
+
+@pytest.mark.gpu
+@gpu
+def test_the_decoder_on_a_second_device_gives_the_same_numbers():
+    record = {"channels": ["a"], "classes": {"x": 1}}
+    x, t = torch.randn(1, 5, 16, 16, 16), torch.tensor([500])
+    results = []
+    for split in ("", "cuda:0,cpu", "cpu,cuda:0"):
+        torch.manual_seed(0)
+        device = torch.device(split.split(",")[0] or "cpu")
+        net = patchddm.network_for(patchddm.Config(**NETWORK, split_devices=split), record, device)
+        torch.nn.init.normal_(net.out[2].weight)
+        with torch.no_grad():
+            results += [net(x.to(device), t.to(device)).cpu(), lean_forward(net, [x.to(device)], t.to(device)).cpu()]
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
+def test_lean_on_a_gpu_is_the_plain_result_from_less_memory(amp):
+    device = torch.device("cuda:0")
+    dtype = runtime.number_format(amp, device)[0]
+    net = patchddm.build_model(patchddm.Config(channel_mult=(1, 3, 4)), 8, 1).to(device).eval()
+    torch.nn.init.normal_(net.out[2].weight)
+    x, t = torch.randn(1, 8, 64, 64, 64, device=device), torch.zeros(1, device=device)
+    found = {}
+    with torch.no_grad(), torch.autocast("cuda", dtype, enabled=dtype is not None):
+        for form in (None, 0, 16):
+            call = lambda form=form: net(x, t) if form is None else lean_forward(net, [x], t, form)  # noqa: E731
+            result = call().float()
+            found[form] = (result, runtime.measure(call, device)[1])
+    torch.testing.assert_close(found[0][0], found[None][0], atol=0 if dtype else 1e-5, rtol=0 if dtype else 1e-4)
+    torch.testing.assert_close(found[16][0], found[None][0], atol=5e-2 if dtype else 1e-4, rtol=5e-2 if dtype else 1e-4)
+    assert found[0][1] < 0.8 * found[None][1] and found[16][1] < 0.7 * found[None][1]
 
 
 @pytest.mark.slow
