@@ -9,9 +9,11 @@ PYTHON=${PYTHON:-python}
 RUN=runs/table1-hippocampus-patch
 [ -e $RUN/best.pt ] && WEIGHTS=$RUN/best.pt || WEIGHTS=$RUN/last.pt
 OUT=runs/figure5-hippocampus
-LIMIT=${LIMIT:-8}             # cases
-EVALUATIONS=${EVALUATIONS:-300} # of the network, a case; larger cells are left out, as some are in the paper
+LIMIT=${LIMIT:-4}              # cases
+EVALUATIONS=${EVALUATIONS:-150} # of the network, a case; larger cells are left out, as some are in the paper
 
+$PYTHON patchddm.py grid --data hippocampus --checkpoint $WEIGHTS --out $OUT --limit "$LIMIT" --sampling-steps 1000 --ensemble 1 \
+  --quiet >/dev/null
 $PYTHON patchddm.py grid --data hippocampus --checkpoint $WEIGHTS --out $OUT --limit "$LIMIT" --max-evaluations "$EVALUATIONS" \
   --sampling-steps 1000,100,50,39,20,19,10,9,5,1 --ensemble 1,3,5,7,15 --quiet
 $PYTHON patchddm.py grid --data hippocampus --checkpoint $WEIGHTS --out $OUT --limit "$LIMIT" --max-evaluations "$EVALUATIONS" \

@@ -8,7 +8,6 @@ PYTHON=${PYTHON:-python}
 
 row() { # DATA NAME
   run=runs/table1-$1-$2
-  mkdir -p runs/table3-$1-$2
   [ -e $run/best.pt ] && weights=$run/best.pt || weights=$run/last.pt
   [ -e runs/table3-$1-$2/summary.json ] ||
     $PYTHON patchddm.py evaluate --data "$1" --checkpoint "$weights" --out runs/table3-$1-$2 --ensemble 15 --quiet
@@ -19,3 +18,12 @@ done
 for data in hippocampus brats2mm; do
   $PYTHON -m common.metrics table runs/table3-$data-{patch,full,half}/summary{_ensemble1,_ensemble3,_ensemble5,_ensemble7,}.json
 done
+$PYTHON - <<'PROGRAM'
+from common import figures, metrics
+
+sizes, lines = [1, 3, 5, 7, 15], {}
+for name in ("patch", "full", "half"):
+    runs = [f"runs/table3-hippocampus-{name}/summary{f'_ensemble{n}' if n < 15 else ''}.json" for n in sizes]
+    lines[name] = sizes, [metrics.read_summary(run)["mean"]["dice"]["mean"] for run in runs]
+figures.curves(lines, "results/patchddm_figure4.png", "Hippocampus, test", "members", "mean Dice", dots=True)
+PROGRAM
