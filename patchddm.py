@@ -340,8 +340,8 @@ def check_memory(
 ) -> None:
     """InputError where a forward pass over [batch, ., *shape] needs more memory than is free: one line, with flags.
 
-    Training needs at least what is kept for backward, counted on tensors without storage. Sampling needs about five
-    maps of the first level at once.
+    Training needs at least what is kept for backward, counted on tensors without storage. Sampling needs four maps of
+    the first level at once, or 3.4 in slabs.
     """
     dtype = runtime.number_format(config.amp, device)[0] or torch.float32
     if training:
@@ -350,7 +350,7 @@ def check_memory(
             x = torch.empty(batch, model.in_channels, *shape, dtype=dtype)
             needed = runtime.kept_for_backward_gb(lambda: model(x, torch.zeros(batch)))
     else:
-        needed = 5 * batch * config.num_channels * math.prod(shape) * dtype.itemsize / 1e9
+        needed = (3.4 if config.slab else 4) * batch * config.num_channels * math.prod(shape) * dtype.itemsize / 1e9
     free = runtime.free_memory_gb(device)
     if needed > free:
         less = "--recompute, --batch, --patch" if training else "--slab 16, --method half"
@@ -972,7 +972,7 @@ def sample_member(net: Network, cond: Tensor, case: str, number: int, watch: Any
         return torch.randn(shape, generator=generator).to(net.device)
 
     def f(xt: Tensor, index: Tensor) -> Tensor:
-        fed[:, len(cond) :] = xt  # the input is built once, and then only x_t changes
+        fed[:, len(cond) :] = xt  # the input is put together once, and then only x_t changes
         bar.update()
         with torch.autocast(net.device.type, net.dtype, enabled=net.dtype is not None):
             return lean_forward(net.model, [fed], index, config.slab).float()

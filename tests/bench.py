@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import test_lean
+
 import patchddm
 from common import loaders, metrics, runtime, unet
 
@@ -85,6 +87,37 @@ def blobs() -> tuple[np.ndarray, np.ndarray]:
     return pred ^ (ellipsoid((120, 110, 80), (30, 26, 20)) & (rng.random((240, 240, 155)) < 0.02)), true
 
 
+def whole_volume(device: torch.device, number: torch.dtype | None, repeats: int) -> None:
+    """Print memory of one evaluation: of tensors alive at 256^3, the paper's network, and measured on a smaller one."""
+    forms: dict[str, int | None] = {"plain, all skips kept": None, "lean": 0, "lean --slab 16": 16}
+    with torch.device("meta"):
+        net, x = patchddm.build_model(patchddm.Config(), 8, 1).eval(), torch.empty(1, 8, 256, 256, 256)
+        plain = test_lean.peak(net, x, None)
+        for name, form in forms.items():
+            alive = test_lean.peak(net, x, form)
+            of_plain = f"{name}, {alive / plain:.2f}"
+            print(f"{'tensors alive at 256^3, fp32':<34}{of_plain:<28}{'':>12}{alive / 1e6:>11.0f} MB")
+    net = patchddm.build_model(patchddm.Config(channel_mult=(1, 3, 4, 4)), 8, 1).to(device).eval()
+    net = patchddm.fast_layout(net)
+    x, t = torch.randn(1, 8, 64, 128, 128, device=device), torch.zeros(1, device=device)
+    results: dict[str, list[tuple[float, float]]] = {}
+    for _ in range(1 + min(repeats, 3)):
+        for dtype in (None, number):
+            for name, form in forms.items():
+                with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+
+                    def call(form=form) -> torch.Tensor:
+                        return test_lean.all_kept(net, x, t) if form is None else unet.lean_forward(net, [x], t, form)
+
+                    results.setdefault(f"{name}, {'fp32' if dtype is None else str(dtype)[6:]}", []).append(
+                        runtime.measure(call, device)
+                    )
+    title = "one evaluation of 64x128x128, C 29"
+    for name, found in results.items():
+        s, gb = statistics.median(v for v, _ in found[1:]), statistics.median(v for _, v in found[1:])
+        print(f"{title:<34}{name.replace('bfloat16', 'bf16'):<28}{s:>9.2f} s {1000 * gb:>11.0f} MB")
+
+
 class BratsSize(loaders.Phantoms):
     """One prepared case as large as BraTS: four channels and a label, memory-mapped, padded to 256^3 when read."""
 
@@ -136,6 +169,7 @@ def main() -> None:
     for name, s in interleaved({str(number): lambda: whole(number), "fp32": lambda: whole(None)}, args.repeats).items():
         print(f"{'one evaluation of 48x64x48, C 16':<34}{name:<28}{1000 * s:>9.0f} ms")
 
+    whole_volume(device, number, args.repeats)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "image.npy"
         np.save(path, np.random.default_rng(0).random((1, 256, 256, 256), np.float32).astype(np.float16))
