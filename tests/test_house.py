@@ -78,7 +78,7 @@ def comments(code: str) -> list[str]:
 def test_every_flag_is_read(script):
     module = importlib.import_module(script.stem)
     text = script.read_text()
-    reads = set(re.findall(r"\b(?:config|self)\.([a-z_0-9]+)", text))
+    reads = set(re.findall(r"\b(?:config|self)\.([A-Za-z_0-9]+)", text))
     names = {f.name for f in dataclasses.fields(module.Config)}
     assert names - reads - {"preset"} == set()
 
