@@ -212,21 +212,16 @@ class EmbedSequential(nn.Sequential):
 # ---------------------------------------------------------------------------------------------------------------------
 # Lean inference
 # ---------------------------------------------------------------------------------------------------------------------
-# The plain forward holds at its peak eight tensors of full resolution: it keeps what nobody reads again. Below, each
-# tensor goes with its last use, sums are written into one of their terms, and what is cheap is computed twice. With
-# slabs, what stands between a map and its convolution never exists as a whole. Same parameters, same result.
-
-
-def _add(a: Tensor, b: Tensor) -> Tensor:
-    """a + b, written into a; in a new tensor where b has the wider number type."""
-    return a.add_(b) if torch.promote_types(a.dtype, b.dtype) == a.dtype else a + b
+# The plain forward keeps much that nobody reads again. Here a tensor goes with its last use, a sum is written into one
+# of its terms, the cheapest skip is computed twice, and with slabs the input of a convolution never exists as a whole.
 
 
 def _slabs(make: Callable[[int, int], Tensor], size: int, slab: int, layer: Any, into: Tensor | None = None) -> Tensor:
     """A 3^3 convolution of stride 1, `slab` slices of its output at a time: a new tensor, or added to `into`.
 
-    make(a, b) gives the slices a..b-1 along X of the convolution's input, [B, C, b - a, Y, Z]; size: of its X axis.
+    make(a, b): slices a..b-1 along X of the convolution's input, [B, C, b - a, Y, Z]. size: of its X axis.
     """
+    add = into is not None
     for lo in range(0, size, slab):
         hi = min(lo + slab, size)
         a, b = max(lo - 1, 0), min(hi + 1, size)  # one more slice on each side, where there is one
@@ -234,130 +229,126 @@ def _slabs(make: Callable[[int, int], Tensor], size: int, slab: int, layer: Any,
         if b - a < hi - lo + 2:  # zeros stand at the ends of the volume, never between two slabs
             part = F.pad(part, (0, 0, 0, 0, a - lo + 1, hi + 1 - b))
         part = F.conv3d(part, layer.weight, layer.bias, padding=(0, 1, 1))  # [B, C', hi - lo, Y, Z]
-        if into is not None:
-            into[:, :, lo:hi] += part
-            continue
-        if lo == 0:
-            last = not part.is_contiguous() and part.is_contiguous(memory_format=torch.channels_last_3d)
-            layout = torch.channels_last_3d if last else torch.contiguous_format
+        if into is None:
+            layout = torch.channels_last_3d if part.stride(1) == 1 else torch.contiguous_format
             shape = (*part.shape[:2], size, *part.shape[3:])
-            out = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=layout)
-        out[:, :, lo:hi] = part
-    return out if into is None else into
+            into = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=layout)
+        target = into[:, :, lo:hi]
+        (target.add_ if add else target.copy_)(part)
+    assert into is not None
+    return into
 
 
-def _norm_silu(norm: Any, x: Tensor, slab: int, film: Sequence[Tensor] = ()) -> Callable[[int, int], Tensor]:
-    """SiLU(norm(x)), or SiLU(norm(x) (1 + film[0]) + film[1]), of the slices that are asked for; x is not changed.
+def _norm_silu(norm: Any, x: Tensor, film: Sequence[Tensor]) -> Callable[[int, int], Tensor]:
+    """SiLU(norm(x)), or SiLU(norm(x) (1 + film[0]) + film[1]), as a function of the slices asked for.
 
-    The statistics are those of the whole map: mean and variance of each slab and channel in fp32, put together in
+    The statistics are those of the whole map: mean and variance of each slice and channel in fp32, put together in
     float64 as the mean of the variances plus the variance of the means, which a mean far from 0 cannot spoil.
     """
-    b, c, size = x.shape[:3]
-    means, squares, shares = [], [], []
-    for piece in x.split(slab, dim=2):
-        means.append(piece.mean((2, 3, 4), keepdim=True, dtype=torch.float32))  # [B, C, 1, 1, 1]
-        squares.append((piece - means[-1]).square_().mean((2, 3, 4)))  # [B, C]
-        shares.append(piece.shape[2] / size)
-    shape = (len(shares), b, norm.num_groups, -1)  # [slabs, B, groups, C / groups]
-    mean, var = (torch.stack(m).double().reshape(shape) for m in (means, squares))
-    share = torch.tensor(shares, device=x.device).double()[:, None, None, None]
-    centre = (share * mean).sum(0).mean(-1, keepdim=True)  # [B, groups, 1]
-    var = (share * (var + (mean - centre) ** 2)).sum(0).mean(-1, keepdim=True)
-    scale = norm.weight.reshape(norm.num_groups, -1) / (var + norm.eps).sqrt()  # [B, groups, C / groups]
-    shift = norm.bias.reshape(norm.num_groups, -1) - centre * scale
-    scale, shift = (v.float().reshape(b, c, 1, 1, 1) for v in (scale, shift))
+    b, c, size, *plane = x.shape
+    wide = torch.promote_types(x.dtype, torch.float32)
+    # One tensor for all: small ones between large ones that come and go leave gigabytes of holes in a CPU's memory.
+    moments = torch.empty(2, size, b, c, dtype=torch.float64, device=x.device)
+    for i, piece in enumerate(x.unbind(2)):  # [B, C, Y, Z]
+        piece = piece.to(wide)
+        mean = piece.mean((2, 3), keepdim=True)
+        moments[0, i], moments[1, i] = mean[..., 0, 0], (piece - mean).square_().mean((2, 3))
+    means, variances = moments.reshape(2, size, b, norm.num_groups, -1)
+    centre = means.mean((0, 3), keepdim=True)  # [1, B, groups, 1]
+    var = (variances + (means - centre) ** 2).mean((0, 3), keepdim=True)
+    centre, var = (v.expand_as(means[:1]).flatten().to(wide) for v in (centre, var))  # [B C]
+    weight, bias = (p.to(wide).repeat(b, 1)[..., None, None, None] for p in (norm.weight, norm.bias))  # [B, C, 1, 1, 1]
     if film:
-        scale, shift = scale * (1 + film[0]), shift * (1 + film[0]) + film[1]
-    return lambda a, b: F.silu((x[:, :, a:b] * scale).add_(shift), inplace=True).to(x.dtype)
+        weight, bias = weight * (1 + film[0]), bias * (1 + film[0]) + film[1]
 
-
-def _norm_silu_conv(norm: Any, layer: Any, x: Tensor, slab: int) -> Tensor:
-    if 0 < slab < x.shape[2]:
-        return _slabs(_norm_silu(norm, x, slab), x.shape[2], slab, layer)
-    return layer(F.silu(norm(x), inplace=True))
-
-
-def _lean_res_block(block: ResBlock, x: Tensor, emb: Tensor, slab: int, own: bool) -> Tensor:
-    """`ResBlock.forward`; x may be overwritten if it is our `own`."""
-    h = _norm_silu_conv(block.in_layers[0], block.in_layers[2], x, slab)
-    e = block.emb_layers(emb).to(h.dtype)[(...,) + (None,) * (h.ndim - 2)]
-    film = e.chunk(2, dim=1) if block.scale_shift else ()
-    if not block.scale_shift:
-        h.add_(e)
-    norm, layer = block.out_layers[0], block.out_layers[3]
-    if 0 < slab < h.shape[2]:  # two tensors of this size, where the plain block has four
-        short = block.skip_connection(x)
-        short = x.clone() if short is x and not own else short
-        return _slabs(_norm_silu(norm, h, slab, film), h.shape[2], slab, layer, into=short)
-    h = norm(h)
-    if film:
-        h.mul_(1 + film[0]).add_(film[1])
-    h = layer(F.silu(h, inplace=True))
-    short = block.skip_connection(x)
-    return short + h if short is x and not own else _add(short, h)
-
-
-def _lean_block(block: nn.Module, x: list[Tensor], emb: Tensor, slab: int, own: bool) -> None:
-    """Replace the one tensor in the list x by the block's output."""
-    device = next(block.parameters()).device  # a network may be spread over several GPUs
-    h, emb = x.pop().to(device), emb.to(device)
-    for layer in block:  # type: ignore[attr-defined]
-        if isinstance(layer, ResBlock):
-            h = _lean_res_block(layer, h, emb, slab, own)
-        elif isinstance(layer, Upsample) and layer.conv is not None and 0 < slab < 2 * h.shape[2]:
-            h = _slabs(_upsampled(h), 2 * h.shape[2], slab, layer.conv)
-        elif isinstance(layer, Upsample) and layer.conv is not None:
-            h = F.interpolate(h, scale_factor=2, mode="nearest")
-            h = layer.conv(h)
-        else:
-            h = layer(h)
-        own = True  # by now a tensor that this function made
-    x.append(h)
-
-
-def _upsampled(x: Tensor) -> Callable[[int, int], Tensor]:
-    def make(a: int, b: int) -> Tensor:
-        part = F.interpolate(x[:, :, a // 2 : (b + 1) // 2], scale_factor=2, mode="nearest")
-        return part[:, :, a % 2 : a % 2 + b - a]
+    def make(lo: int, hi: int) -> Tensor:
+        # Once its statistics are known, group norm is batch norm in eval mode, of one sample with B C channels.
+        part = x[:, :, lo:hi].reshape(1, b * c, hi - lo, *plane)
+        part = F.batch_norm(part, centre, var, weight.flatten(), bias.flatten(), eps=norm.eps)
+        return F.silu(part, inplace=True).reshape(b, c, hi - lo, *plane)
 
     return make
 
 
+def _norm_silu_conv(
+    norm: Any, layer: Any, x: list[Tensor], slab: int, film: Sequence[Tensor] = (), into: Tensor | None = None
+) -> Tensor:
+    """layer(SiLU(norm(x) (1 + film[0]) + film[1])), added to `into` if given. The list x may be emptied."""
+    if 0 < slab < x[0].shape[2]:
+        return _slabs(_norm_silu(norm, x[0], film), x[0].shape[2], slab, layer, into)
+    h = norm(x.pop())
+    if film:
+        h.mul_(1 + film[0]).add_(film[1])
+    h = layer(F.silu(h, inplace=True))
+    return h if into is None else into.add_(h) if into.dtype == h.dtype else into + h
+
+
+def _lean_block(block: Any, x: list[Tensor], emb: Tensor, slab: int, own: bool) -> None:
+    """Put a block's output in the place of its input, the one tensor in the list x, and into it where it is `own`."""
+    h = x.pop()
+    device = next(block.parameters(), h).device  # a network may be spread over several GPUs
+    h, emb = h.to(device), emb.to(device)
+    for layer in block:
+        if isinstance(layer, ResBlock):
+            hidden = [_norm_silu_conv(layer.in_layers[0], layer.in_layers[2], [h], slab)]
+            e = layer.emb_layers(emb).to(hidden[0].dtype)[(...,) + (None,) * (h.ndim - 2)]
+            film = e.chunk(2, dim=1) if layer.scale_shift else ()
+            if not film:
+                hidden[0].add_(e)
+            short = layer.skip_connection(h)
+            h = h.clone() if short is h and not own else short
+            h = _norm_silu_conv(layer.out_layers[0], layer.out_layers[3], hidden, slab, film, into=h)
+            del short, hidden
+        elif not isinstance(layer, Upsample) or layer.conv is None:
+            h = layer(h)
+        elif 0 < slab < 2 * h.shape[2]:
+
+            def make(a: int, b: int, h: Tensor = h) -> Tensor:
+                up = F.interpolate(h[:, :, a // 2 : (b + 1) // 2], scale_factor=2, mode="nearest")
+                return up[:, :, a % 2 : a % 2 + b - a]
+
+            h = _slabs(make, 2 * h.shape[2], slab, layer.conv)
+        else:
+            h = F.interpolate(h, scale_factor=2, mode="nearest")
+            h = layer.conv(h)
+        own = True  # by now it is a tensor made here
+    x.append(h)
+
+
 @torch.no_grad()
 def lean_forward(model: Any, x: list[Tensor], t: Tensor, slab: int = 0) -> Tensor:
-    """`model(x, t)` in eval mode with the fewest full-resolution tensors at a time.
+    """`model(x, t)` in eval mode, with few full-resolution tensors at a time.
 
-    model: a U-Net of these blocks with time_embed, width, average, input_blocks, middle_block, output_blocks and out;
-    if a ResBlock resamples, it is called as it is. x: a list of one tensor [B, C_in, *S], which is taken out and not
-    written into: a variable of the caller would keep each tensor alive, the list hands it over. t: [B].
-    slab: 0 gives the plain result bit by bit, N > 0 works in slabs of N slices along X (3D), equal up to rounding.
-    Returns [B, C_out, *S] on the device of x. Raises ValueError for slabs in 2D.
-    Peak for Bieder et al. 2023's network at 256^3 in units of one full-resolution map (1.95 GB in fp32, half of it in
-    bf16), the input not counted: plain 8.1, slab 0 4.1, slab 16 3.4.
+    model: a U-Net of these blocks with time_embed, width, average, input_blocks, middle_block, output_blocks and out
+    (where a ResBlock resamples it is simply called). x: a list of one tensor [B, C_in, *S], taken out at its last use
+    and never written into. t: [B]. slab: 0 gives the plain result bit by bit; N > 0 works in slabs of N slices along
+    X, 3D only, the result equal up to rounding. Returns [B, C_out, *S] on the device of x.
+    The network of Bieder et al. 2023 at 256^3 holds at most 7.0 maps of full resolution (each 1.95 GB in fp32, 0.97 GB
+    in bf16, the input not counted) when called, 4.0 here, 3.4 with slabs of 16. Without slabs a GPU holds more in 16
+    bits, since its norm works on an fp32 copy.
     """
     if slab and x[0].ndim != 5:
         raise ValueError(f"slab={slab} meets an input of shape {tuple(x[0].shape)}; slabs are for 3D, use slab=0")
     if any(isinstance(m, ResBlock) and m.resample is not None for m in model.modules()):
         return model(x.pop(), t)
-    image = x.pop()
-    first, *encoder = model.input_blocks
+    device, (first, *encoder) = x[0].device, model.input_blocks
     emb = model.time_embed(timestep_embedding(t, model.width))  # [B, 4C]
-
-    x.append(first(image))
-    skips: list[Tensor] = []
+    h, skips = [first(x[0])], []  # a list of one, since a variable of each caller would keep its tensor alive
     for i, block in enumerate(encoder):
-        _lean_block(block, x, emb, slab, own=i == 0)
-        skips.append(x[0])
-    _lean_block(model.middle_block, x, emb, slab, own=False)
+        _lean_block(block, h, emb, slab, own=i == 0)  # the input of every other block is a skip that is kept
+        skips.append(h[0])
+    _lean_block(model.middle_block, h, emb, slab, own=False)
     for block in model.output_blocks:
-        # The first convolution's output is the skip that would wait longest, and the cheapest to make again.
-        skip = skips.pop() if skips else first(image)
-        h = x.pop().to(skip.device)
-        x.append(_add(h, skip).mul_(0.5) if model.average else torch.cat([h, skip], dim=1))
-        del skip, h  # or they live until the next block has ended
-        _lean_block(block, x, emb, slab, own=True)
+        # The first convolution's output would be the skip kept longest, and it is the cheapest to make again.
+        skip = (skips.pop() if skips else first(x.pop())).to(h[0].device)
+        if model.average and h[0].dtype == skip.dtype:
+            h[0].add_(skip).mul_(0.5)
+        else:
+            h = [(h.pop() + skip) / 2 if model.average else torch.cat([h.pop(), skip], dim=1)]
+        del skip  # or it lives until the next block has ended
+        _lean_block(block, h, emb, slab, own=True)
     norm, _, layer = model.out
-    return _norm_silu_conv(norm, layer, x.pop().to(norm.weight.device), slab).to(image.device)
+    return _norm_silu_conv(norm, layer, [h.pop().to(norm.weight.device)], slab).to(device)
 
 
 # Which flags decide the shape of a tensor, by a part of its name; the first match counts.
