@@ -505,6 +505,8 @@ def start_slow(src: Path, dst: Path, code: str = SLOW) -> subprocess.Popen:
     """A preparation that takes 0.1 s a case, once it has finished three."""
     flags = ["--src", str(src), "--dst", str(dst), "--quiet"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    # a shell that starts the tests in the background makes all processes below it ignore SIGINT
+    code = f"import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n{code}"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
