@@ -13,7 +13,9 @@ NaN is left out of every mean. A mean distance thus improves when a hard structu
 no table here prints a distance without the missed and spurious counts beside it.
 
     python -m common.metrics table runs/a runs/b               one row a run, with time and memory from its log.csv
+    python -m common.metrics table --seeds --plot classes.png runs/a-0 runs/a-1 runs/b-0 runs/b-1
     python -m common.metrics compare runs/a runs/b             paired tests
+    python -m common.metrics compare 'runs/a-?' 'runs/b-?'     ... of the means over seeds
     python -m common.metrics score --pred DIR --true DIR       any two folders of NIfTI or PNG masks
     python -m common.metrics score ... --classes whole=1+2+4 core=1+4      unions of label values
 """
@@ -25,9 +27,12 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from glob import glob
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -312,7 +317,7 @@ def evaluate_case(
     classes: Mapping[str, int | Sequence[int]],
     tolerance_mm: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """One row of metrics.csv (keys COLUMNS, in that order) per foreground class.
+    """One row of metrics.csv (keys COLUMNS, in that order) per foreground class, and `share`, |G| / voxels of the grid.
 
     Args: case: its id; pred, true: integer labels, one shape; spacing: mm per axis; classes: name -> label value, or
         values whose union is scored; unions may overlap.
@@ -342,7 +347,7 @@ def evaluate_case(
             "volume_true_ml": volume_ml(t, spacing),
             "volume_pred_ml": volume_ml(p, spacing),
         }
-        rows.append({column: row[column] for column in COLUMNS})
+        rows.append({column: row[column] for column in COLUMNS} | {"share": float(t.sum() / true.size)})
     return rows
 
 
@@ -455,7 +460,8 @@ def summarise(rows: Sequence[Mapping[str, Any]], empty_distance: Mapping[str, fl
     Args: rows: of evaluate_case or read_metrics_csv; empty_distance: mm that a missed or spurious pair gets for every
         distance, one for all or by case (see diagonal_mm); None leaves such pairs out.
     Returns: {"classes": {name: {metric: statistics}}, "mean": {metric: statistics}, "images", "images_dropped",
-        "n_valid"}, where images x classes = n_valid + n_missed + n_spurious + n_excluded.
+        "n_valid", "share": {name: mean over images of |G| / voxels}}, where images x classes = n_valid + n_missed +
+        n_spurious + n_excluded. Rows that were read from a metrics.csv know no share: it is NaN.
     Raises: InputError unless there is one row per case and class.
     """
     cases, names, values, status = _array(rows)
@@ -465,6 +471,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], empty_distance: Mapping[str, fl
         for k in (SCORES.index(d) for d in DISTANCES):
             values[:, :, k] = np.where(one_sided, np.array(mm)[:, None], values[:, :, k])
     per_image = _nanmean(values, axis=1)  # [case, SCORES]
+    shares = {name: np.array([row.get("share", NAN) for row in rows if row["class"] == name]) for name in names}
     return {
         "classes": {
             name: {s: _statistics(values[:, j, k], status[:, j]) for k, s in enumerate(SCORES)}
@@ -474,6 +481,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], empty_distance: Mapping[str, fl
         "images": len(cases),
         "images_dropped": int((status == 3).all(axis=1).sum()),
         "n_valid": int((status == 0).sum()),
+        "share": {name: float(values.mean()) for name, values in shares.items()},
     }
 
 
@@ -585,6 +593,75 @@ def _training(path: Path) -> list[str]:
     ]
 
 
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
+    """Spearman's rho of two lists [n] (average ranks), with its two-sided p.
+
+    Returns: rho, p, n, exact. For n <= 9 p is the share of all n! pairings whose |rho| is as large (exact); above, the
+    t approximation of scipy, which is too small for few values (n = 8, rho = 0.83: 0.0102, exact 0.0154). NaN below
+    three values or where a list has one rank only.
+    """
+    from scipy.stats import rankdata, spearmanr
+
+    n = len(x)
+    a, b = (rankdata(v) - (n + 1) / 2 for v in (x, y))
+    norm = float(np.sqrt((a @ a) * (b @ b)))
+    if n < 3 or norm == 0:
+        return {"rho": NAN, "p": NAN, "n": n, "exact": True}
+    rho = float(a @ b) / norm
+    if n > 9:
+        return {"rho": rho, "p": float(spearmanr(x, y).pvalue), "n": n, "exact": False}
+    every = np.array(list(permutations(b))) @ a / norm  # [n!]
+    return {"rho": rho, "p": float((np.abs(every) >= abs(rho) - 1e-9).mean()), "n": n, "exact": True}
+
+
+def _by_share(summary: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Those of `names` that have a share and a Dice, the smallest class first."""
+    share = summary.get("share", {})
+    known = [n for n in names if share.get(n, NAN) == share.get(n, NAN)]
+    return sorted((n for n in known if not math.isnan(summary["classes"][n]["dice"]["mean"])), key=share.__getitem__)
+
+
+def _print_shares(runs: Mapping[str, dict], plot: str) -> None:
+    """Whether larger classes are the easier ones, for each run of three classes or more; with `plot` as a picture."""
+    lines, orders = {}, {}
+    for run, summary in runs.items():
+        order = _by_share(summary, list(summary["classes"]))
+        dice = [summary["classes"][name]["dice"]["mean"] for name in order]
+        r = rank_correlation([summary["share"][name] for name in order], dice)
+        if not math.isnan(r["rho"]):
+            how = f"{r['n']} classes, {'exact' if r['exact'] else 't approximation'}"
+            print(f"{run}: Spearman of class share against Dice {r['rho']:.2f}, p = {r['p']:.3g} ({how})")
+        if order:
+            lines[run], orders[tuple(order)] = (list(range(1, len(order) + 1)), dice), run
+    if plot:
+        from common import figures
+
+        if len(orders) != 1:
+            raise InputError(
+                f"--plot met {len(orders)} orders of the classes by share; expected summary.json files of one set of "
+                "classes (a metrics.csv knows no shares); plot each set by itself, or run evaluate again"
+            )
+        names = ", ".join(f"{i} {name}" for i, name in enumerate(next(iter(orders)), 1))
+        print(figures.curves(lines, plot, "", f"class, smallest share first: {names}", "mean Dice", dots=True))
+
+
+def _over_seeds(runs: Mapping[str, dict], metrics: Sequence[str], names: Sequence[str]) -> list[list[str]]:
+    """A row for each set of runs whose names differ in their last number only: mean±SD over the runs' means."""
+    groups: dict[str, list[dict]] = {}
+    for run, summary in runs.items():
+        groups.setdefault(re.sub(r"\d+(?=\D*$)", "*", run), []).append(summary)
+    rows = [["runs", "runs in all", *(f"{TITLES[m]} {n or 'mean'}" for m in metrics for n in [*names, None])]]
+    for group, found in groups.items():
+        cells = []
+        for metric, name in product(metrics, [*names, None]):
+            entries = [(s["mean"] if name is None else s["classes"].get(name, {})).get(metric) for s in found]
+            means = np.array([e["mean"] for e in entries if e])
+            sd = means.std(ddof=1) if len(means) > 1 else NAN
+            cells.append(_mean_sd({"mean": means.mean() if len(means) else NAN, "sd": sd}, metric))
+        rows.append([group, str(len(found)), *cells])
+    return rows
+
+
 def _table(args: argparse.Namespace) -> None:
     """One row a run: mean±SD per class and of the mean; and what the training took, where a run has its log."""
     runs, logs = {}, {}
@@ -609,6 +686,10 @@ def _table(args: argparse.Namespace) -> None:
     note = "; distances in mm (missed/spurious pairs, which they leave out)" if {*args.metric} & {*DISTANCES} else ""
     note += "; s/step: training seconds over steps, without validation; memory: peak" * trained
     print(("\n" if args.markdown else "") + "mean±SD over n images" + note)
+    if args.seeds:
+        print("\n" + _layout(_over_seeds(runs, args.metric, names), args.markdown))
+        print(("\n" if args.markdown else "") + "mean±SD over the means of runs that differ in their last number only")
+    _print_shares(runs, args.plot)
 
 
 def paired_tests(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
@@ -646,10 +727,24 @@ def paired_tests(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
     return result
 
 
+def _mean_of_runs(pattern: str) -> tuple[list[str], list[str], np.ndarray, np.ndarray, int]:
+    """Cases, classes, values [case, class, SCORES] and status [run, case, class] of a run, or the mean of several."""
+    paths = sorted(glob(pattern)) if any(c in pattern for c in "*?[") else [pattern]
+    if not paths:
+        raise InputError(f"{pattern} matches nothing; expected run folders or metrics.csv files; check the pattern")
+    parts = [_array(read_metrics_csv(_source(path, "metrics.csv"))) for path in paths]
+    cases, names = parts[0][:2]
+    for path, (other, classes, *_) in zip(paths, parts, strict=True):
+        if other != cases or classes != names:
+            raise InputError(f"{path} and {paths[0]} hold different cases or classes; evaluate all on one split")
+    values = _nanmean(np.stack([v for _, _, v, _ in parts]), axis=0)
+    return cases, names, values, np.stack([state for *_, state in parts]), len(paths)
+
+
 def _compare(args: argparse.Namespace) -> None:
-    """Paired tests per class and of the mean, over the cases that both runs hold."""
-    (cases_a, names_a, values_a, status_a), (cases_b, names_b, values_b, status_b) = (
-        _array(read_metrics_csv(_source(path, "metrics.csv"))) for path in (args.a, args.b)
+    """Paired tests per class and of the mean over the cases; of several runs (seeds) each case's mean is taken."""
+    (cases_a, names_a, values_a, status_a, runs_a), (cases_b, names_b, values_b, status_b, runs_b) = (
+        _mean_of_runs(path) for path in (args.a, args.b)
     )
     shared, names = [c for c in cases_a if c in set(cases_b)], [n for n in names_a if n in names_b]
     if not shared or not names:
@@ -657,15 +752,24 @@ def _compare(args: argparse.Namespace) -> None:
             f"{args.a} and {args.b} share {len(shared)} cases and {len(names)} classes; expected the same "
             f"ones; evaluate both runs on one split"
         )
+    alone = sorted({*cases_a} ^ {*cases_b})
+    if alone and not args.shared:
+        raise InputError(
+            f"{args.a} and {args.b} hold different cases: {', '.join(alone[:5])}{', ...' * (len(alone) > 5)} "
+            f"({len(alone)}) in one only; evaluate both on one split, or compare what they share with --shared"
+        )
     pick_a, pick_b = (
         np.ix_([c.index(x) for x in shared], [n.index(x) for x in names])
         for c, n in ((cases_a, names_a), (cases_b, names_b))
     )
-    a, b, state = values_a[pick_a], values_b[pick_b], (status_a[pick_a], status_b[pick_b])  # [case, class(, SCORES)]
+    a, b = values_a[pick_a], values_b[pick_b]  # [case, class, SCORES]
+    state = [np.stack([s[pick] for s in many]) for many, pick in ((status_a, pick_a), (status_b, pick_b))]
     print(
         f"A = {args.a}\nB = {args.b}\n{len(shared)} cases paired; unpaired: {len(cases_a) - len(shared)} only in A, "
         f"{len(cases_b) - len(shared)} only in B; classes in one only: {sorted({*names_a} ^ {*names_b}) or 'none'}"
     )
+    if runs_a + runs_b > 2:
+        print(f"A is the mean of {runs_a} runs, B of {runs_b}, case by case; missed and spurious are those of all runs")
     for metric in args.metric:
         x, y = a[:, :, SCORES.index(metric)], b[:, :, SCORES.index(metric)]  # [case, class]
         if metric in DISTANCES:  # else a structure that A misses would lower the mean of A and not that of B
@@ -674,7 +778,7 @@ def _compare(args: argparse.Namespace) -> None:
         for j, name in enumerate([*names, "mean"]):
             column = slice(None) if j == len(names) else slice(j, j + 1)
             r = paired_tests(_nanmean(x[:, column], axis=1), _nanmean(y[:, column], axis=1))
-            counts = [f"{(s[:, column] == 1).sum()}/{(s[:, column] == 2).sum()}" for s in state]
+            counts = [f"{(s[:, :, column] == 1).sum()}/{(s[:, :, column] == 2).sum()}" for s in state]
             p = ["-" if math.isnan(r[key]) else f"{r[key]:.3g}" for key in ("p_t", "p_wilcoxon")]
             interval = "-" if math.isnan(r["ci95"][0]) else "{} to {}".format(*(_number(v, metric) for v in r["ci95"]))
             table.append(
@@ -853,9 +957,12 @@ def main(argv: list[str] | None = None) -> int:
     table = verbs.add_parser("table", help="one row a run: mean±SD per class")
     table.add_argument("files", nargs="+", metavar="FILE", help="summary.json, metrics.csv or a run folder")
     table.add_argument("--markdown", action="store_true", help="write the table as Markdown")
+    table.add_argument("--seeds", action="store_true", help="also mean±SD over runs that differ in their last number")
+    table.add_argument("--plot", default="", metavar="FILE", help="draw the Dice of the classes by size, as PNG")
     compare = verbs.add_parser("compare", help="paired t-test, Wilcoxon test and bootstrap interval of B - A")
-    compare.add_argument("a", metavar="A", help="metrics.csv or run folder")
-    compare.add_argument("b", metavar="B", help="metrics.csv or run folder")
+    compare.add_argument("a", metavar="A", help="metrics.csv or run folder; 'runs/x-?' in quotes: the mean of several")
+    compare.add_argument("b", metavar="B", help="likewise")
+    compare.add_argument("--shared", action="store_true", help="pair the cases that both hold, leave the others out")
     for verb in (table, compare):
         verb.add_argument("--metric", nargs="+", choices=SCORES, default=["dice", "hd95_mm"], help="default: both")
     score = verbs.add_parser("score", help="score two folders of NIfTI or PNG masks, paired by file name")

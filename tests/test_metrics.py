@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from itertools import permutations
 from pathlib import Path
 
 import nibabel as nib
@@ -298,7 +299,8 @@ def test_evaluate_case_gives_the_columns_in_order_and_the_values_of_the_single_m
     spacing = (0.7, 1.3, 2.9)
     rows = metrics.evaluate_case("x", pred, true, spacing, {"a": 1, "c": 3}, tolerance_mm=0.8)
     header = "case,class,dice,iou,hd95_mm,hd95_pooled_mm,nsd,assd_mm,centroid_mm,volume_true_ml,volume_pred_ml"
-    assert [",".join(row) for row in rows] == [header] * 2
+    assert [",".join(row) for row in rows] == [f"{header},share"] * 2  # the last one is not for the file
+    assert [row["share"] for row in rows] == [(true == value).mean() for value in (1, 3)]
     assert [(row["case"], row["class"]) for row in rows] == [("x", "a"), ("x", "c")]
     p, t = pred == 3, true == 3
     expected = {
@@ -634,7 +636,7 @@ def test_table_names_the_line_of_a_log_that_is_no_number(run_folder, capsys):
 
 def test_compare_prints_the_tests_of_scipy_over_the_shared_cases(run_folder):
     a, b = run_folder("a", 1, cases=8), run_folder("b", 2)
-    code, out, err = command("compare", a, b)
+    code, out, err = command("compare", a, b, "--shared")
     assert (code, err) == (0, "")
     assert "6 cases paired; unpaired: 2 only in A, 0 only in B" in out
     x, y = (
@@ -670,6 +672,113 @@ def test_compare_leaves_a_class_that_one_run_missed_out_of_both_mean_distances(t
     _, out, _ = call(capsys, "compare", tmp_path / "a.csv", tmp_path / "b.csv", "--metric", "hd95_mm")
     mean = next(line for line in out.splitlines() if line.startswith("mean"))
     assert mean.split()[1:5] == ["2", "2.00", "2.00", "0.00"] and "0/0  2/0" in mean
+
+
+def test_compare_refuses_runs_of_different_cases(run_folder, capsys):
+    a, b = run_folder("a", 1, cases=8), run_folder("b", 2)
+    code, _, err = call(capsys, "compare", a, b)
+    one_line(code, err, "case6, case7 (2) in one only", "--shared")
+
+
+def test_compare_of_seeds_tests_the_mean_of_each_case(run_folder, tmp_path, capsys):
+    for name, seed in (("a-0", 1), ("a-1", 2), ("b-0", 3)):
+        run_folder(name, seed)
+    _, out, _ = call(capsys, "compare", tmp_path / "a-?", tmp_path / "b-0", "--metric", "dice")
+    dice = {
+        f: [r["dice"] for r in metrics.read_metrics_csv(tmp_path / f / "metrics.csv") if r["class"] == "organ"]
+        for f in ("a-0", "a-1", "b-0")
+    }
+    p = stats.ttest_rel(np.mean([dice["a-0"], dice["a-1"]], axis=0), dice["b-0"]).pvalue
+    assert f"{p:.3g}" in next(line for line in out.splitlines() if line.startswith("organ")).split()
+    assert "A is the mean of 2 runs, B of 1" in out
+    code, _, err = call(capsys, "compare", tmp_path / "c-?", tmp_path / "b-0")
+    one_line(code, err, "c-? matches nothing")
+
+
+def test_compare_of_seeds_refuses_runs_of_different_cases(run_folder, tmp_path, capsys):
+    run_folder("a-0", 1)
+    run_folder("a-1", 1, cases=7)
+    code, _, err = call(capsys, "compare", tmp_path / "a-?", run_folder("b", 2))
+    one_line(code, err, "a-1 and", "different cases or classes")
+
+
+def test_table_over_seeds_gives_the_spread_of_the_means(run_folder, capsys):
+    runs = [run_folder(name, seed) for name, seed in (("a-0", 1), ("a-1", 2), ("b-0", 3))]
+    _, out, _ = call(capsys, "table", *runs, "--metric", "dice", "--seeds")
+    means = [metrics.read_summary(run / "summary.json")["mean"]["dice"]["mean"] for run in runs]
+    rows = {line.split()[0].rpartition("/")[2]: line.split() for line in out.splitlines() if "-*" in line}
+    assert rows["a-*"][1] == "2" and rows["a-*"][-1] == f"{np.mean(means[:2]):.3f}±{np.std(means[:2], ddof=1):.3f}"
+    assert rows["b-*"][1] == "1" and rows["b-*"][-1] == f"{means[2]:.3f}"
+
+
+# The paper's eight classes: rho of two orders with the p of both kinds (spec, section 1).
+@pytest.mark.parametrize(
+    ("order", "rho", "exact", "approximate"),
+    [((2, 1, 4, 3, 7, 5, 8, 6), 0.8333, 0.0154, 0.0102), ((3, 1, 2, 6, 4, 5, 7, 8), 0.8571, 0.0107, 0.0065)],
+)
+def test_rank_correlation_of_eight_classes_is_exact(order, rho, exact, approximate):
+    r = metrics.rank_correlation(range(1, 9), order)
+    assert r["exact"] and r["n"] == 8
+    assert r["rho"] == pytest.approx(rho, abs=1e-4) and r["rho"] == pytest.approx(stats.spearmanr(range(8), order)[0])
+    assert r["p"] == pytest.approx(exact, abs=6e-5)
+    assert stats.spearmanr(range(8), order)[1] == pytest.approx(approximate, abs=6e-5)
+
+
+def test_rank_correlation_is_two_sided():
+    down = metrics.rank_correlation(range(8), [-v for v in (3, 1, 2, 6, 4, 5, 7, 8)])
+    assert down["rho"] == pytest.approx(-0.8571, abs=1e-4) and down["p"] == pytest.approx(0.0107, abs=6e-5)
+
+
+def test_rank_correlation_with_ties_counts_every_pairing():
+    x, y = [1, 2, 2, 4, 5], [2.0, 1.0, 3.0, 3.0, 9.0]
+    r = metrics.rank_correlation(x, y)
+    every = [stats.spearmanr(x, p)[0] for p in permutations(y)]
+    assert r["p"] == pytest.approx(np.mean(np.abs(every) >= abs(r["rho"]) - 1e-9))
+
+
+def test_rank_correlation_of_many_classes_uses_the_t_approximation():
+    x, y = np.arange(12), np.random.default_rng(0).permutation(12)
+    r = metrics.rank_correlation(x, y)
+    assert (r["exact"], r["rho"], r["p"]) == (False, pytest.approx(stats.spearmanr(x, y)[0]), stats.spearmanr(x, y)[1])
+
+
+@pytest.mark.parametrize(("x", "y"), [([1, 2], [2, 1]), ([1, 2, 3], [5, 5, 5]), ([], [])])
+def test_rank_correlation_without_an_order_is_nan(x, y):
+    r = metrics.rank_correlation(x, y)
+    assert math.isnan(r["rho"]) and math.isnan(r["p"]) and r["n"] == len(x)
+
+
+def three_balls(folder, shift):
+    """A run of three cubes of edge 1, 3 and 5 voxels, each `shift` too far along the first axis."""
+    true = np.zeros((20, 12, 28), int)
+    for value, edge in ((3, 1), (1, 3), (2, 5)):
+        true[2 : 2 + edge, 2 : 2 + edge, 7 * value : 7 * value + edge] = value
+    rows = []
+    for case in "pq":
+        rows += metrics.evaluate_case(case, np.roll(true, shift, 0), true, ONE, {"small": 3, "middle": 1, "large": 2})
+    folder.mkdir()
+    metrics.write_metrics_csv(folder / "metrics.csv", rows)
+    metrics.write_summary(folder / "summary.json", metrics.summarise(rows))
+    return folder, true
+
+
+def test_summary_holds_the_share_of_each_class(tmp_path):
+    folder, true = three_balls(tmp_path / "a", 1)
+    share = metrics.read_summary(folder / "summary.json")["share"]
+    assert metrics._by_share(metrics.read_summary(folder / "summary.json"), list(share)) == ["small", "middle", "large"]
+    assert share == {name: pytest.approx((true == v).mean()) for name, v in (("small", 3), ("middle", 1), ("large", 2))}
+
+
+def test_table_prints_whether_large_classes_are_easier_and_draws_them(tmp_path, capsys):
+    (a, _), (b, _) = three_balls(tmp_path / "a", 1), three_balls(tmp_path / "b", 2)
+    picture = tmp_path / "classes.png"
+    code, out, _ = call(capsys, "table", a, b, "--plot", picture)
+    assert code == 0 and f"{a}: Spearman of class share against Dice 1.00, p = 0.333 (3 classes, exact)" in out
+    with Image.open(picture) as image:
+        assert min(image.size) > 200
+    code, out, err = call(capsys, "table", a / "metrics.csv", "--plot", picture)
+    one_line(code, err, "--plot met 0 orders", "knows no shares")
+    assert "Spearman" not in out
 
 
 def test_bad_input_of_table_and_compare_is_one_line(run_folder, tmp_path, capsys):
