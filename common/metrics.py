@@ -16,6 +16,7 @@ no table here prints a distance without the missed and spurious counts beside it
     python -m common.metrics table --seeds --plot classes.png runs/a-0 runs/a-1 runs/b-0 runs/b-1
     python -m common.metrics compare runs/a runs/b             paired tests
     python -m common.metrics compare 'runs/a-?' 'runs/b-?'     ... of the means over seeds
+    python -m common.metrics calibration runs/a 'runs/b-?'     do they know where they are wrong
     python -m common.metrics score --pred DIR --true DIR       any two folders of NIfTI or PNG masks
     python -m common.metrics score ... --classes whole=1+2+4 core=1+4      unions of label values
 """
@@ -30,7 +31,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from glob import glob
 from itertools import permutations, product
 from pathlib import Path
@@ -727,11 +728,17 @@ def paired_tests(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
     return result
 
 
-def _mean_of_runs(pattern: str) -> tuple[list[str], list[str], np.ndarray, np.ndarray, int]:
-    """Cases, classes, values [case, class, SCORES] and status [run, case, class] of a run, or the mean of several."""
+def _matches(pattern: str) -> list[str]:
+    """The paths that a pattern names, or the path itself."""
     paths = sorted(glob(pattern)) if any(c in pattern for c in "*?[") else [pattern]
     if not paths:
         raise InputError(f"{pattern} matches nothing; expected run folders or metrics.csv files; check the pattern")
+    return paths
+
+
+def _mean_of_runs(pattern: str) -> tuple[list[str], list[str], np.ndarray, np.ndarray, int]:
+    """Cases, classes, values [case, class, SCORES] and status [run, case, class] of a run, or the mean of several."""
+    paths = _matches(pattern)
     parts = [_array(read_metrics_csv(_source(path, "metrics.csv"))) for path in paths]
     cases, names = parts[0][:2]
     for path, (other, classes, *_) in zip(paths, parts, strict=True):
@@ -793,6 +800,111 @@ def _compare(args: argparse.Namespace) -> None:
                 ]
             )
         print(f"\n{TITLES[metric]}{' (mm)' if metric in DISTANCES else ''}\n{_layout(table)}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Calibration: does a run know where it is wrong?
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def calibration(cases: Iterable[tuple[np.ndarray, np.ndarray, Sequence[float]]], margin_mm: float = 3.0) -> dict:
+    """How well probabilities tell errors, over the voxels within margin_mm of the truth's or the result's foreground.
+
+    Far background is left out: it is right, sure, and nearly all of a volume, so that it would hide everything else.
+
+    Args: cases: (prob [C, X, Y, Z] that sums to 1, background first; truth [X, Y, Z] integers; spacing in mm).
+    Returns: ece: expected calibration error, sum over ten bins of the confidence (largest probability) of share of
+        voxels x |accuracy - mean confidence| (Guo et al. 2017); auroc: probability that a wrong voxel has more entropy
+        than a right one (ties half), NaN without either; bins: (mean entropy, share of wrong voxels, share of
+        voxels) for tenths of the entropy, which is divided by log C; rho, p: Spearman over the cases between mean
+        entropy and mean foreground Dice (classes in both absent left out); error: share of wrong voxels; n cases.
+    """
+    from scipy.special import entr
+    from scipy.stats import rankdata, spearmanr
+
+    entropy, sure, wrong, case_entropy, case_dice = [], [], [], [], []
+    for prob, truth, spacing in cases:
+        result = prob.argmax(axis=0)
+        near = distance_transform_edt((truth == 0) & (result == 0), _spacing(spacing, truth.ndim)) <= margin_mm
+        if not near.any() or not (truth.any() or result.any()):
+            continue
+        entropy.append(entr(prob[:, near]).sum(axis=0) / math.log(len(prob)))
+        sure.append(prob[:, near].max(axis=0))
+        wrong.append((result != truth)[near])
+        case_entropy.append(entropy[-1].mean())
+        case_dice.append(
+            float(_nanmean(np.array([dice(result == c, truth == c) for c in range(1, len(prob))]), axis=0))
+        )
+    if not entropy:
+        raise InputError("no case has foreground, neither true nor found; expected at least one; check the run")
+    e, s, w = (np.concatenate(v) for v in (entropy, sure, wrong))
+    rows = [np.clip((v * 10).astype(int), 0, 9) for v in (s, e)]
+    ece = sum(abs((~w[rows[0] == b]).mean() - s[rows[0] == b].mean()) * (rows[0] == b).mean() for b in set(rows[0]))
+    bins = [
+        (float(e[m].mean()), float(w[m].mean()), float(m.mean())) for m in (rows[1] == b for b in range(10)) if m.any()
+    ]
+    n_wrong, n_right = int(w.sum()), int((~w).sum())
+    above = rankdata(e)[w].sum() - n_wrong * (n_wrong + 1) / 2  # Mann-Whitney's U
+    rho, p = spearmanr(case_entropy, case_dice) if len(case_dice) > 2 else (NAN, NAN)
+    return {
+        "ece": float(ece),
+        "auroc": float(above / (n_wrong * n_right)) if n_wrong and n_right else NAN,
+        "bins": bins,
+        "rho": float(rho),
+        "p": float(p),
+        "error": float(w.mean()),
+        "n": len(case_dice),
+    }
+
+
+def _probabilities(paths: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[float, ...]]]:
+    """(mean probability over the runs, truth, spacing) of each case of run folders with maps of one data set."""
+    from common import loaders
+
+    truths = []
+    for path in paths:
+        try:
+            name = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["data"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path} has no readable config.json; expected a run folder; run evaluate first"
+            ) from error
+        truths.append(loaders.open_data(name))
+    names = ["background", *(re.sub(r"\W+", "-", name) for name in truths[0].classes)]
+    ends = f"_mean_{names[0]}.nii.gz"
+    found = [sorted(f.name[: -len(ends)] for f in (Path(p) / "predictions/maps").glob(f"*{ends}")) for p in paths]
+    for path, cases in zip(paths, found, strict=True):
+        if not cases or cases != found[0]:
+            raise InputError(
+                f"{path}/predictions/maps holds the probabilities of {len(cases)} cases, expected those of "
+                f"{len(found[0]) or 'some'} cases, the same in all runs; run evaluate with --save-maps"
+            )
+    for case in found[0]:
+        maps = [
+            [loaders.read_nifti(Path(p) / f"predictions/maps/{case}_mean_{name}.nii.gz").data for name in names]
+            for p in paths
+        ]
+        yield np.asarray(maps, np.float64).mean(axis=0), np.asarray(truths[0].label(case)), truths[0].spacing(case)
+
+
+def _calibration(args: argparse.Namespace) -> None:
+    """One row a run, or a set of runs whose probabilities are averaged; and error against entropy as a picture."""
+    table = [["run", "runs", "n", "ECE", "wrong", "AUROC of entropy", "rho entropy, Dice", "p"]]
+    lines = {}
+    for pattern in args.runs:
+        paths = _matches(pattern)
+        r = calibration(_probabilities(paths), args.margin)
+        numbers = [*(f"{r[k]:.3f}" for k in ("ece", "error", "auroc")), f"{r['rho']:.2f}", f"{r['p']:.2g}"]
+        table.append([pattern, str(len(paths)), str(r["n"]), *numbers])
+        entropy, error, _ = zip(*r["bins"])
+        lines[pattern] = ([100 * v for v in entropy], error)
+    print(_layout(table, args.markdown))
+    print(f"voxels within {args.margin:g} mm of true or found foreground; p: t approximation over cases")
+    if args.plot:
+        from common import figures
+
+        x_name = "entropy of the probabilities, % of the largest possible"
+        print(figures.curves(lines, args.plot, "", x_name, "share of wrong voxels", dots=True))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -963,6 +1075,11 @@ def main(argv: list[str] | None = None) -> int:
     compare.add_argument("a", metavar="A", help="metrics.csv or run folder; 'runs/x-?' in quotes: the mean of several")
     compare.add_argument("b", metavar="B", help="likewise")
     compare.add_argument("--shared", action="store_true", help="pair the cases that both hold, leave the others out")
+    sure = verbs.add_parser("calibration", help="error against entropy, of runs evaluated with --save-maps")
+    sure.add_argument("runs", nargs="+", metavar="RUN", help="run folder; 'runs/x-?' in quotes: their mean probability")
+    sure.add_argument("--margin", type=float, default=3.0, metavar="MM", help="round the foreground, in mm (default 3)")
+    sure.add_argument("--plot", default="", metavar="FILE", help="draw the share of errors by entropy, as PNG")
+    sure.add_argument("--markdown", action="store_true", help="write the table as Markdown")
     for verb in (table, compare):
         verb.add_argument("--metric", nargs="+", choices=SCORES, default=["dice", "hd95_mm"], help="default: both")
     score = verbs.add_parser("score", help="score two folders of NIfTI or PNG masks, paired by file name")
@@ -985,7 +1102,7 @@ def main(argv: list[str] | None = None) -> int:
     score.add_argument("--overwrite", action="store_true", help="replace these files in --out")
     try:
         args = parser.parse_args(argv)
-        {"table": _table, "compare": _compare, "score": _score}[args.verb](args)
+        {"table": _table, "compare": _compare, "score": _score, "calibration": _calibration}[args.verb](args)
     except (InputError, OSError) as error:
         print(f"metrics: {error}", file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import ndimage, stats
 from scipy.spatial.distance import cdist
 
-from common import InputError, metrics
+from common import InputError, loaders, metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE = (1.0, 1.0, 1.0)
@@ -958,3 +958,107 @@ def test_score_refuses_folders_and_classes_that_cannot_be_used(tmp_path, capsys)
 def test_module_needs_no_torch():
     code = "import sys, common.metrics; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+# --- calibration ------------------------------------------------------------------------------------------------------
+
+
+def binary(p):
+    """Probabilities [2, X, Y, Z] of background and foreground."""
+    p = np.asarray(p, float)
+    return np.stack([1 - p, p])
+
+
+def test_calibration_error_is_zero_where_confidence_is_accuracy_and_their_gap_elsewhere():
+    truth = np.ones((10, 10, 10), int)
+    truth[0, :2] = 0  # 20 of 1000 voxels are wrong below
+    for confidence in (0.999, 0.98, 0.75):
+        r = metrics.calibration([(binary(np.full(truth.shape, confidence)), truth, ONE)])
+        assert r["ece"] == pytest.approx(abs(confidence - 0.98)) and r["error"] == pytest.approx(0.02)
+
+
+def test_calibration_counts_the_voxels_near_the_foreground_only():
+    truth = np.zeros((40, 3, 3), int)
+    truth[20] = 1  # one slice, found well; all else is background within so many mm or not
+    prob = np.full(truth.shape, 0.01)
+    prob[20] = 0.99
+    prob[14] = 0.49  # still background
+    for margin, spacing, reached in ((5, ONE, False), (6, ONE, True), (6, (2, 1, 1), False), (12, (2, 1, 1), True)):
+        r = metrics.calibration([(binary(prob), truth, spacing)], margin)
+        doubtful = [share for entropy, _, share in r["bins"] if entropy > 0.9]
+        assert doubtful == ([pytest.approx(1 / 13)] if reached else [])
+
+
+def test_calibration_entropy_is_a_share_of_log_c_and_errors_are_counted_by_it():
+    truth = np.ones((4, 5, 5), int)
+    truth[0] = 0
+    truth[1] = 2
+    prob = np.zeros((3, 4, 5, 5))
+    prob[:, :2] = np.array([0.25, 0.5, 0.25]).reshape(3, 1, 1, 1)  # wrong in both slices, entropy 0.946 (spec)
+    prob[1, 2:] = 1
+    r = metrics.calibration([(prob, truth, ONE)])
+    assert r["bins"] == [(0, 0, 0.5), (pytest.approx(0.946394630, abs=1e-8), 1, 0.5)]
+    assert r["auroc"] == 1 and r["error"] == 0.5
+
+
+def test_calibration_auroc_equals_the_share_of_ordered_pairs():
+    rng = np.random.default_rng(0)
+    truth, p = rng.integers(0, 2, (6, 6, 6)), np.round(rng.random((6, 6, 6)), 1)
+    r = metrics.calibration([(binary(p), truth, ONE)], 99)
+    doubt, wrong = np.abs(p - 0.5).round(3).ravel(), ((p > 0.5) != truth).ravel()  # 0.5: background, the first
+    pairs = doubt[~wrong][:, None] - doubt[wrong][None]  # positive: the right one is surer
+    assert r["auroc"] == pytest.approx(((pairs > 0) + 0.5 * (pairs == 0)).mean())
+
+
+def test_calibration_over_cases_correlates_entropy_and_foreground_dice():
+    truth = np.zeros((8, 8, 8), int)
+    truth[2:6, 2:6, 2:6] = 1
+    cases = []
+    for missed, false, p in ((0, 0, 0.95), (1, 0, 0.9), (0, 150, 0.8), (3, 0, 0.7)):
+        prob = truth * p
+        prob[2 : 2 + missed] = 0.0
+        prob.reshape(-1)[np.flatnonzero(truth == 0)[:false]] = p  # spoils the Dice of the background more
+        cases.append((binary(prob), truth, ONE))
+    nothing = np.zeros_like(truth)
+    r = metrics.calibration([*cases[::-1], (binary(0.0 * truth), nothing, ONE)], 99)  # where nothing is there: no case
+    dices = [metrics.dice(c[0].argmax(0) == 1, truth == 1) for c in cases]
+    doubt = [stats.entropy(c[0], axis=0).mean() for c in cases]
+    assert r["n"] == 4 and r["rho"] == pytest.approx(stats.spearmanr(doubt, dices)[0])
+
+
+def run_with_maps(folder, shift, data):
+    """A run folder with the probabilities of two phantoms: the truth, blurred and moved."""
+    phantoms = loaders.open_data(data)
+    (folder / "predictions/maps").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"data": data}))
+    for case in phantoms.cases("test")[:2]:
+        truth = np.asarray(phantoms.label(case))
+        onehot = np.stack([truth == v for v in (0, *phantoms.classes.values())]).astype(np.float32)
+        prob = np.roll(ndimage.gaussian_filter(onehot, (0, 1, 1, 1)), shift, 1)
+        for name, p in zip(["background", *(name.replace(" ", "-") for name in phantoms.classes)], prob):
+            file = folder / f"predictions/maps/{case}_mean_{name}.nii.gz"
+            loaders.write_on_grid(file, p / prob.sum(0), phantoms.affine(case))
+    return folder
+
+
+def test_calibration_command_reads_maps_and_averages_runs(tmp_path, capsys):
+    for name, shift in (("a-0", 1), ("a-1", -1), ("b", 3)):
+        run_with_maps(tmp_path / name, shift, "synthetic")
+    picture = tmp_path / "calibration.png"
+    code, out, _ = call(
+        capsys, "calibration", tmp_path / "a-0", tmp_path / "a-?", tmp_path / "b", "--plot", picture, "--margin", 2
+    )
+    one, mean, far = (line.split() for line in out.splitlines()[1:4])
+    assert code == 0 and [one[1], mean[1], far[1]] == ["1", "2", "1"] and [one[2], far[2]] == ["2", "2"]
+    assert float(mean[4]) < float(one[4]) < float(far[4])  # share of wrong voxels: the shifts cancel in the mean
+    assert picture.exists()
+
+
+def test_calibration_without_maps_or_of_different_cases_is_one_line(tmp_path, capsys):
+    a, b = (run_with_maps(tmp_path / name, 1, "synthetic") for name in "ab")
+    next((b / "predictions/maps").glob("*_mean_background.nii.gz")).unlink()
+    code, _, err = call(capsys, "calibration", tmp_path / "?")
+    one_line(code, err, f"{b}/predictions/maps", "1 cases", "2 cases", "--save-maps")
+    (a / "config.json").unlink()
+    code, _, err = call(capsys, "calibration", a)
+    one_line(code, err, "config.json", "run evaluate")
