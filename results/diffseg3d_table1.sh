@@ -8,12 +8,20 @@ PYTHON=${PYTHON:-python}
 OUT=runs/diffseg3d
 METRICS="dice nsd_valid nsd hd95_mm centroid_mm"
 
-for DATA in prostate amos; do
-  $PYTHON diffseg3d_recycle.py --quiet --data $DATA --dims 2 --method unet --out $OUT-$DATA-2d-unet
-  $PYTHON diffseg3d_recycle.py --quiet --data $DATA --dims 2 --out $OUT-$DATA-2d
-  $PYTHON diffseg3d_recycle.py --quiet --data $DATA --method unet --out $OUT-$DATA-3d-unet
-  $PYTHON diffseg3d_recycle.py --quiet --data $DATA --out $OUT-$DATA-3d
-  $PYTHON -m common.metrics table $OUT-$DATA-2d-unet $OUT-$DATA-2d $OUT-$DATA-3d-unet $OUT-$DATA-3d --metric $METRICS
-  $PYTHON -m common.metrics compare $OUT-$DATA-2d-unet $OUT-$DATA-2d
-  $PYTHON -m common.metrics compare $OUT-$DATA-3d-unet $OUT-$DATA-3d
-done
+RUN=$OUT-prostate
+$PYTHON diffseg3d_recycle.py --quiet --data prostate --translate 20,20,4 --dims 2 --method unet --out $RUN-2d-unet
+$PYTHON diffseg3d_recycle.py --quiet --data prostate --translate 20,20,4 --dims 2 --out $RUN-2d
+$PYTHON diffseg3d_recycle.py --quiet --data prostate --translate 20,20,4 --method unet --out $RUN-3d-unet
+$PYTHON diffseg3d_recycle.py --quiet --data prostate --translate 20,20,4 --out $RUN-3d
+$PYTHON -m common.metrics table $RUN-2d-unet $RUN-2d $RUN-3d-unet $RUN-3d --metric $METRICS --plot $RUN-classes.png
+$PYTHON -m common.metrics compare $RUN-2d-unet $RUN-2d
+$PYTHON -m common.metrics compare $RUN-3d-unet $RUN-3d
+
+RUN=$OUT-amos
+$PYTHON diffseg3d_recycle.py --quiet --data amos --translate 10,10,10 --dims 2 --method unet --out $RUN-2d-unet
+$PYTHON diffseg3d_recycle.py --quiet --data amos --translate 10,10,10 --dims 2 --out $RUN-2d
+$PYTHON diffseg3d_recycle.py --quiet --data amos --translate 10,10,10 --method unet --out $RUN-3d-unet
+$PYTHON diffseg3d_recycle.py --quiet --data amos --translate 10,10,10 --out $RUN-3d
+$PYTHON -m common.metrics table $RUN-2d-unet $RUN-2d $RUN-3d-unet $RUN-3d --metric $METRICS --plot $RUN-classes.png
+$PYTHON -m common.metrics compare $RUN-2d-unet $RUN-2d
+$PYTHON -m common.metrics compare $RUN-3d-unet $RUN-3d

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# What a diffusion model gives that a U-net does not, on the checkpoints of results/diffseg3d_hippocampus.sh: whether its
+# entropy tells its errors, what members from other noise add, and what is left of it on noisy and on darkened images.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python}
+D=runs/diffseg3d-hippocampus
+FLAGS="--preset laptop --quiet"
+
+# 1. five members from other noise of one network, beside three networks from other seeds
+for ROW in prev none; do
+  $PYTHON diffseg3d_recycle.py evaluate $FLAGS --data hippocampus --checkpoint $D-$ROW-0/best.pt --ensemble 5 --save-maps --out $D-members-$ROW
+done
+$PYTHON -m common.metrics calibration --plot results/diffseg3d_uncertainty.png \
+  $D-prev-0 $D-members-prev "$D-prev-?" $D-none-0 $D-members-none "$D-none-?" $D-unet-0 "$D-unet-?"
+
+# 2. the test images with Gaussian noise, or with another contrast: image ** gamma, in [0, 1]
+$PYTHON - <<'PYTHON_END'
+import json, shutil
+from pathlib import Path
+import numpy as np
+
+source = Path("data/hippocampus")
+for name, sd, gamma in (("noise05", 0.05, 1), ("noise10", 0.1, 1), ("noise20", 0.2, 1), ("gamma05", 0, 0.5), ("gamma20", 0, 2)):
+    folder = source.with_name(f"hippocampus-{name}")
+    if (folder / "dataset.json").exists():
+        continue
+    shutil.copytree(source, folder, dirs_exist_ok=True, ignore=lambda *_: ["dataset.json"])
+    for number, case in enumerate(json.loads((source / "dataset.json").read_text())["splits"]["test"]):
+        file = folder / "cases" / case / "image.npy"
+        image = np.load(source / "cases" / case / "image.npy").astype(np.float32) ** gamma
+        image += sd * np.random.default_rng(number).standard_normal(image.shape, np.float32)
+        np.save(file, image.clip(0, 1).astype(np.float16))
+    shutil.copy(source / "dataset.json", folder)  # the last: a folder with it is whole
+PYTHON_END
+for NAME in noise05 noise10 noise20 gamma05 gamma20; do
+  for ROW in prev none unet; do
+    for S in 0 1 2; do
+      $PYTHON diffseg3d_recycle.py evaluate $FLAGS --data hippocampus-$NAME --checkpoint $D-$ROW-$S/best.pt --out $D-$NAME-$ROW-$S
+    done
+  done
+  $PYTHON -m common.metrics table --seeds --metric dice hd95_mm $D-$NAME-{prev,none,unet}-? | sed -n '/runs in all/,$p'
+done
