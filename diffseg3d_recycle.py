@@ -487,7 +487,7 @@ def training_losses(
     xk = q_sample(s, mask, eps, k)
     prev = torch.zeros_like(x0) if config.recycle == "self-condition" else None
     if prev is not None and batch.coin.any():  # half of the samples are shown what the network made of the same x_k
-        some = batch.coin.nonzero()[:, 0]
+        some = batch.coin.nonzero()[:, 0].to(image.device, non_blocking=True)
         with torch.no_grad():
             output = look(image[some], xk[some], s.t[k[some]], prev[some])
             prev[some] = x0hat_of(config, s, output, xk[some], k[some])
@@ -563,20 +563,26 @@ def draw_affine(rng: np.random.Generator, label: np.ndarray, spacing: Sequence[f
     return pull(a, middle + u[2] * half, label.shape)
 
 
-def augment(batch: Batch) -> Batch:
-    """Resample image (linear) and label (nearest) with the affine of each sample; outside there is 0."""
-    affine, shape = batch.affine.float(), batch.label.shape[1:]
-    if bool((affine == torch.eye(3, 4, device=affine.device)).all()):
+def augment(batch: Batch, device: torch.device) -> Batch:
+    """The batch on the device, image (linear) and label (nearest) resampled there by each sample's affine; outside 0.
+
+    coin and n stay where they are: they are asked for values, and a GPU would have to be waited for.
+    """
+    still = bool((batch.affine == torch.eye(3, 4)).all())
+    image, label, affine, k = (v.to(device, non_blocking=True) for v in batch[:4])
+    batch = batch._replace(image=image, label=label, affine=affine, k=k)
+    if still:
         return batch
+    affine, shape = affine.float(), label.shape[1:]
     axes = [torch.arange(n, dtype=torch.float32, device=affine.device) for n in shape]
     p = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)  # [X, Y, Z, 3]
     p = p @ affine[:, None, None, :, :3].mT + affine[:, None, None, None, :, 3]  # [B, X, Y, Z, 3]
     # -1 and 1 are the centres of the first and the last voxel; grid_sample wants the last axis first.
-    last = torch.tensor(shape, device=affine.device) - 1
-    grid = (2 * p / last.clamp(min=1) - 1).flip(-1)
-    image = F.grid_sample(batch.image, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
-    label = F.grid_sample(batch.label[:, None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=True)
-    return batch._replace(image=image, label=label[:, 0].to(batch.label.dtype))
+    last = (torch.tensor(shape) - 1).clamp(min=1).to(device, non_blocking=True)
+    grid = (2 * p / last - 1).flip(-1)
+    image = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+    moved = F.grid_sample(label[:, None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=True)
+    return batch._replace(image=image, label=moved[:, 0].to(label.dtype))
 
 
 class Volumes(Dataset):
@@ -676,9 +682,14 @@ class Training:
         self.config, self.record, self.device, self.dtype = config, record, device, dtype
         self.model = network_for(config, record).to(device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False) if config.ema else self.model
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.step, self.seconds, self.skipped = 0, 0.0, 0  # skipped: steps without a finite gradient
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+        )
+        # The scaler also finds gradients that are not finite, and a fused optimiser then leaves the weights alone
+        # without the host having to ask; so it stays on, with scale 1, where the numbers need no scaling.
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if dtype == torch.float16 else 1.0)
+        self.step, self.seconds = 0, 0.0
+        self.skipped = torch.zeros(3, device=device)  # steps without a finite gradient: all, in a row, most in a row
         self.best = {"dice": -1.0, "step": 0, "seen": 0}  # seen: the newest step that was validated
 
     def save(self, name: str) -> None:
@@ -689,10 +700,10 @@ class Training:
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict() if self.config.ema else {},
             "optimizer": self.optimizer.state_dict() if name == "last.pt" else {},
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.scaler.state_dict() if self.dtype == torch.float16 else {},
             "step": self.step,
             "seconds": self.seconds,  # of training, over all restarts
-            "skipped": self.skipped,
+            "skipped": self.skipped.tolist(),
             "best": self.best,
             "data": self.record,
         }
@@ -704,9 +715,10 @@ class Training:
         if self.config.ema:
             self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"] and self.scaler.is_enabled():  # not where --amp changed on continuing
+        if self.dtype == torch.float16 and state["scaler"]:  # not where --amp changed meanwhile
             self.scaler.load_state_dict(state["scaler"])
-        self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.skipped.copy_(torch.tensor(state["skipped"]))
         self.best = state["best"]
 
 
@@ -722,7 +734,7 @@ def train_step(
         group["lr"] = learning_rate(config, run.step)
     run.optimizer.zero_grad(set_to_none=True)
     for part in range(config.accumulate):
-        batch = augment(Batch(*(v.to(device, non_blocking=True) for v in next(batches))))
+        batch = augment(Batch(*next(batches)), device)
         shape, ns = (1 + len(run.record["classes"]), *batch.label.shape[1:]), batch.n.tolist()
         draw = partial(noise, config.seed, ns=ns, shape=shape, device=device)  # [B, C, X, Y, Z]
         losses = training_losses(caller(net, run.dtype), caller(look, run.dtype), config, batch, draw)
@@ -734,11 +746,12 @@ def train_step(
             losses_by_t.add(t, loss.detach())
     run.scaler.unscale_(run.optimizer)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
-    finite = bool(torch.isfinite(norm))  # the same on all processes: gradients are averaged by now
-    if finite:
-        run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.step, run.skipped = run.step + 1, run.skipped + (not finite)
+    run.scaler.step(run.optimizer)  # does nothing where the norm is not finite, on all processes alike
+    run.scaler.update(None if run.dtype == torch.float16 else 1.0)
+    bad, (total, row, most) = (~torch.isfinite(norm)).float(), run.skipped.unbind()
+    row = (row + 1) * bad
+    run.skipped = torch.stack([total + bad, row, torch.maximum(most, row)])  # stays on the device
+    run.step += 1
     if config.ema:
         update_ema(run.ema, run.model, config.ema, run.step)
     return norm
@@ -775,7 +788,7 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
     )
     log = runtime.Log(out / "log.csv", [*COLUMNS, *(f"val_dice_{c}" for c in data.scored)], run.step, ranks.first)
     batches, losses_by_t, clock = iter(loader), runtime.LossByTime(T, device), (run.step, run.seconds)
-    limit, time_up, signal, bad_in_a_row = 60 * config.minutes or math.inf, False, 0, 0
+    limit, time_up, signal = 60 * config.minutes or math.inf, False, 0
     bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=config.quiet or not ranks.first or None)
 
     while True:
@@ -788,20 +801,23 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
             break
 
         # 4. one step
-        begin, skipped = time.perf_counter(), run.skipped
+        begin = time.perf_counter()
         norm = train_step(run, net, look, batches, ranks, losses_by_t)
         run.seconds += time.perf_counter() - begin
         bar.update()
 
         # 5. log, save, stop
-        bad_in_a_row = bad_in_a_row + 1 if run.skipped > skipped else 0
-        if bad_in_a_row >= 20:
-            raise InputError(f"no finite gradient in the 20 steps up to {run.step}; lower --lr, or use --amp off")
+        if (device.type == "cpu" or run.step % LOG_EVERY == 0) and run.skipped[2] >= 20:  # a GPU is not asked each step
+            raise InputError(f"no finite gradient in 20 steps before step {run.step}; lower --lr, or use --amp off")
         signal, time_up = stop.agreed(ranks, run.seconds >= limit)
         if run.step % LOG_EVERY == 0 or run.step in (10, config.steps):
             rate = (run.step - clock[0]) / (run.seconds - clock[1])  # steps a second
             row = {"step": run.step, "seconds": run.seconds, "lr": learning_rate(config, run.step - 1)}
-            row |= {"grad_norm": float(norm), "skipped": run.skipped, "memory_gb": runtime.peak_memory_gb(device)}
+            row |= {
+                "grad_norm": float(norm),
+                "skipped": int(run.skipped[0]),
+                "memory_gb": runtime.peak_memory_gb(device),
+            }
             row |= {"samples_per_s": rate * config.batch, "left_s": (config.steps - run.step) / rate}
             log.row(row | losses_by_t.row(ranks), silent=config.quiet)
             clock = (run.step, run.seconds)

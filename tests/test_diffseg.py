@@ -838,7 +838,7 @@ def test_augmentation_puts_a_marked_voxel_there_in_image_and_label(q, angles, sh
     label = torch.zeros(1, 33, 33, 17, dtype=torch.uint8)
     label[(0, *q)] = 2
     batch = D.Batch(label[:, None].float(), label, torch.from_numpy(m)[None], *[torch.zeros(1)] * 3)
-    out = D.augment(batch)
+    out = D.augment(batch, CPU)
     assert out.label[(0, *where)] == 2 and out.label.dtype == torch.uint8
     assert out.image[(0, 0, *where)].item() == pytest.approx(2, abs=1e-3)
 
@@ -846,15 +846,18 @@ def test_augmentation_puts_a_marked_voxel_there_in_image_and_label(q, angles, sh
 def test_augmentation_reads_the_image_linearly_and_zero_outside():
     ramp = torch.arange(9.0).reshape(1, 1, 9, 1, 1).expand(1, 1, 9, 5, 5)
     m = D.pull(np.eye(3), np.array((0.5, 0, 0)), (9, 5, 5))
-    out = D.augment(D.Batch(ramp, (ramp[:, 0] > 3).to(torch.uint8), torch.from_numpy(m)[None], *[torch.zeros(1)] * 3))
+    out = D.augment(
+        D.Batch(ramp, (ramp[:, 0] > 3).to(torch.uint8), torch.from_numpy(m)[None], *[torch.zeros(1)] * 3), CPU
+    )
     close(out.image[0, 0, 1:, 2, 2], *(i + 0.5 for i in range(8)), atol=1e-4)
     third = D.pull(np.eye(3), np.array((0.3, 0, 0)), (9, 5, 5))
     label = 2 * (ramp[:, 0] > 3).to(torch.uint8)
-    out = D.augment(D.Batch(ramp, label, torch.from_numpy(third)[None], *[torch.zeros(1)] * 3))
+    out = D.augment(D.Batch(ramp, label, torch.from_numpy(third)[None], *[torch.zeros(1)] * 3), CPU)
     assert torch.equal(out.label, label)  # the nearest voxel; between two values there is none
     m = D.pull(np.eye(3), np.array((4.0, 0, 0)), (9, 5, 5))
     out = D.augment(
-        D.Batch(1 + ramp, torch.ones(1, 9, 5, 5, dtype=torch.uint8), torch.from_numpy(m)[None], *[torch.zeros(1)] * 3)
+        D.Batch(1 + ramp, torch.ones(1, 9, 5, 5, dtype=torch.uint8), torch.from_numpy(m)[None], *[torch.zeros(1)] * 3),
+        CPU,
     )
     assert not out.image[0, 0, :4].any() and not out.label[0, :4].any() and (out.label[0, 4:] == 1).all()
 
@@ -863,7 +866,7 @@ def test_augmentation_without_strength_is_the_identity_bit_for_bit():
     volumes = D.Volumes(tiny_data(), D.Config(**SMALL | {"size": (16, 16, 16)}, rotate=0, scale=0, translate=(0, 0, 0)))
     batch = torch.utils.data.default_collate([volumes[0], volumes[1]])
     assert torch.equal(batch.affine.float(), torch.eye(3, 4).expand(2, 3, 4))
-    out = D.augment(batch)
+    out = D.augment(batch, CPU)
     assert torch.equal(out.image, batch.image) and torch.equal(out.label, batch.label)
 
 
@@ -996,7 +999,7 @@ def test_training_step_averages_over_samples_parts_and_passes(recycle, accumulat
     data, ranks = tiny_data(), Ranks(0, 1, 0, CPU)
     run = D.Training(config, loaders.data_record(data), CPU, None)
     volumes, f = D.Volumes(data, config), D.caller(run.model, None)
-    batch = D.augment(torch.utils.data.default_collate([volumes[0], volumes[1]]))
+    batch = D.augment(torch.utils.data.default_collate([volumes[0], volumes[1]]), CPU)
     losses = [loss for loss, _ in D.training_losses(f, f, config, batch, draw_for(batch))]
     torch.stack(losses).mean().backward()
     expected = torch.cat([p.grad.flatten() for p in run.model.parameters()]).norm()

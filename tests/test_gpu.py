@@ -8,8 +8,9 @@ import torch
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import diffseg3d_recycle as diffseg
 import patchddm
-from common import loaders, runtime
+from common import loaders, metrics, runtime
 from common.unet import GroupNorm, lean_forward
 
 NET = ["--num-channels", "4", "--channel-mult", "1,2", "--num-groups", "2", "--patch", "16", "--batch", "2"]
@@ -69,6 +70,61 @@ def test_a_training_step_never_waits_for_the_gpu(amp, target):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert run.skipped.tolist()[0] == 0
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize(
+    "flags", [{}, {"recycle": "self-condition", "amp": "fp16"}, {"method": "unet"}, {"target": "eps"}]
+)
+def test_a_recycled_step_never_waits_for_the_gpu(flags):
+    device, data = torch.device("cuda:0"), loaders.Phantoms(0, (3, 1, 1), shape=(16, 16, 16))
+    config = diffseg.Config(num_channels=4, channel_mult=(1, 2), size=(16, 16, 16), batch=2, **flags)
+    ranks, dtype = runtime.Ranks(0, 1, 0, device), runtime.number_format(config.amp, device)[0]
+    run = diffseg.Training(config, loaders.data_record(data), device, dtype)
+    batches = iter(DataLoader(diffseg.Volumes(data, config), 2, sampler=range(12), pin_memory=True))
+    losses = runtime.LossByTime(1000, device)
+    for number in range(6):  # tables, the optimiser's state and both sides of the coin are met in the first
+        torch.cuda.set_sync_debug_mode("error" if number > 2 else "default")
+        try:
+            diffseg.train_step(run, run.model, run.model, batches, ranks, losses)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert run.skipped.tolist()[0] == 0
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
+def test_recycled_training_on_a_gpu_continues_and_samples_as_the_cpu(tmp_path, amp):
+    argv = [
+        "--num-channels",
+        "4",
+        "--channel-mult",
+        "1,2",
+        "--size",
+        "16,16,16",
+        "--batch",
+        "2",
+        "--limit",
+        "1",
+        "--quiet",
+    ]
+    argv += ["--out", str(tmp_path / "run")]
+    for device, steps in (("cuda", "2"), ("cuda", "4"), ("cpu", "5")):
+        assert (
+            diffseg.main(
+                ["train", *argv, "--amp", amp if device == "cuda" else "off", "--device", device, "--steps", steps]
+            )
+            == 0
+        )
+    state = runtime.load_checkpoint(tmp_path / "run/last.pt", "diffseg3d_recycle")
+    assert state["step"] == 5 and all(v.isfinite().all() for v in state["model"].values())
+    dices = []
+    for device in ("cuda", "cpu"):  # noise is drawn on the CPU: the same sample on both
+        assert diffseg.main(["evaluate", *argv, "--amp", "off", "--device", device]) == 0
+        dices.append([row["dice"] for row in metrics.read_metrics_csv(tmp_path / "run/metrics.csv")])
+    assert dices[0] == pytest.approx(dices[1], abs=0.02)
 
 
 @pytest.mark.gpu
