@@ -11,6 +11,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import test_lean
 
+import diffseg3d_recycle as diffseg
 import patchddm
 from common import loaders, metrics, runtime, unet
 
@@ -118,6 +121,36 @@ def whole_volume(device: torch.device, number: torch.dtype | None, repeats: int)
         print(f"{title:<34}{name.replace('bfloat16', 'bf16'):<28}{s:>9.2f} s {1000 * gb:>11.0f} MB")
 
 
+def recycled_steps(
+    config: diffseg.Config, classes: int, device: torch.device, number: torch.dtype | None
+) -> dict[str, Callable[[], object]]:
+    """Whole optimisation steps of diffseg3d_recycle.py, augmentation included: recycled, not, and the U-net."""
+    names = [str(c) for c in range(1, classes)]
+    record = {"channels": ["image"], "classes": dict(zip(names, range(1, classes)))}
+    b, ranks, losses = config.batch, runtime.Ranks(0, 1, 0, device), runtime.LossByTime(1000, device)
+    affine = torch.from_numpy(
+        diffseg.pull(diffseg.affine_of((0.05,) * 3, (1.1,) * 3, (1, 1, 1)), np.ones(3), config.size)
+    )
+    batch = diffseg.Batch(
+        torch.rand(b, 1, *config.size),
+        torch.randint(0, classes, (b, *config.size), dtype=torch.uint8),
+        affine.expand(b, 3, 4),
+        torch.randint(1, config.train_K + 1, (b,)),
+        torch.zeros(b, dtype=torch.bool),
+        torch.arange(b),
+    )
+    rows = {"recycled": {}, "not recycled": {"recycle": "none"}, "U-net": {"method": "unet"}}
+    rows |= {"recycled, --recompute": {"recompute": True}} | (
+        {"recycled, --compile": {"compile": True}} if device.type == "cuda" else {}
+    )
+    calls = {}
+    for name, flags in rows.items():
+        run = diffseg.Training(replace(config, **flags), record, device, number)
+        net = torch.compile(run.model) if run.config.compile else run.model
+        calls[name] = partial(diffseg.train_step, run, net.train(), net, repeat(batch), ranks, losses)
+    return calls
+
+
 class BratsSize(loaders.Phantoms):
     """One prepared case as large as BraTS: four channels and a label, memory-mapped, padded to 256^3 when read."""
 
@@ -168,6 +201,19 @@ def main() -> None:
 
     for name, s in interleaved({str(number): lambda: whole(number), "fp32": lambda: whole(None)}, args.repeats).items():
         print(f"{'one evaluation of 48x64x48, C 16':<34}{name:<28}{1000 * s:>9.0f} ms")
+
+    recycled = diffseg.Config(**diffseg.PRESETS["laptop"], size=(48, 64, 48))
+    shapes = [("recycling paper, laptop, 2x48x64x48", recycled, 3)]
+    if args.paper:
+        shapes += [("recycling paper, 8x256x256x48", diffseg.Config(size=(256, 256, 48)), 9)]
+        shapes += [("recycling paper, 8x192x128x128", diffseg.Config(size=(192, 128, 128)), 16)]
+    for title, setting, classes in shapes:
+        calls_of = recycled_steps(setting, classes, device, number)
+        times = interleaved(calls_of, args.repeats)
+        for name, call in calls_of.items():
+            memory = 1000 * runtime.measure(call, device)[1]
+            print(f"{title:<34}{name:<28}{1000 * times[name]:>9.0f} ms{memory:>11.0f} MB")
+        del calls_of
 
     whole_volume(device, number, args.repeats)
     with tempfile.TemporaryDirectory() as folder:
