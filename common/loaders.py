@@ -1,21 +1,26 @@
-"""Volumes in and out: NIfTI files, geometry, normalisation, padding, prepared data sets, splits.
+"""Volumes and images in and out: NIfTI, PNG, JPG, BMP, TIF, geometry, normalisation, padding, prepared sets, splits.
 
 Conventions, the same in the whole repository:
-  axes         nibabel's order x, y, z; channels first: an image is [C, X, Y, Z], a label [X, Y, Z]
+  axes         nibabel's order x, y, z; channels first: an image is [C, X, Y, Z], a label [X, Y, Z];
+               2D images as a screen shows them: [C, Y, X] and [Y, X], row 0 on top
   orientation  prepared volumes are RAS+: x grows to the patient's right, y to the front, z to the head
   lengths      millimetres; spacing is (sx, sy, sz) in the order of the array's axes
   affine       4 x 4 float64, voxel index -> millimetres, of voxel *centres*
-  prepared     image float16 in [0, 1], label uint8 with consecutive values 0..K, both C-contiguous .npy files
+  prepared     image float16 in [0, 1] (2D: uint8 as published), label uint8 with consecutive values 0..K (where
+               dataset.json names one, a value `ignore` too), 2D also instances int32; all C-contiguous .npy files
 """
 
 import contextlib
 import gzip
+import io
 import json
 import os
+import pickle  # for the restricted reader of CIFAR-10 alone; a test holds this file to it
 import re
+import struct
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +29,15 @@ import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
+from PIL import Image, UnidentifiedImageError
 from scipy import ndimage
 from scipy.special import ndtri
 
 from common import InputError
 
+# Word in a folder's name -> the preparation to propose, the first that fits.
+TOOLS = {"corrupt": "corrupt", "celeba": "ffhq34", "ffhq": "ffhq34"}
+TOOLS |= {name: name for name in ("brats", "prostate", "amos", "glas", "monuseg")}
 FORMAT = 1  # of dataset.json; raised when an older reader could not read a newer folder
 GZIP_RATIO = 1032  # no deflate stream grows by more than this (zlib's documentation)
 CHUNK = 1 << 22  # bytes read at a time
@@ -261,6 +270,192 @@ def atomic_write(path: Path, blob: bytes) -> None:
             temporary.unlink()
 
 
+# --- images ----------------------------------------------------------------------------------------------------------
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # Pillow's names; no other decoder sees a user's file
+
+
+def read_image(path: str | os.PathLike, blob: bytes | None = None) -> np.ndarray:
+    """Read a PNG, JPG, BMP or TIF (told apart by content) -> uint8 [C, Y, X], C = 1 (grey) or 3 (RGB).
+
+    blob: the file's bytes, where `path` only names it (a member of an archive). Alpha is dropped, a palette becomes
+    its colours, a rotation in a camera's tags is not applied.
+    Raises: InputError, one line with the file's name: absent, empty, not such an image, cut off, more than 8 bits a
+    channel, another colour space than grey and RGB, several pages, more pixels than Pillow thinks safe.
+    """
+    with _opened(path, blob) as image:
+        if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
+            raise InputError(f"{path}: colours are of kind {image.mode}, expected 8-bit grey or RGB; convert it")
+        grey = image.mode in ("1", "L", "LA")
+        array = np.asarray(image.convert("L" if grey else "RGB"))  # [Y, X] or [Y, X, 3]
+    return np.ascontiguousarray(array[None] if grey else array.transpose(2, 0, 1))  # [C, Y, X]
+
+
+def read_mask(path: str | os.PathLike, blob: bytes | None = None) -> np.ndarray:
+    """Read a mask of object numbers or classes -> int32 [Y, X], 0 = background. blob: as read_image.
+
+    Grey of 1, 8 or 16 bits counts as it is stored, a palette image by its indices, RGB only where it is grey.
+    Raises: InputError as read_image; and for JPEG, which changes numbers, for colours, and for a palette whose index 0
+    is not black: its indices number colours, not objects.
+    """
+    with _opened(path, blob, deep=True) as image:
+        if image.format == "JPEG":
+            raise InputError(f"{path}: a mask in JPEG, whose loss changes the numbers; get it as PNG or BMP")
+        if image.mode == "P":
+            first = tuple((image.getpalette("RGB") or [0, 0, 0])[:3])
+            if first != (0, 0, 0):
+                raise InputError(f"{path}: a palette whose index 0 is the colour {first}, expected black, the "
+                                 "background; save the object numbers as 8-bit or 16-bit grey")  # fmt: skip
+        elif image.mode not in ("1", "L", "I;16", "I;16B", "I;16L", "I", "RGB", "RGBA"):
+            raise InputError(f"{path}: a mask of kind {image.mode}, expected 8-bit or 16-bit grey; convert it")
+        array = np.asarray(image)
+    if array.ndim == 3:
+        if (array[..., :3] != array[..., :1]).any():
+            raise InputError(f"{path}: a mask in colours, expected grey values that number objects; convert it")
+        array = array[..., 0]
+    if array.size and int(array.min()) < 0:
+        raise InputError(f"{path}: a mask with the value {int(array.min())}, expected 0 or more; correct it")
+    return np.ascontiguousarray(array, np.int32)
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike, blob: bytes | None, deep: bool = False) -> Iterator[Image.Image]:
+    """A Pillow image that is decoded to its end. deep: 16 bits are allowed. Raises: InputError as read_image."""
+    try:
+        blob = Path(path).read_bytes() if blob is None else blob
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror or e}), expected an image; check the path") from e
+    if not blob:
+        raise InputError(f"{path}: the file is empty (0 bytes), expected an image; copy it again")
+    if blob.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path}: holds a Git LFS pointer, not the image; fetch the file itself")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of damaged tags; damaged pixels raise
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(blob), formats=IMAGE_FORMATS) as image:  # reads the header only
+                stored = str(image.tile[0][3]) if image.tile else ""  # before decoding, which forgets it
+                if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+                    raise InputError(f"{path}: holds {image.n_frames} pages, expected one image; save them one by one")
+                # Pillow cuts colours of 16 bits to 8 without a word
+                wide = image.mode.startswith(("I", "F")) or (";16" in stored and image.format in ("PNG", "TIFF"))
+                if wide and not (deep and image.mode.startswith("I")):
+                    kind = "floating point" if image.mode == "F" else "16 bits or more"
+                    raise InputError(f"{path}: {kind} a channel, expected 8; convert it and mind the range")
+                image.load()
+                yield image
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        raise InputError(f"{path}: claims more than {Image.MAX_IMAGE_PIXELS:,} pixels, expected a field of view, "
+                         "not a whole slide (or the header is damaged); cut it into fields") from e  # fmt: skip
+    except UnidentifiedImageError as e:
+        if blob.startswith((b"\x89PNG", b"\xff\xd8", b"BM", b"II*\0", b"MM\0*")):
+            raise InputError(f"{path}: the image is damaged or cut off at {len(blob):,} bytes; copy it again") from e
+        what = "an HTML or XML page (a failed download?)" if blob.lstrip()[:1] == b"<" else f"{blob[:8]!r} at its start"
+        raise InputError(f"{path}: {what}, expected a PNG, JPG, BMP or TIF image; get it again or convert it") from e
+    except (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, struct.error) as e:
+        text = " ".join(str(e).split()) or type(e).__name__
+        raise InputError(f"{path}: the image is damaged or cut off ({text}); copy it again") from e
+    except MemoryError as e:
+        raise InputError(f"{path}: does not fit the memory; cut it into fields") from e
+
+
+# --- CIFAR-10 --------------------------------------------------------------------------------------------------------
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads numpy arrays of numbers, lists, dicts, bytes, str and int; refuses every other name that a file asks for.
+
+    A pickle is a program. Names of functions and classes reach it through find_class alone, so that nothing can be
+    called but what stands there.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            return _plain_array
+        if (module, name) == ("numpy", "ndarray"):
+            return np.ndarray
+        if (module, name) == ("numpy", "dtype"):
+            return _plain_dtype
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
+            return _latin1
+        raise pickle.UnpicklingError(f"asks for {module}.{name}")
+
+
+def _plain_array(*_: Any) -> np.ndarray:
+    """What _reconstruct does for an array, whatever it is asked for: an empty one, filled by the state that follows."""
+    return np.ndarray((0,), np.uint8)
+
+
+def _plain_dtype(code: Any, *_: Any) -> np.dtype:
+    """Number types only: an array of objects could hold anything."""
+    if np.dtype(code).kind not in "biuf":
+        raise pickle.UnpicklingError(f"holds an array of {code!r}")
+    return np.dtype(code)
+
+
+def _latin1(text: str, coding: str) -> bytes:
+    if coding != "latin1":
+        raise pickle.UnpicklingError(f"asks for the coding {coding!r}")
+    return text.encode("latin1")
+
+
+def read_cifar10(folder: str | os.PathLike) -> dict[str, Any]:
+    """Read cifar-10-batches-py as unpacked, or a part of it: any of data_batch_1..5, and test_batch, batches.meta.
+
+    Returns: train_images, test_images uint8 [N, 3, 32, 32] (RGB, [C, Y, X]); train_labels, test_labels int64 [N] in
+    0..9; classes, ten names; files, the batches that were read. Checksums are not compared, so that a part will do.
+    Raises: InputError, one line, for a missing or damaged file, or one that holds more than plain numbers and text.
+    """
+    folder = Path(folder)
+    train = [folder / f"data_batch_{i}" for i in range(1, 6)]
+    train = [file for file in train if file.is_file()]
+    if not train:
+        packed = "unpack cifar-10-python.tar.gz first" if [*folder.glob("*.tar.gz")] else "check the path"
+        raise InputError(f"{folder}: holds no data_batch_1 to 5, expected cifar-10-batches-py; {packed}")
+    names = _read_plain(folder / "batches.meta").get("label_names")
+    if not isinstance(names, list) or len(names) != 10 or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{folder / 'batches.meta'}: label_names is {names!r}, expected ten names; get it again")
+    parts = [_cifar_batch(file) for file in train]
+    images, labels = _cifar_batch(folder / "test_batch")
+    return {
+        "train_images": np.concatenate([part[0] for part in parts]),
+        "train_labels": np.concatenate([part[1] for part in parts]),
+        "test_images": images,
+        "test_labels": labels,
+        "classes": names,
+        "files": [file.name for file in [*train, folder / "test_batch"]],
+    }
+
+
+def _cifar_batch(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(images uint8 [N, 3, 32, 32], labels int64 [N]) of one batch."""
+    batch = _read_plain(file)
+    data, labels = batch.get("data"), batch.get("labels", [])
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
+        found = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
+        raise InputError(f"{file}: data is {found}, expected uint8 (N, 3072); get it again")
+    sound = isinstance(labels, list) and all(isinstance(v, int) and 0 <= v < 10 for v in labels)
+    if not sound or len(labels) != len(data):
+        raise InputError(f"{file}: labels do not fit, expected {len(data)} integers of 0 to 9; get it again")
+    return data.reshape(-1, 3, 32, 32), np.array(labels, np.int64)  # red, green, blue; row by row
+
+
+def _read_plain(file: Path) -> dict:
+    """The dict in a pickle of plain values, with str keys, whichever Python wrote it. Raises: InputError."""
+    try:
+        with open(file, "rb") as f:
+            value = _PlainUnpickler(f, encoding="latin1").load()
+    except OSError as e:
+        raise InputError(f"{file}: cannot be read ({e.strerror or e}), expected a CIFAR-10 batch; copy it") from e
+    except Exception as e:  # a damaged pickle may raise anything
+        text = " ".join(str(e).split()) or type(e).__name__
+        raise InputError(f"{file}: not a CIFAR-10 batch, or damaged ({text}); get it again") from e
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: holds a {type(value).__name__}, expected a dict; get it again")
+    return {key.decode("latin1") if isinstance(key, bytes) else key: part for key, part in value.items()}
+
+
 # --- geometry --------------------------------------------------------------------------------------------------------
 
 
@@ -449,11 +644,14 @@ class Prepared:
     """A prepared folder. Arrays are opened memory-mapped at each call: no open files pile up, and none is read whole.
 
     name: str. channels: names. classes: name -> value 1..K in the label (0 is background and has no entry).
-    scored: name -> value, or values whose union counts: what scores are of. meta: all of dataset.json.
+    scored: name -> value, or values whose union counts: what scores are of. axes: 3, or 2 where the cases are images.
+    ignore: the value in the label that no score counts, or None. meta: all of dataset.json.
     """
 
     def __init__(self, root: Path, meta: dict):
         self.root, self.meta = root, meta
+        self.axes: int = min((len(facts["shape"]) for facts in meta["cases"].values()), default=3)
+        self.ignore: int | None = meta.get("ignore")
         self.name: str = meta["name"]
         self.channels: list[str] = list(meta["channels"])
         self.classes: dict[str, int] = dict(meta["classes"])
@@ -464,17 +662,17 @@ class Prepared:
         return dict(self.meta.get("regions") or self.classes)
 
     def cases(self, split: str, limit: int | None = None) -> list[str]:
-        """Case ids of train, val, test (or unlabelled), at most `limit`. Raises: InputError for another name."""
+        """Case ids of train, val, test, or what else dataset.json lists, at most `limit`. Raises: InputError."""
         if split not in self.meta["splits"]:
             raise InputError(f"{self.root}: no split {split!r}, expected one of {', '.join(self.meta['splits'])}")
         return list(self.meta["splits"][split])[:limit]
 
     def image(self, case: str) -> np.ndarray:
-        """Memory map [C, X, Y, Z] float16 in [0, 1]."""
+        """Memory map [C, X, Y, Z] float16 in [0, 1]; 2D: [C, Y, X] uint8."""
         return self._open(case, "image.npy")
 
     def label(self, case: str) -> np.ndarray:
-        """Memory map [X, Y, Z] uint8. Raises: InputError where the case has no label."""
+        """Memory map [X, Y, Z], 2D [Y, X], uint8. Raises: InputError where the case has no label."""
         if not self.has_label(case):
             raise InputError(f"{self.root}: case {case} has no label, expected label.npy; use a labelled split")
         return self._open(case, "label.npy")
@@ -482,16 +680,20 @@ class Prepared:
     def has_label(self, case: str) -> bool:
         return (self.root / "cases" / case / "label.npy").exists()
 
+    def instances(self, case: str) -> np.ndarray | None:
+        """Memory map [Y, X] int32 of object numbers, 0 = background, gaps allowed; None where the set has none."""
+        return self._open(case, "instances.npy") if self._case(case).get("objects") is not None else None
+
     def spacing(self, case: str) -> tuple[float, ...]:
-        """(sx, sy, sz) in mm."""
-        return tuple(float(s) for s in self._case(case)["spacing_mm"])
+        """(sx, sy, sz) in mm; 2D: (1, 1), lengths count in pixels."""
+        return tuple(float(s) for s in self._case(case).get("spacing_mm", (1, 1)))
 
     def affine(self, case: str) -> np.ndarray:
-        """[4, 4] float64, prepared voxel -> mm."""
+        """[4, 4] float64, prepared voxel -> mm. Volumes only."""
         return np.asarray(self._case(case)["affine"], np.float64)
 
     def shape(self, case: str) -> tuple[int, ...]:
-        """(X, Y, Z)."""
+        """(X, Y, Z); 2D: (Y, X)."""
         return tuple(int(n) for n in self._case(case)["shape"])
 
     def _case(self, case: str) -> dict:
@@ -516,7 +718,7 @@ def open_prepared(path: str | os.PathLike) -> Prepared:
     """
     root = Path(path)
     file = root / "dataset.json"
-    tool = next((name for name in ("brats", "prostate", "amos") if name in root.name), "msd")
+    tool = next((tool for word, tool in TOOLS.items() if word in root.name), "msd")
     command = f"prepare it first: python -m data_prep.{tool} --src DIR --dst {root}"
     if not file.exists():
         what = "is empty" if root.is_dir() and not any(root.iterdir()) else "holds no dataset.json"
@@ -545,9 +747,12 @@ def _array_faults(data: Prepared, case: str, facts: dict) -> list[str]:
     """What is wrong with the arrays of one case, in words."""
     faults = []
     shape = tuple(facts["shape"])
-    wanted: list[tuple[str, tuple, np.dtype]] = [("image.npy", (len(data.channels), *shape), np.dtype(np.float16))]
+    stored = np.dtype(np.uint8 if len(shape) == 2 else np.float16)
+    wanted: list[tuple[str, tuple, np.dtype]] = [("image.npy", (len(data.channels), *shape), stored)]
     if facts["labelled"]:
         wanted.append(("label.npy", shape, np.dtype(np.uint8)))
+    if facts.get("objects") is not None:
+        wanted.append(("instances.npy", shape, np.dtype(np.int32)))
     for name, expected, dtype in wanted:
         try:
             array = data._open(case, name)
@@ -564,10 +769,10 @@ def data_record(data: Prepared) -> dict:
 
     spacing: the common target spacing in mm, or None where each case keeps its own. Only where the set names them:
     grid; regions, what validation scores (a network may be evaluated on data with others); channel_suffixes, see
-    `find_inputs`.
+    `find_inputs`; ignore, the label value that nothing counts.
     """
     keys = ("name", "channels", "classes", "label_values", "spacing", "orientation", "normalisation", "statistics")
-    more = [key for key in ("grid", "regions", "channel_suffixes") if key in data.meta]
+    more = [key for key in ("grid", "regions", "channel_suffixes", "ignore") if key in data.meta]
     return json.loads(json.dumps({key: data.meta[key] for key in (*keys, *more)}))
 
 
@@ -997,12 +1202,19 @@ class Phantoms:
         return np.diag([*self.spacing(case), 1.0])
 
 
-def open_data(name: str, seed: int = 0) -> Prepared | Phantoms:
-    """`--data`: `synthetic`, a prepared folder, or the name of one below data/. InputError where it is none of them."""
+def open_data(name: str, seed: int = 0, axes: int = 3) -> Prepared | Phantoms:
+    """`--data`: `synthetic`, a prepared folder, or the name of one below data/. InputError where it is none of them.
+
+    axes: 3 where the script works on volumes, 2 where it works on images; a folder of the other kind is refused.
+    """
     if name == "synthetic":
         return Phantoms(seed)
     folder = Path(name)
-    return open_prepared(folder if (folder / "dataset.json").exists() or folder.is_absolute() else Path("data") / name)
+    data = open_prepared(folder if (folder / "dataset.json").exists() or folder.is_absolute() else Path("data") / name)
+    if data.axes != axes:
+        kinds = {2: "images", 3: "volumes"}
+        raise InputError(f"{data.root}: holds {kinds[data.axes]}, expected {kinds[axes]}; choose another --data")
+    return data
 
 
 def write_on_grid(path: Path, array: np.ndarray, affine: np.ndarray) -> None:

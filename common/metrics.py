@@ -7,7 +7,7 @@ P is the prediction, G the reference. What empty masks give:
     both non-empty              value            value       (valid)
     missed: P empty             0                NaN         n_missed
     spurious: G empty           0                NaN         n_spurious
-    both empty                  NaN              NaN         n_excluded
+    both empty                  NaN              NaN         n_excluded        (AJI and object Dice: as Dice)
 
 NaN is left out of every mean. A mean distance thus improves when a hard structure is missed altogether, which is why
 no table here prints a distance without the missed and spurious counts beside it.
@@ -19,6 +19,7 @@ no table here prints a distance without the missed and spurious counts beside it
     python -m common.metrics calibration runs/a 'runs/b-?'     do they know where they are wrong
     python -m common.metrics score --pred DIR --true DIR       any two folders of NIfTI or PNG masks
     python -m common.metrics score ... --classes whole=1+2+4 core=1+4      unions of label values
+    python -m common.metrics score ... --instances             values are object ids: AJI and object Dice too
 """
 
 import argparse
@@ -43,6 +44,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 from PIL import Image
+from scipy import ndimage
 from scipy.ndimage import distance_transform_edt
 from scipy.spatial import cKDTree
 
@@ -303,6 +305,158 @@ def best_interval_dice(images: list[np.ndarray], labels: list[np.ndarray], value
         return {"threshold": NAN, "interval": NAN}
     # An interval from bin 0 is "below a threshold", its complement "above" it.
     return {"threshold": float(np.nanmax(mean[:, 0])), "interval": float(np.nanmax(mean))}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Metrics of one pair of instance maps, and of classes over many images
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def iou_from_dice(value: float) -> float:
+    """d / (2 - d): the IoU of one pair of masks from its Dice, in [0, 1]; NaN: NaN.
+
+    Of a mean Dice it is not the mean IoU but less, since the curve is convex; it only serves to compare with papers
+    that give this number.
+    """
+    return value / (2 - value)
+
+
+def components(mask: np.ndarray, min_pixels: int = 1) -> np.ndarray:
+    """Connected components of a boolean mask (4 neighbours in 2D, 6 in 3D) -> int32, 1, 2, … in the order of memory.
+
+    min_pixels: smaller components become background; the others keep their numbers.
+    """
+    numbers, n = ndimage.label(_as_mask(mask, "mask"))
+    keep = np.bincount(numbers.ravel(), minlength=n + 1) >= min_pixels
+    keep[0] = False
+    return np.where(keep[numbers], numbers, 0).astype(np.int32)
+
+
+def _overlaps(pred: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The co-occurrence table of two instance maps, only its entries above 0, and the objects' sizes.
+
+    Returns: size_p [P], size_g [G], pixels of each object, by rising id; p, g, n [pairs]: predicted object p (an index
+    into size_p) and true object g share n pixels. Raises: ValueError.
+    """
+    pred, true = np.asarray(pred), np.asarray(true)
+    for name, array in (("pred", pred), ("true", true)):
+        if array.dtype.kind not in "uib" or (array.size and not 0 <= array.min() <= array.max() < 2**31):
+            raise ValueError(
+                f"{name} is {array.dtype}, with values outside of 0 to 2^31 - 1 or not integer; expected a map of "
+                f"object ids, 0 for background; number the objects first, as components(mask) does"
+            )
+    if pred.shape != true.shape:
+        raise ValueError(
+            f"pred has shape {pred.shape}, true has {true.shape}; expected the same grid; check that both belong to "
+            f"one image"
+        )
+    inside = (pred != 0) | (true != 0)
+    key = true[inside].astype(np.int64) << 31 | pred[inside].astype(np.int64)
+    key, n = np.unique(key, return_counts=True)  # one sort of the foreground, whatever the ids are
+    ids_g, g = np.unique(key >> 31, return_inverse=True)
+    ids_p, p = np.unique(key & (2**31 - 1), return_inverse=True)
+    size_g, size_p = np.bincount(g, n, len(ids_g)), np.bincount(p, n, len(ids_p))
+    # Background is not an object; where it is there, its id 0 comes first.
+    no_g, no_p = int(len(ids_g) > 0 and ids_g[0] == 0), int(len(ids_p) > 0 and ids_p[0] == 0)
+    both = (g >= no_g) & (p >= no_p)
+    return size_p[no_p:], size_g[no_g:], p[both] - no_p, g[both] - no_g, n[both]
+
+
+def _best(of: np.ndarray, other: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Indices of the pairs with the largest value for each object in `of`; of equal ones the smallest `other`."""
+    order = np.lexsort((other, -value, of))
+    first = np.ones(len(order), bool)
+    first[1:] = of[order][1:] != of[order][:-1]
+    return order[first]
+
+
+def aji(pred: np.ndarray, true: np.ndarray) -> float:
+    """Aggregated Jaccard index of two instance maps, in [0, 1]; one map empty: 0; both: NaN.
+
+    Each true object takes the predicted object of the largest IoU with it (ties: the smallest id), which may serve
+    several; all intersections over all unions, to which true objects without a partner and predicted ones that nobody
+    took add their sizes. Ids are integers >= 0 in any order, with gaps; 0 is background.
+    Raises: ValueError for unequal shapes, negative or fractional ids. Source: Kumar 2017 and its public code, which
+        fails on empty maps and on ids with gaps.
+    """
+    size_p, size_g, p, g, n = _overlaps(pred, true)
+    if not len(size_p) and not len(size_g):
+        return NAN
+    union = size_p[p] + size_g[g] - n
+    best = _best(g, p, n / union)
+    alone_g, alone_p = np.delete(size_g, g[best]), np.delete(size_p, p[best])
+    return float(n[best].sum() / (union[best].sum() + alone_g.sum() + alone_p.sum()))
+
+
+def aji_binary(pred: np.ndarray, true: np.ndarray) -> float:
+    """What aji gives where each map is one object: the IoU of the foregrounds; one map empty: 0; both: NaN.
+
+    Papers print it as AJI; it does not see whether objects are told apart. Raises: ValueError for unequal shapes.
+    """
+    return iou(np.asarray(pred) != 0, np.asarray(true) != 0)
+
+
+def object_dice(pred: np.ndarray, true: np.ndarray) -> float:
+    """Object-level Dice of two instance maps, in [0, 1]; one map empty: 0; both: NaN.
+
+    Each object's Dice with its partner in the other map, weighted by its share of the pixels of its own map; the mean
+    of both directions. The partner shares the most pixels (ties: the smallest id); without one an object scores 0.
+    Raises: ValueError as aji. Source: Sirinukunwattana 2017 (GlaS); a public version gives an empty prediction 1.
+    """
+    size_p, size_g, p, g, n = _overlaps(pred, true)
+    if not len(size_p) and not len(size_g):
+        return NAN
+    score = 2 * n / (size_p[p] + size_g[g])
+    total = 0.0
+    for own, other, size in ((p, g, size_p), (g, p, size_g)):
+        best = _best(own, other, n)
+        total += float((size[own[best]] * score[best]).sum() / size.sum()) / 2 if len(best) else 0.0
+    return total
+
+
+def class_counts(
+    pred: np.ndarray, true: np.ndarray, classes: int, ignore: int | None = 255, drop: bool = True
+) -> np.ndarray:
+    """Intersection and union of each class in one image -> int64 [2, classes]; sum them over images, then miou.
+
+    classes: their number with background. ignore: a value in `true` that belongs to no class. drop: such pixels are
+    left out; otherwise what is predicted there counts as false, as public code does. An empty class adds 0.
+    Raises: ValueError for unequal shapes, or values that are no class.
+    """
+    pred, true = np.asarray(pred), np.asarray(true)
+    if pred.shape != true.shape:
+        raise ValueError(
+            f"pred has shape {pred.shape}, true has {true.shape}; expected the same grid; check that both belong to "
+            f"one image"
+        )
+    nothing = true == ignore if ignore is not None else np.zeros(true.shape, bool)
+    for name, values in (("pred", pred[~nothing] if drop else pred), ("true", true[~nothing])):
+        if values.dtype.kind not in "uib" or (values.size and not 0 <= values.min() <= values.max() < classes):
+            raise ValueError(
+                f"{name} ({values.dtype}) has values that are no class; expected integers of 0 to {classes - 1}; check "
+                f"the number of classes and the ignored value"
+            )
+    hit = np.bincount(true[(pred == true) & ~nothing], minlength=classes)
+    found = np.bincount(pred[~nothing] if drop else pred.ravel(), minlength=classes)
+    wanted = np.bincount(true[~nothing], minlength=classes)
+    return np.stack([hit, found + wanted - hit])
+
+
+def miou(counts: np.ndarray, absent: float = NAN) -> float:
+    """Mean IoU over classes, background among them, in [0, 1], from the sum of class_counts over all images.
+
+    absent: the IoU of a class with union 0. NaN leaves it out of the mean, 0 is what public code does. NaN where no
+    class is left. Source: the sums over images are those of ddpm-segmentation.
+    """
+    hit, union = np.asarray(counts, np.float64)
+    values = np.divide(hit, union, out=np.full_like(hit, absent), where=union > 0)
+    return float(np.nanmean(values)) if not np.isnan(values).all() else NAN
+
+
+def object_scores(pred: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """All scores of two instance maps: dice and iou of the foregrounds, aji, object_dice. Empty maps: as each says."""
+    p, g = np.asarray(pred) != 0, np.asarray(true) != 0
+    return {"dice": dice(p, g), "iou": iou(p, g), "aji": aji(pred, true), "object_dice": object_dice(pred, true)}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -998,6 +1152,41 @@ def _parse_classes(words: list[str]) -> dict[str, list[int]]:
         ) from error
 
 
+def _pairs(
+    preds: Mapping[str, Path], trues: Mapping[str, Path]
+) -> Iterator[tuple[str, np.ndarray, np.ndarray, tuple[float, ...]]]:
+    """(case, labels of both, spacing) of each sound pair; at the end one InputError that names all faulty cases."""
+    faults = []
+    folders = {side: next(iter(files.values())).parent for side, files in (("pred", preds), ("true", trues))}
+    for case in sorted({*preds, *trues}):
+        if case not in preds or case not in trues:
+            faults.append(f"{case}: no file in {folders['true' if case in preds else 'pred']}")
+            continue
+        try:
+            pred, true, spacing = _read_pair(preds[case], trues[case])
+        except InputError as error:
+            faults.append(f"{case}: {error}")
+            continue
+        yield case, pred, true, spacing
+    if faults:
+        raise InputError(f"{len(faults)} faulty cases: {' | '.join(faults)}; correct or remove these files")
+
+
+def _score_instances(preds: Mapping[str, Path], trues: Mapping[str, Path]) -> None:
+    """A row of object scores for each image, and their means; - where both maps are empty."""
+    scores, table = [], []
+    for case, pred, true, _ in _pairs(preds, trues):
+        scores.append([*object_scores(pred, true).values()])
+        objects = [str(np.count_nonzero(np.unique(labels))) for labels in (true, pred)]
+        table.append([case, *objects, *("-" if math.isnan(v) else f"{v:.4f}" for v in scores[-1])])
+    values = np.array(scores)  # [image, score]
+    n = np.count_nonzero(~np.isnan(values[:, 0]))
+    spread = np.nanstd(values, axis=0, ddof=1) if n > 1 else np.full(values.shape[1], NAN)
+    means = [f"{m:.4f}±{sd:.4f}" for m, sd in zip(_nanmean(values, axis=0), spread)]
+    table = [["image", "true objects", "found", "Dice", "IoU", "AJI", "object Dice"], *table]
+    print(_layout([*table, [f"mean±SD, n = {n}", "", "", *means]]))
+
+
 def _score(args: argparse.Namespace) -> None:
     """Score each pair of masks; all faulty cases are named in one error, before anything is written."""
     classes = _parse_classes(args.classes or [])
@@ -1009,21 +1198,13 @@ def _score(args: argparse.Namespace) -> None:
     png = {file.suffix == ".png" for file in [*preds.values(), *trues.values()]}
     if len(png) > 1:
         raise InputError("the folders hold both PNG and NIfTI masks; expected one kind; score them one at a time")
-    faults, results, grids = [], {}, {}
-    for case in sorted({*preds, *trues}):
-        if case not in preds or case not in trues:
-            faults.append(f"{case}: no file in {args.true if case in preds else args.pred}")
-            continue
-        try:
-            pred, true, spacing = _read_pair(preds[case], trues[case])
-        except InputError as error:
-            faults.append(f"{case}: {error}")
-            continue
+    if args.instances:
+        return _score_instances(preds, trues)
+    results, grids = {}, {}
+    for case, pred, true, spacing in _pairs(preds, trues):
         found = classes or {str(v): [int(v)] for v in np.union1d(np.unique(pred), np.unique(true)) if v}
         results[case] = {row["class"]: row for row in evaluate_case(case, pred, true, spacing, found, args.tolerance)}
         grids[case] = diagonal_mm(true.shape, spacing), spacing
-    if faults:
-        raise InputError(f"{len(faults)} faulty cases: {' | '.join(faults)}; correct or remove these files")
     classes = classes or {name: [int(name)] for name in sorted({n for rows in results.values() for n in rows}, key=int)}
     if not classes:
         raise InputError("all masks are empty; expected label values above 0; check the folders, or give --classes")
@@ -1090,6 +1271,9 @@ def main(argv: list[str] | None = None) -> int:
         nargs="+",
         metavar="NAME=VALUE",
         help="NAME=VALUE, or NAME=VALUE+VALUE for a union; default: every value but 0 in the files",
+    )
+    score.add_argument(
+        "--instances", action="store_true", help="values are object ids: print Dice, IoU, AJI and object Dice a file"
     )
     score.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of NSD, in mm (default 1)")
     score.add_argument(

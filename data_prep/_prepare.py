@@ -2,7 +2,8 @@
 
 A preparation (`data_prep/msd.py` and its siblings) only knows its publisher's layout: it turns a folder into a
 `Source`, a plain list of cases. Everything from there to the prepared folder is done here, in two passes: the first
-reads every file and collects every fault before a byte is written, the second writes one case after the other.
+reads every file and collects every fault before a byte is written, the second writes one case after the other. Sets of
+2D images bring a function that reads one case; a path may then lead into a zip archive, as in x.zip/folder/y.tif.
 """
 
 import argparse
@@ -19,6 +20,8 @@ import threading
 import time
 import traceback
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -47,7 +50,9 @@ from common.loaders import (
     to_ras,
 )
 
+MEMBER = 1 << 29  # bytes, the largest file that is unpacked from an archive
 ROUNDING = 1e-3  # a float label this close to an integer was one; farther off it was interpolated
+MANY = 12  # splits; more are counted in the manifest, not named
 QUANTILES = np.linspace(0, 1, 1001)  # of the foreground of one CT, the same weight for each case
 
 
@@ -62,6 +67,19 @@ class Case:
     @property
     def files(self) -> list[Path]:
         return [*self.images, *([self.label] if self.label else [])]
+
+
+@dataclass(frozen=True)
+class Flat:
+    """One 2D case as it is stored: image uint8 [C, Y, X]; label uint8 and numbers of objects int32 [Y, X], or None.
+
+    facts: more of this case for dataset.json.
+    """
+
+    image: np.ndarray
+    label: np.ndarray | None = None
+    instances: np.ndarray | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,6 +102,9 @@ class Source:
     grids: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)  # shape of all cases -> virtual grid
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)  # what -> found here, published
     entries: dict[str, Any] = field(default_factory=dict)  # more of dataset.json
+    read: Callable[..., Flat | None] | None = None  # 2D: (case, report) -> what is stored, or None with faults reported
+    check: Callable[..., Any] | None = None  # 2D: what the first pass calls instead, where `read` takes long
+    settings: dict[str, Any] = field(default_factory=dict)  # 2D: flags that change what is stored
 
     @property
     def fits_window(self) -> bool:
@@ -104,22 +125,29 @@ class Report:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def nifti_files(src: Path, faults: list[str]) -> Iterator[tuple[Path, str, Path]]:
-    """(folder, published name, file) of every NIfTI below src; a folder x.nii stands for the one file in it."""
+def _walk(src: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """os.walk that follows links, but no link back to a folder above, and raises OSError where it cannot look."""
 
     def raise_it(error: OSError) -> None:
         raise error
 
-    def volume(name: str) -> bool:
-        return name[0] not in "._" and name.endswith((".nii", ".nii.gz"))
-
     seen = set()
     for top, folders, names in os.walk(src, onerror=raise_it, followlinks=True):
         real = os.path.realpath(top)
-        if real in seen:  # a link back to a folder above
+        if real in seen:
             folders.clear()
             continue
         seen.add(real)
+        yield top, folders, names
+
+
+def nifti_files(src: Path, faults: list[str]) -> Iterator[tuple[Path, str, Path]]:
+    """(folder, published name, file) of every NIfTI below src; a folder x.nii stands for the one file in it."""
+
+    def volume(name: str) -> bool:
+        return name[0] not in "._" and name.endswith((".nii", ".nii.gz"))
+
+    for top, folders, names in _walk(src):
         for name in sorted(filter(volume, names)):
             yield Path(top), name, Path(top, name)
         for name in sorted(filter(volume, folders)):
@@ -132,9 +160,65 @@ def nifti_files(src: Path, faults: list[str]) -> Iterator[tuple[Path, str, Path]
         folders[:] = sorted((f for f in folders if f[0] not in "._" and not volume(f)), key=natural_key)
 
 
+def plain_files(src: Path) -> Iterator[Path]:
+    """Every file below src, also in zip archives, sorted; without those that a Mac's archiver leaves.
+
+    Raises: InputError where there is no such folder or archive, or an archive cannot be opened.
+    """
+    if not src.exists():
+        raise InputError(f"{src}: no such file or folder; check --src")
+    for file in [src] if src.is_file() else sorted(Path(top, name) for top, _, names in _walk(src) for name in names):
+        if file.suffix.lower() == ".zip":
+            with _unzip(file) as packed:
+                names = [info.filename for info in packed.infolist() if not info.is_dir()]
+            inside = [Path(file, name) for name in names if not name.startswith("/")]  # "/x" would leave the archive
+        else:
+            inside = [file]
+        yield from (f for f in inside if not {part[0] for part in f.relative_to(src).parts} & {".", "_"})
+
+
+@contextlib.contextmanager
+def _unzip(file: Path) -> Iterator[zipfile.ZipFile]:
+    """An open archive. Raises: InputError for whatever is wrong with it."""
+    try:
+        with zipfile.ZipFile(file) as packed:
+            yield packed
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError, NotImplementedError) as e:
+        with open(file, "rb") as f:
+            page = f.read(64).lstrip()[:1] == b"<"
+        what = "an HTML page, left by a download that failed" if page else f"damaged or cut off ({e})"
+        raise InputError(f"{file}: {what}, expected a zip archive; get it again") from e
+
+
+def in_archive(path: Path) -> tuple[Path, str] | None:
+    """(archive, name in it) of a path that leads into a zip archive; None for a plain file."""
+    for parent in path.parents:
+        if parent.suffix.lower() == ".zip" and parent.is_file():
+            return parent, path.relative_to(parent).as_posix()
+    return None
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's contents, also out of a zip archive. Raises: InputError."""
+    if (where := in_archive(path)) is None:
+        try:
+            return path.read_bytes()
+        except OSError as e:
+            raise InputError(f"{path}: cannot be read ({e.strerror or e}); check path and rights") from e
+    with _unzip(where[0]) as packed:
+        if (size := packed.getinfo(where[1]).file_size) > MEMBER:
+            raise InputError(f"{path}: {size:,} bytes unpacked, expected at most {MEMBER:,}; check the archive")
+        return packed.read(where[1])
+
+
 def is_case_name(case: str) -> bool:
     """Whether a case can be the name of a folder everywhere: letters, digits, - and _ (. and + inside)."""
     return re.fullmatch(r"[^\W_][\w.+-]*", case) is not None
+
+
+def size(array: np.ndarray) -> str:
+    """Width x height of [..., Y, X], as image viewers say it."""
+    return f"{array.shape[-1]} x {array.shape[-2]}"
 
 
 def some(names: list[str]) -> str:
@@ -182,24 +266,24 @@ def load_case(
     """
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
-        files = [_attempt(report, read_nifti, path) for path in case.images]
-        label_file = _attempt(report, read_nifti, case.label) if case.label else None
+        files = [attempt(report, read_nifti, path) for path in case.images]
+        label_file = attempt(report, read_nifti, case.label) if case.label else None
         image = labels = None
         if all(files):
             for other in files[1:]:
-                _attempt(report, check_same_grid, files[0], other, allow_affine_mismatch=allow)
+                attempt(report, check_same_grid, files[0], other, allow_affine_mismatch=allow)
             if not report.faults or len(files) == 1:
-                image = _attempt(report, stack_channels, files, source.channels, allow)
-        if label_file is not None and (volume := _attempt(report, as_volume, label_file)) is not None:
+                image = attempt(report, stack_channels, files, source.channels, allow)
+        if label_file is not None and (volume := attempt(report, as_volume, label_file)) is not None:
             if files[0] is not None and files[0].data.ndim > 2:  # 2D is a fault that is named already
-                _attempt(report, check_same_grid, files[0], label_file, allow_affine_mismatch=allow)
+                attempt(report, check_same_grid, files[0], label_file, allow_affine_mismatch=allow)
             labels, wrong = clean_label(volume, source.label_map, label_file.path)
             report.faults += wrong
     report.notes += [str(w.message) for w in said if str(w.message) not in report.notes]
     return None if report.faults or image is None else (image, labels, files[0])
 
 
-def _attempt(report: Report, function: Callable, *args: Any, **kwargs: Any) -> Any:
+def attempt(report: Report, function: Callable, *args: Any, **kwargs: Any) -> Any:
     """The function's value; or None, and the report has one fault more."""
     try:
         return function(*args, **kwargs)
@@ -211,9 +295,18 @@ def _attempt(report: Report, function: Callable, *args: Any, **kwargs: Any) -> A
     return None
 
 
+def read_flat(report: Report, reader: Callable[[Path, bytes], Any], path: Path) -> Any:
+    """reader(path, contents) of a file that may lie in an archive; or None, and the report has one fault more."""
+    blob = attempt(report, read_bytes, path)
+    return None if blob is None else attempt(report, reader, path, blob)
+
+
 def check_case(source: Source, case: Case, allow: bool) -> Report:
     """First pass: read all files of a case, write nothing. facts["quantiles"]: of each CT channel's foreground."""
     report = Report(case.id)
+    if source.read:
+        attempt(report, source.check or source.read, case, report)
+        return report
     loaded = load_case(source, case, allow, report)
     if loaded is not None:
         image, labels, _ = loaded
@@ -257,13 +350,13 @@ def cut(
     return image[..., inside[0], inside[1], inside[2]], None if labels is None else labels[inside], affine, facts
 
 
-def prepare_case(source: Source, case: Case, recipe: dict, folder: Path) -> Report:
-    """Second pass: write cases/ID with image.npy, label.npy and case.json; the folder appears whole or not at all."""
-    report = Report(case.id)
-    sources = file_facts(case)  # before reading, so that a file that changes meanwhile counts as changed
+def volume_case(
+    source: Source, case: Case, recipe: dict, report: Report
+) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    """The arrays of a volume as they are stored, by name, and what dataset.json says of it; None with faults."""
     loaded = load_case(source, case, recipe["allow_affine_mismatch"], report)
     if loaded is None:
-        return report
+        return None
     image, labels, first = loaded
     image, affine, _ = to_ras(normalise(image, recipe["normalisation"]), first.affine)
     if labels is not None:
@@ -276,7 +369,8 @@ def prepare_case(source: Source, case: Case, recipe: dict, folder: Path) -> Repo
     outside = {}
     if (crop := recipe.get("crop", {"kind": "none"}))["kind"] != "none":
         image, labels, affine, outside["crop"] = cut(image, labels, affine, crop)
-    report.facts = {
+    arrays = {"image": np.ascontiguousarray(image, np.float16)}
+    facts = {
         "shape": list(image.shape[1:]),
         "spacing_mm": [round(float(np.linalg.norm(affine[:3, axis])), 6) for axis in range(3)],
         "affine": affine.tolist(),
@@ -288,17 +382,46 @@ def prepare_case(source: Source, case: Case, recipe: dict, folder: Path) -> Repo
         },
         "label_voxels": None,
         **outside,
-        "sources": sources,
     }
     if labels is not None:
-        report.facts["label_voxels"] = np.bincount(labels.ravel(), minlength=max(source.label_values) + 1).tolist()
+        arrays["label"] = np.ascontiguousarray(labels, np.uint8)
+        facts["label_voxels"] = np.bincount(labels.ravel(), minlength=max(source.label_values) + 1).tolist()
+    return arrays, facts
+
+
+def flat_case(source: Source, case: Case, report: Report) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    """As volume_case, of a 2D image. facts["objects"]: how many there are, where the set tells them apart."""
+    assert source.read
+    flat = attempt(report, source.read, case, report)
+    if flat is None or report.faults:
+        return None
+    arrays = {"image": np.ascontiguousarray(flat.image, np.uint8)}
+    facts = {"shape": list(flat.image.shape[1:]), "labelled": flat.label is not None, "label_voxels": None}
+    if flat.label is not None:
+        arrays["label"] = np.ascontiguousarray(flat.label, np.uint8)
+        counted = flat.label[flat.label != source.entries.get("ignore", -1)]
+        facts["label_voxels"] = np.bincount(counted, minlength=max(source.label_values) + 1).tolist()
+    if flat.instances is not None:
+        arrays["instances"] = np.ascontiguousarray(flat.instances, np.int32)
+        facts["objects"] = int(np.count_nonzero(np.unique(flat.instances)))
+    return arrays, {**facts, **flat.facts}
+
+
+def prepare_case(source: Source, case: Case, recipe: dict, folder: Path) -> Report:
+    """Second pass: write cases/ID with the arrays and case.json; the folder appears whole or not at all."""
+    report = Report(case.id)
+    sources = file_facts(case)  # before reading, so that a file that changes meanwhile counts as changed
+    made = flat_case(source, case, report) if source.read else volume_case(source, case, recipe, report)
+    if made is None:
+        return report
+    arrays, facts = made
+    report.facts = {**facts, "sources": sources}
     temporary = folder / f".{case.id}.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
         temporary.mkdir(parents=True)
-        _save(temporary / "image.npy", np.ascontiguousarray(image, np.float16))
-        if labels is not None:
-            _save(temporary / "label.npy", np.ascontiguousarray(labels, np.uint8))
+        for name, array in arrays.items():
+            _save(temporary / f"{name}.npy", array)
         record = {"recipe": recipe, "facts": report.facts, "notes": report.notes}
         atomic_write(temporary / "case.json", json.dumps(record).encode())
         shutil.rmtree(folder / case.id, ignore_errors=True)
@@ -323,8 +446,16 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 
 def file_facts(case: Case) -> list[dict]:
-    """Path, size and modification time of each file: what tells a finished case from a changed one."""
-    return [{"path": str(p), "bytes": (s := p.stat()).st_size, "mtime_ns": s.st_mtime_ns} for p in case.files]
+    """Path, size and modification time (in an archive: checksum) of each file: what tells whether one has changed."""
+    facts = []
+    for path in case.files:
+        if (where := in_archive(path)) is None:
+            facts.append({"path": str(path), "bytes": (s := path.stat()).st_size, "mtime_ns": s.st_mtime_ns})
+        else:
+            with _unzip(where[0]) as packed:
+                info = packed.getinfo(where[1])
+            facts.append({"path": str(path), "bytes": info.file_size, "crc32": info.CRC})
+    return facts
 
 
 def finished(case: Case, folder: Path) -> dict | None:
@@ -416,7 +547,7 @@ def normalisation_of(source: Source, train: list[str], quantiles: dict[str, list
 def statistics_of(cases: dict[str, dict], classes: dict[str, int]) -> dict:
     """Sizes, spacing and label histogram over all prepared cases."""
     shapes = np.array([facts["shape"] for facts in cases.values()])
-    spacings = np.array([facts["spacing_mm"] for facts in cases.values()])
+    spacings = np.array([facts["spacing_mm"] for facts in cases.values() if "spacing_mm" in facts])
     labelled = [facts["label_voxels"] for facts in cases.values() if facts["labelled"]]
     counts = np.sum(labelled, axis=0) if labelled else np.zeros(max(classes.values()) + 1, int)
     present = np.sum(np.array(labelled) > 0, axis=0) if labelled else np.zeros_like(counts)
@@ -425,9 +556,15 @@ def statistics_of(cases: dict[str, dict], classes: dict[str, int]) -> dict:
         "shape_min": shapes.min(axis=0).tolist(),
         "shape_median": np.median(shapes, axis=0).tolist(),
         "shape_max": shapes.max(axis=0).tolist(),
-        "spacing_min_mm": spacings.min(axis=0).tolist(),
-        "spacing_median_mm": np.median(spacings, axis=0).tolist(),
-        "spacing_max_mm": spacings.max(axis=0).tolist(),
+        **(
+            {
+                "spacing_min_mm": spacings.min(axis=0).tolist(),
+                "spacing_median_mm": np.median(spacings, axis=0).tolist(),
+                "spacing_max_mm": spacings.max(axis=0).tolist(),
+            }
+            if len(spacings)
+            else {}
+        ),
         "label_voxels": {names[value]: int(n) for value, n in enumerate(counts)},
         "label_cases": {names[value]: int(n) for value, n in enumerate(present)},
     }
@@ -458,32 +595,47 @@ def crop_text(meta: dict) -> list[str]:
     return [f"  crop         {crop['kind']}, {size}: {what}"]
 
 
+def objects_text(meta: dict) -> list[str]:
+    """A line of the manifest: how many objects each split has, where the set tells them apart."""
+    parts = []
+    for split, ids in meta["splits"].items() if len(meta["splits"]) <= MANY else [("all", meta["cases"])]:
+        numbers = [n for case in ids if (n := meta["cases"][case].get("objects")) is not None]
+        parts += [f"{split} {sum(numbers):,} in {len(numbers)} images"] if numbers else []
+    return [f"  objects      {', '.join(parts)}"] if parts else []
+
+
 def manifest(meta: dict, root: Path) -> str:
     """The lines printed at the end of a preparation."""
     s, cases = meta["statistics"], meta["cases"]
     splits = ", ".join(f"{len(ids)} {name}" for name, ids in meta["splits"].items())
+    if len(meta["splits"]) > MANY:
+        splits = f"{sum(map(bool, meta['splits'].values()))} splits"
     size = sum(f.stat().st_size for f in (root / "cases").rglob("*.npy"))
     total = max(1, sum(s["label_voxels"].values()))
 
     def row(values: list[float]) -> str:
         return " x ".join(f"{v:g}" for v in values)
 
-    orientations = sorted({facts["original"]["orientation"] for facts in cases.values()})
+    flat = meta["orientation"] == "YX"
     lines = [
         f"{meta['name']}: {len(cases)} cases ({splits}), {size / 1e6:.1f} MB in {root}",
         f"  channels     {', '.join(meta['channels'])}",
         f"  shape        min {row(s['shape_min'])}, median {row(s['shape_median'])}, max {row(s['shape_max'])}",
-        f"  spacing mm   min {row(s['spacing_min_mm'])}, median {row(s['spacing_median_mm'])}, "
-        f"max {row(s['spacing_max_mm'])}",
-        f"  orientation  {', '.join(orientations)} -> {meta['orientation']}",
     ]
-    lines += [*crop_text(meta), *counts_text(meta.get("counts", {}))]
+    if not flat:
+        orientations = sorted({facts["original"]["orientation"] for facts in cases.values()})
+        lines += [
+            f"  spacing mm   min {row(s['spacing_min_mm'])}, median {row(s['spacing_median_mm'])}, "
+            f"max {row(s['spacing_max_mm'])}",
+            f"  orientation  {', '.join(orientations)} -> {meta['orientation']}",
+        ]
+    lines += [*objects_text(meta), *crop_text(meta), *counts_text(meta.get("counts", {}))]
     for name, value in [("background", 0), *meta["classes"].items()]:
         n = s["label_voxels"][name]
         published = meta["label_values"][str(value)]
         lines.append(
-            f"  label {value} (published {published}) {name}: {n:,} voxels, {100 * n / total:.2f} %, "
-            f"in {s['label_cases'][name]} cases"
+            f"  label {value} (published {published}) {name}: {n:,} {'pixels' if flat else 'voxels'}, "
+            f"{100 * n / total:.2f} %, in {s['label_cases'][name]} cases"
         )
     return "\n".join(lines)
 
@@ -524,6 +676,7 @@ def setup_of(source: Source, options: argparse.Namespace, tool: str) -> dict:
         "spacing": list(options.spacing) if options.spacing else None,
         "allow_affine_mismatch": options.allow_affine_mismatch,
         **({"crop": source.crop} if source.crop else {}),
+        **({"settings": source.settings} if source.settings else {}),
     }
 
 
@@ -582,11 +735,12 @@ def prepare(source: Source, options: argparse.Namespace, tool: str) -> str:
         reports |= check_all(source, missing, options)
     quantiles = {r.id: r.facts.get("quantiles") for r in reports.values()}
     recipe = {
-        "normalisation": normalisation_of(source, splits["train"], quantiles),
+        "normalisation": normalisation_of(source, splits.get("train", []), quantiles),
         "spacing": setup["spacing"],
         "allow_affine_mismatch": options.allow_affine_mismatch,
         "label_map": setup["label_map"],
         **({"crop": source.crop} if source.crop else {}),
+        **({"settings": source.settings} if source.settings else {}),
     }
     records = {case: record["facts"] for case, record in done.items() if record["recipe"] == recipe}
     todo = [case for case in source.cases if case.id not in records]
@@ -620,10 +774,11 @@ def _finish(source: Source, dst: Path, setup: dict, recipe: dict, splits: dict, 
         "spacing": setup["spacing"],
         **({"grid": list(grid)} if grid else {}),
         **({"crop": source.crop} if source.crop else {}),
-        "orientation": "RAS",
+        "orientation": "YX" if source.read else "RAS",
         "normalisation": recipe["normalisation"],
         "statistics": statistics_of(records, source.classes),
         **({"counts": counts_of(source)} if source.counts else {}),
+        **({"settings": source.settings} if source.settings else {}),
         **source.entries,
         "splits": splits,
         "cases": records,
@@ -681,14 +836,8 @@ def window_of(spacing: Sequence[float], published: Sequence[float], size: Sequen
     return [max(16, 16 * round(n * old / new / 16)) for n, old, new in zip(size, published, spacing)]
 
 
-def parser_of(tool: str, description: str, layouts: tuple[str, ...]) -> Parser:
-    """The flags that all preparations have."""
-    p = Parser(prog=f"python -m data_prep.{tool}", description=description, allow_abbrev=False)
-    p.formatter_class = argparse.RawDescriptionHelpFormatter
-    p.add_argument("--src", metavar="DIR", help="the publisher's folder")
-    p.add_argument("--dst", metavar="DIR", help="the prepared folder, data/NAME; the same command again continues")
-    p.add_argument("--check", action="store_true", help="read all files, list all faults, write nothing")
-    p.add_argument("--workers", type=positive, default=1, metavar="N", help="processes (default 1)")
+def add_volume_flags(p: Parser) -> None:
+    """The flags that make no sense for 2D images."""
     p.add_argument("--spacing", type=parse_spacing, metavar="X,Y,Z", help="resample to this, mm, RAS order")
     p.add_argument(
         "--split-sizes", type=parse_sizes, metavar="N,N,N", help="cases of train, val, test (default: 80/10/10 %%)"
@@ -698,6 +847,19 @@ def parser_of(tool: str, description: str, layouts: tuple[str, ...]) -> Parser:
         action="store_true",
         help="where shapes agree and affines do not, use the first image's affine for all files of the case",
     )
+
+
+def parser_of(tool: str, description: str, layouts: tuple[str, ...], flat: bool = False) -> Parser:
+    """The flags that all preparations have; flat: without those that only volumes need."""
+    p = Parser(prog=f"python -m data_prep.{tool}", description=description, allow_abbrev=False)
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    p.add_argument("--src", metavar="DIR", help="the publisher's folder")
+    p.add_argument("--dst", metavar="DIR", help="the prepared folder, data/NAME; the same command again continues")
+    p.add_argument("--check", action="store_true", help="read all files, list all faults, write nothing")
+    p.add_argument("--workers", type=positive, default=1, metavar="N", help="processes (default 1)")
+    p.set_defaults(spacing=None, split_sizes=None, allow_affine_mismatch=False)
+    if not flat:
+        add_volume_flags(p)
     p.add_argument("--make-fake", metavar="DIR", help="write a tiny legal copy of the publisher's layout and stop")
     if layouts:
         p.add_argument("--layout", choices=layouts, default=layouts[0], help="of --make-fake")
@@ -713,14 +875,16 @@ def main(
     make_fake: Callable[[Path, str], None],
     layouts: tuple[str, ...] = (),
     add_flags: Callable[[Parser], None] | None = None,
+    flat: bool = False,
 ) -> int:
     """Run a preparation from its command line; returns the exit code (0, 2, 130, 143, or 1 for a defect of ours).
 
     read_source(src) lists the folder; where add_flags gives the parser more flags, it is read_source(src, options).
+    flat: the set is of 2D images.
     """
     try:
         with _stop_signals():
-            parser = parser_of(tool, description, layouts)
+            parser = parser_of(tool, description, layouts, flat)
             if add_flags:
                 add_flags(parser)
             options = parser.parse_args(argv)

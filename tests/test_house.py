@@ -129,6 +129,28 @@ def test_no_unsafe_load_and_no_pickle():
             assert all("weights_only=True" in call for call in re.findall(r"torch\.load\(.*", text)), file
 
 
+def pickle_words(file: Path) -> list[str]:
+    """What a file takes from the module pickle, in order; an import of a part of it by name counts as "from"."""
+    words = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "pickle":
+            words.append(node.attr)
+        if isinstance(node, ast.ImportFrom) and node.module == "pickle":
+            words.append("from")
+        if isinstance(node, ast.Import):
+            words += ["as" for alias in node.names if alias.name == "pickle" and alias.asname]
+    return words
+
+
+def test_only_the_restricted_reader_unpickles():
+    found = {f.name: set(pickle_words(f)) for f in sources() if f.parent.name != "tests" and pickle_words(f)}
+    assert found == {"runtime.py": {"UnpicklingError"}, "loaders.py": {"Unpickler", "UnpicklingError"}}
+    tree = ast.parse((ROOT / "common" / "loaders.py").read_text())
+    uses = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "Unpickler"]
+    bases = [base for n in ast.walk(tree) if isinstance(n, ast.ClassDef) for base in n.bases]
+    assert len(uses) == 1 and uses[0] in bases  # subclassed once, never called as it is
+
+
 @by_script
 def test_script_can_be_taken_away_with_common(script, tmp_path):
     shutil.copy(script, tmp_path)

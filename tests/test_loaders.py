@@ -5,15 +5,19 @@ import gzip
 import itertools
 import json
 import os
+import pickle
 import re
+import struct
 import time
 import tracemalloc
 import warnings
+import zlib
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 
 from common import InputError, loaders
 from common.loaders import (
@@ -880,3 +884,332 @@ def test_reading_a_sound_file_says_nothing(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_nifti(file)
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def tissue(shape=(20, 30, 3), seed=0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def draw(file: Path, array: np.ndarray, **options) -> Path:
+    Image.fromarray(array).save(file, **options)
+    return file
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.bmp", "x.tif"])
+def test_read_image_gives_channels_first_and_every_value(tmp_path, name):
+    image = loaders.read_image(draw(tmp_path / name, tissue()))
+    assert image.dtype == np.uint8 and image.flags.c_contiguous
+    np.testing.assert_array_equal(image, tissue().transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "packbits", "tiff_deflate"])
+def test_read_image_unpacks_tif(tmp_path, compression):
+    image = loaders.read_image(draw(tmp_path / "x.tif", tissue(), compression=compression))
+    np.testing.assert_array_equal(image, tissue().transpose(2, 0, 1))
+
+
+def test_read_image_reads_jpg(tmp_path):
+    smooth = np.tile(np.arange(0, 240, 8, dtype=np.uint8)[:, None, None], (1, 20, 3))
+    image = loaders.read_image(draw(tmp_path / "x.jpg", smooth, quality=95))
+    assert image.shape == (3, 30, 20) and np.abs(image.astype(int) - smooth.transpose(2, 0, 1)).max() < 6
+
+
+def test_read_image_tells_the_format_by_content(tmp_path):
+    file = draw(tmp_path / "x.png", tissue()).rename(tmp_path / "x.jpg")
+    np.testing.assert_array_equal(loaders.read_image(file), tissue().transpose(2, 0, 1))
+
+
+def test_read_image_reads_bytes_that_a_path_only_names(tmp_path):
+    blob = draw(tmp_path / "x.png", tissue()).read_bytes()
+    np.testing.assert_array_equal(loaders.read_image("a.zip/x.png", blob), tissue().transpose(2, 0, 1))
+
+
+def test_read_image_keeps_grey_as_one_channel(tmp_path):
+    grey = tissue((20, 30))
+    np.testing.assert_array_equal(loaders.read_image(draw(tmp_path / "x.png", grey)), grey[None])
+
+
+def test_read_image_drops_alpha_without_blending(tmp_path):
+    rgba = tissue((20, 30, 4))
+    image = loaders.read_image(draw(tmp_path / "x.png", rgba))
+    np.testing.assert_array_equal(image, rgba[..., :3].transpose(2, 0, 1))
+
+
+def test_read_image_turns_a_palette_into_its_colours(tmp_path):
+    few = np.array([[10, 200, 30], [250, 0, 90]], np.uint8)[tissue((20, 30)) % 2]
+    Image.fromarray(few).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "x.png")
+    np.testing.assert_array_equal(loaders.read_image(tmp_path / "x.png"), few.transpose(2, 0, 1))
+
+
+def png_of_16_bits(file: Path, shape=(4, 5)) -> Path:
+    """An RGB PNG with 16 bits a channel, which Pillow cannot write."""
+    rows = b"".join(b"\0" + bytes(shape[1] * 6) for _ in range(shape[0]))
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", shape[1], shape[0], 16, 2, 0, 0, 0))]
+    chunks += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    return file
+
+
+def test_read_image_refuses_16_bit_grey(tmp_path):
+    file = draw(tmp_path / "x.png", tissue((4, 5)).astype(np.uint16))
+    assert (
+        error_of(loaders.read_image, file)
+        == f"{file}: 16 bits or more a channel, expected 8; convert it and mind the range"
+    )
+
+
+def test_read_image_refuses_16_bit_colour_which_pillow_would_halve(tmp_path):
+    file = png_of_16_bits(tmp_path / "x.png")
+    assert Image.open(file).mode == "RGB" and "16 bits or more a channel" in error_of(loaders.read_image, file)
+
+
+def test_read_image_refuses_floats_and_cmyk(tmp_path):
+    assert "floating point" in error_of(loaders.read_image, draw(tmp_path / "x.tif", np.ones((4, 5), np.float32)))
+    Image.new("CMYK", (4, 5)).save(tmp_path / "y.jpg")
+    assert "colours are of kind CMYK, expected 8-bit grey or RGB" in error_of(loaders.read_image, tmp_path / "y.jpg")
+
+
+def test_read_image_refuses_a_tif_of_two_pages(tmp_path):
+    one = Image.fromarray(tissue())
+    one.save(tmp_path / "x.tif", save_all=True, append_images=[one])
+    assert "holds 2 pages, expected one image" in error_of(loaders.read_image, tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("kind", ["png", "bmp", "jpg", "tif", "lzw.tif"])
+@pytest.mark.parametrize("kept", [10, 0.3, 0.6, 0.95])
+def test_read_image_names_half_a_file(tmp_path, kind, kept):
+    file = draw(tmp_path / f"x.{kind}", tissue(), **({"compression": "tiff_lzw"} if "lzw" in kind else {}))
+    blob = file.read_bytes()
+    file.write_bytes(blob[: int(kept * len(blob)) if isinstance(kept, float) else kept])
+    text = error_of(loaders.read_image, file)
+    assert text.startswith(f"{file}: the image is damaged or cut off") and text.endswith("; copy it again")
+
+
+def test_read_image_names_a_jpg_without_its_last_bytes(tmp_path):
+    file = draw(tmp_path / "x.jpg", tissue())
+    file.write_bytes(file.read_bytes()[:-2])
+    assert "cut off" in error_of(loaders.read_image, file)
+
+
+@pytest.mark.parametrize("side", [10000, 30000])  # Pillow only warns of the first
+def test_read_image_refuses_a_decompression_bomb_before_taking_memory(tmp_path, side):
+    file = tmp_path / "bomb.png"
+    blob = bytearray(png_of_16_bits(file).read_bytes())
+    blob[16:33] = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0) + bytes(4)
+    blob[29:33] = struct.pack(">I", zlib.crc32(blob[12:29]))
+    file.write_bytes(blob)
+    tracemalloc.start()
+    try:
+        assert error_of(loaders.read_image, file).startswith(f"{file}: claims more than 89,478,485 pixels")
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_read_image_says_what_else_it_found(tmp_path):
+    file = tmp_path / "x.png"
+    for content, words in [
+        (b"", "the file is empty (0 bytes)"),
+        (b"<!DOCTYPE html>", "an HTML or XML page (a failed download?), expected a PNG"),
+        (b"version https://git-lfs.github.com/spec/v1", "holds a Git LFS pointer"),
+        (b"GIF89a" + bytes(90), "b'GIF89a\\x00\\x00' at its start, expected a PNG, JPG, BMP or TIF image"),
+    ]:
+        file.write_bytes(content)
+        assert error_of(loaders.read_image, file).startswith(f"{file}: {words}")
+    assert "cannot be read (No such file" in error_of(loaders.read_image, tmp_path / "none.png")
+
+
+def test_read_mask_keeps_object_numbers_of_8_and_16_bits(tmp_path):
+    ids = np.arange(600).reshape(20, 30)
+    small, large = draw(tmp_path / "a.bmp", (ids % 256).astype(np.uint8)), tmp_path / "b.png"
+    draw(large, ids.astype(np.uint16))
+    np.testing.assert_array_equal(loaders.read_mask(small), ids % 256)
+    np.testing.assert_array_equal(loaders.read_mask(large), ids)
+    assert loaders.read_mask(large).dtype == np.int32
+
+
+def test_read_mask_takes_indices_of_a_palette_whose_first_colour_is_black(tmp_path):
+    mask = Image.fromarray(tissue((20, 30)) % 3).convert("L")
+    mask.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+    mask.save(tmp_path / "x.png")
+    np.testing.assert_array_equal(loaders.read_mask(tmp_path / "x.png"), tissue((20, 30)) % 3)
+
+
+def test_read_mask_refuses_a_palette_that_numbers_colours(tmp_path):
+    mask = Image.fromarray(tissue((20, 30)) % 3).convert("L")
+    mask.putpalette([255, 255, 255, 0, 0, 0, 0, 255, 0])
+    mask.save(tmp_path / "x.png")
+    text = error_of(loaders.read_mask, tmp_path / "x.png")
+    assert "a palette whose index 0 is the colour (255, 255, 255), expected black" in text
+
+
+def test_read_mask_takes_rgb_only_where_it_is_grey(tmp_path):
+    grey = np.repeat(tissue((20, 30, 1)), 3, axis=2)
+    np.testing.assert_array_equal(loaders.read_mask(draw(tmp_path / "a.png", grey)), grey[..., 0])
+    assert "a mask in colours" in error_of(loaders.read_mask, draw(tmp_path / "b.png", tissue()))
+
+
+def test_read_mask_refuses_jpeg(tmp_path):
+    assert "a mask in JPEG" in error_of(loaders.read_mask, draw(tmp_path / "x.jpg", tissue((20, 30))))
+
+
+# --- CIFAR-10 --------------------------------------------------------------------------------------------------------
+
+
+def python_2_pickle(entries: dict[str, object]) -> bytes:
+    """A dict as Python 2 pickles it (protocol 2): str as bytes, arrays by numpy.core.multiarray._reconstruct."""
+    text = b"\x80\x02}"
+    for key, value in entries.items():
+        text += short(key.encode()) + written(value) + b"s"
+    return text + b"."
+
+
+def short(text: bytes) -> bytes:
+    return b"T" + struct.pack("<I", len(text)) + text
+
+
+def written(value) -> bytes:
+    if isinstance(value, np.ndarray):
+        shape = b"".join(b"J" + struct.pack("<i", n) for n in value.shape)
+        dtype = (
+            b"cnumpy\ndtype\n(" + short(b"u1") + b"K\x00K\x01tR(K\x03" + short(b"|") + b"NNN" + 2 * MINUS + b"K\x00tb"
+        )
+        start = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00t" + short(b"b") + b"tR"
+        return start + b"(K\x01(" + shape + b"t" + dtype + b"\x89" + short(value.tobytes()) + b"tb"
+    if isinstance(value, list):
+        return b"](" + b"".join(written(v) for v in value) + b"e"
+    return b"J" + struct.pack("<i", value) if isinstance(value, int) else short(str(value).encode())
+
+
+MINUS = b"J\xff\xff\xff\xff"
+TEN = [f"kind {i}" for i in range(10)]
+
+
+def cifar(root: Path, **files: bytes) -> Path:
+    """cifar-10-batches-py with two training batches of 3 images and a test batch of 2."""
+    root.mkdir(exist_ok=True)
+    for seed, (name, n) in enumerate({"data_batch_1": 3, "data_batch_3": 3, "test_batch": 2}.items()):
+        batch = {"batch_label": name, "labels": list(range(n)), "data": tissue((n, 3072), seed), "filenames": ["a"] * n}
+        (root / name).write_bytes(python_2_pickle(batch))
+    (root / "batches.meta").write_bytes(python_2_pickle({"label_names": TEN, "num_vis": 3072}))
+    for name, blob in files.items():
+        (root / name).write_bytes(blob)
+    return root
+
+
+def test_read_cifar10_gives_images_channels_first_and_all_batches_that_are_there(tmp_path):
+    data = loaders.read_cifar10(cifar(tmp_path))
+    assert data["train_images"].shape == (6, 3, 32, 32) and data["test_images"].shape == (2, 3, 32, 32)
+    assert data["train_labels"].tolist() == [0, 1, 2, 0, 1, 2] and data["classes"] == TEN
+    assert data["files"] == ["data_batch_1", "data_batch_3", "test_batch"]
+    raw = tissue((3, 3072), 1)  # of data_batch_3
+    assert data["train_images"][4, 1, 2, 5] == raw[1, 1024 + 2 * 32 + 5]  # green, row 2, column 5
+
+
+def test_read_cifar10_reads_what_python_3_wrote(tmp_path):
+    batch = {b"labels": [7, 8], b"data": tissue((2, 3072))}
+    data = loaders.read_cifar10(cifar(tmp_path, test_batch=pickle.dumps(batch, protocol=2)))
+    np.testing.assert_array_equal(data["test_images"].reshape(2, -1), batch[b"data"])
+
+
+class Command:
+    def __reduce__(self):
+        return os.system, ("touch called",)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Command(),
+        np.array([Command()], object),
+        np.array([1, "a"], object),
+        Path("x"),
+        np.float64(1),
+        {1, 2},
+        np.ma.zeros(3),
+        print,
+    ],
+)
+def test_read_cifar10_calls_nothing_that_a_file_asks_for(tmp_path, monkeypatch, value):
+    monkeypatch.chdir(tmp_path)
+    cifar(tmp_path / "c", test_batch=pickle.dumps({"data": value}, protocol=2))
+    assert "not a CIFAR-10 batch, or damaged (" in error_of(loaders.read_cifar10, tmp_path / "c")
+    assert not (tmp_path / "called").exists()
+
+
+def test_read_cifar10_names_half_a_file(tmp_path):
+    blob = (cifar(tmp_path) / "data_batch_1").read_bytes()
+    for n in (0, 1, 40, 200, 5000, len(blob) - 1):
+        (tmp_path / "data_batch_1").write_bytes(blob[:n])
+        assert f"{tmp_path / 'data_batch_1'}: not a CIFAR-10 batch" in error_of(loaders.read_cifar10, tmp_path)
+
+
+def test_read_cifar10_names_labels_that_do_not_fit(tmp_path):
+    batch = python_2_pickle({"labels": [1, 10, 2], "data": tissue((3, 3072))})
+    text = error_of(loaders.read_cifar10, cifar(tmp_path, data_batch_1=batch))
+    assert text == f"{tmp_path / 'data_batch_1'}: labels do not fit, expected 3 integers of 0 to 9; get it again"
+
+
+def test_read_cifar10_names_a_folder_that_is_still_packed(tmp_path):
+    (tmp_path / "cifar-10-python.tar.gz").touch()
+    assert error_of(loaders.read_cifar10, tmp_path).endswith("unpack cifar-10-python.tar.gz first")
+
+
+# --- prepared images -------------------------------------------------------------------------------------------------
+
+
+def prepared_2d(root: Path, shape=(6, 7), **meta) -> Path:
+    """Two labelled images, one of them with objects, and one unlabelled."""
+    record = {"format": 1, "name": "p2", "channels": ["red", "green", "blue"], "classes": {"gland": 1}}
+    record |= {
+        "label_values": {"0": 0, "1": 1},
+        "spacing": None,
+        "orientation": "YX",
+        "normalisation": {"kind": "none"},
+    }
+    record |= {"statistics": {}, "splits": {"train": ["a", "b"], "pretrain": ["a", "b", "u"]}, "cases": {}}
+    for name in "abu":
+        (root / "cases" / name).mkdir(parents=True)
+        np.save(root / "cases" / name / "image.npy", np.zeros((3, *shape), np.uint8))
+        if name != "u":
+            np.save(root / "cases" / name / "label.npy", np.zeros(shape, np.uint8))
+        if name == "a":
+            np.save(root / "cases" / name / "instances.npy", np.full(shape, 300, np.int32))
+        record["cases"][name] = {"shape": list(shape), "labelled": name != "u"} | (
+            {"objects": 1} if name == "a" else {}
+        )
+    (root / "dataset.json").write_text(json.dumps(record | meta))
+    return root
+
+
+def test_open_prepared_opens_images_labels_and_instances(tmp_path):
+    data = open_prepared(prepared_2d(tmp_path, ignore=255))
+    assert (data.axes, data.ignore, data.shape("a"), data.spacing("a")) == (2, 255, (6, 7), (1.0, 1.0))
+    assert data.image("u").shape == (3, 6, 7) and data.label("b").shape == (6, 7) and not data.has_label("u")
+    assert data.instances("a").max() == 300 and data.instances("b") is None
+    assert data.cases("pretrain") == ["a", "b", "u"]
+
+
+def test_open_prepared_names_wrong_arrays_of_images(tmp_path):
+    prepared_2d(tmp_path)
+    np.save(tmp_path / "cases" / "a" / "instances.npy", np.zeros((6, 7), np.uint8))
+    np.save(tmp_path / "cases" / "b" / "image.npy", np.zeros((3, 6, 7), np.float16))
+    text = error_of(open_prepared, tmp_path)
+    assert "a/instances.npy is uint8 (6, 7), expected int32 (6, 7)" in text
+    assert "b/image.npy is float16 (3, 6, 7), expected uint8 (3, 6, 7)" in text
+
+
+def test_data_record_of_images_holds_what_predict_needs(tmp_path):
+    record = data_record(open_prepared(prepared_2d(tmp_path, ignore=255)))
+    assert record["channels"] == ["red", "green", "blue"] and record["ignore"] == 255
+
+
+def test_open_data_refuses_images_where_volumes_are_meant_and_the_reverse(tmp_path):
+    flat, deep = prepared_2d(tmp_path / "flat"), prepared(tmp_path / "deep")
+    assert "holds images, expected volumes; choose another --data" in error_of(loaders.open_data, str(flat))
+    assert "holds volumes, expected images" in error_of(loaders.open_data, str(deep), 0, 2)
+    assert loaders.open_data(str(flat), axes=2).axes == 2
