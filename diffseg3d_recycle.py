@@ -56,6 +56,8 @@ Differs
     D12 images come scaled to [0, 1] by data_prep (fixed window for CT, percentiles for MR) instead of by their minimum
         and maximum after cropping; predict never crops.
     D13 the small presets: smaller network and batch, larger learning rate that falls until the last step.
+    D14 the small presets: the image is spread from [0, 1] to [-2.5, 2.5]. Beside noise of SD 1 it otherwise makes a
+        twentieth of what the first norm lets through, and the network spends its first minutes on getting it back.
 
 Usage
     python diffseg3d_recycle.py                    on phantoms: recycled, not recycled and U-net, trained and scored
@@ -130,6 +132,7 @@ class Config:
     channel_mult: tuple[int, ...] = flag((1, 2, 4, 8), "width of each of the levels below it, each half as large")
     time_inject: Literal["post-norm", "pre-norm"] = flag("post-norm", "where the time enters; pre-norm: nowhere (D2)")
     size: tuple[int, ...] = flag((), "voxels X,Y,Z in training; empty: the largest case, rounded up for the levels")
+    image_range: tuple[float, ...] = flag((0.0, 1.0), "where the network gets the image's [0, 1] (paper: 0,1; D14)")
     # diffusion (sections 3.1, 3.2, 3.4)
     target: Literal["x0", "eps"] = flag("x0", "what the network predicts: the mask, or the noise (table 3a)")
     recycle: Literal["prev", "max", "none", "recursive", "self-condition"] = flag(
@@ -208,6 +211,8 @@ class Config:
         for name in ("size", "translate"):
             if len(getattr(self, name)) not in (0, 3) or min(getattr(self, name), default=0) < 0:
                 raise InputError(f"--{name} is {getattr(self, name)}, expected X,Y,Z; give three numbers of 0 or more")
+        if len(self.image_range) != 2 or self.image_range[0] >= self.image_range[1]:
+            raise InputError(f"--image-range is {self.image_range}, expected LEAST,GREATEST, as --image-range=-2.5,2.5")
         if not self.channel_mult or min(self.channel_mult) < 1:
             raise InputError(f"--channel-mult is {self.channel_mult}, expected whole numbers of 1 or more")
         if short := [n for n in self.size[: self.dims] if n < self.stride]:
@@ -226,7 +231,8 @@ class Config:
             raise InputError("--eta belongs to --sampler ddim; ddpm has --variance")
 
 
-SMALL = {"num_channels": 12, "lr_steps": 0, "workers": 0}  # D13
+SMALL: dict[str, Any] = {"num_channels": 12, "lr_steps": 0, "workers": 0}  # D13
+SMALL |= {"image_range": (-2.5, 2.5)}  # D14
 LAPTOP = {"batch": 2, "lr": 1e-3, "steps": 2000, "eval_every": 250, "save_every": 250}
 TINY = {"channel_mult": (1, 2, 4), "size": (32, 32, 32), "batch": 4, "lr": 3e-3}
 TINY |= {"steps": 500, "eval_every": 250, "save_every": 100}
@@ -346,10 +352,12 @@ def network_for(config: Config, record: dict[str, Any]) -> nn.Module:
 Call = Callable[[Tensor, Tensor | None, Tensor, Tensor | None], Tensor]
 
 
-def caller(model: Any, dtype: torch.dtype | None) -> Call:
+def caller(model: Any, dtype: torch.dtype | None, image_range: Sequence[float] = (0, 1)) -> Call:
     """The channels put together, autocast for this one pass: what a pass without gradient casts is never reused."""
+    low, high = image_range
 
     def f(image: Tensor, xk: Tensor | None, t: Tensor, prev: Tensor | None = None) -> Tensor:
+        image = low + (high - low) * image  # D14
         x = torch.cat([v for v in (image, xk, prev) if v is not None], dim=1)  # [B, M + C (+ C), X, Y, Z]
         with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
             return model(x, t).float()
@@ -737,7 +745,8 @@ def train_step(
         batch = augment(Batch(*next(batches)), device)
         shape, ns = (1 + len(run.record["classes"]), *batch.label.shape[1:]), batch.n.tolist()
         draw = partial(noise, config.seed, ns=ns, shape=shape, device=device)  # [B, C, X, Y, Z]
-        losses = training_losses(caller(net, run.dtype), caller(look, run.dtype), config, batch, draw)
+        f, first = (caller(m, run.dtype, config.image_range) for m in (net, look))
+        losses = training_losses(f, first, config, batch, draw)
         for number in range(1, config.passes + 1):
             last = part == config.accumulate - 1 and number == config.passes
             with nullcontext() if ranks.world == 1 or last else net.no_sync():  # gradients travel with the last pass
@@ -873,7 +882,15 @@ def print_header(config: Config, data: Any, ranks: Ranks, run: Training, reason:
     small = any(
         getattr(config, k) != getattr(paper, k) for k in ("num_channels", "channel_mult", "batch", "lr", "lr_steps")
     )
-    notes = {"D6": config.dice == "on", "D7": True, "D8": True, "D11": bool(larger), "D12": True, "D13": small}
+    notes = {
+        "D6": config.dice == "on",
+        "D7": True,
+        "D8": True,
+        "D11": bool(larger),
+        "D12": True,
+        "D13": small,
+        "D14": config.image_range != (0, 1),
+    }
     if diffusion:
         notes |= {"D1": config.schedule == "paper", "D2": config.time_inject == "post-norm", "D9": True, "D10": True}
         notes |= {"D3": config.variance == "small", "D4": config.target == "eps" and config.clip_x0 == "on"}
@@ -1003,7 +1020,7 @@ def sample_member(net: Network, image: Tensor, case: str, number: int, watch: An
     full, window, inside = padded(image.shape[1:], config)
     whole, cut_out = torch.zeros(len(image), *full, device=net.device), (slice(None), *inside)
     whole[cut_out] = image.to(net.device)  # [M, *full]
-    places, f = windows(full, window), caller(net.model, net.dtype)
+    places, f = windows(full, window), caller(net.model, net.dtype, config.image_range)
 
     def field(k: int) -> Tensor:  # [C, *full]
         generator = torch.Generator().manual_seed(seed_of(config.seed, "sample", case, number, k))  # D9
@@ -1225,7 +1242,7 @@ def predict(config: Config, ranks: Ranks) -> int:
 # =====================================================================================================================
 
 VERBS = ("train", "evaluate", "predict")
-NETWORK = ("method", "dims", "num_channels", "channel_mult", "time_inject", "recycle", "size")
+NETWORK = ("method", "dims", "num_channels", "channel_mult", "time_inject", "recycle", "size", "image_range")
 # How a trained network is used once: neither kept from a training nor compared on continuing it.
 ONCE = {"checkpoint", "split", "ensemble", "combine", "save_members", "save_maps", "image", "output", "overwrite"}
 ONCE |= {"quiet", "device", "amp", "workers"}

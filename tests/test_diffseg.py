@@ -318,6 +318,14 @@ def test_time_embedding_has_the_cosines_first(t, values, monkeypatch):
     assert [(v.tolist(), d) for v, d in asked] == [([t], 32)]
 
 
+def test_image_is_spread_over_its_range_and_nothing_else_is():
+    model = D.build_model(D.Config(**SMALL), 3, 2)
+    image, xk, t = torch.rand(2, 1, 8, 8, 8), torch.randn(2, 2, 8, 8, 8), torch.tensor([1, 1000])
+    plain, spread = D.caller(model, None), D.caller(model, None, (-2.5, 2.5))
+    assert torch.equal(plain(image, xk, t), model(torch.cat([image, xk], 1), t))
+    assert torch.equal(spread(image, xk, t), model(torch.cat([5 * image - 2.5, xk], 1), t))
+
+
 def test_slices_go_through_the_2d_network_one_by_one():
     model = small_model(dims=2).double()
     x, t = torch.randn(2, 4, 8, 12, 3, dtype=torch.float64), ks(1, 750)
@@ -719,6 +727,14 @@ def test_volume_of_the_training_size_is_one_pass_and_a_smaller_one_is_padded():
     assert len(calls) == 5 and set(calls) == {(1, 4, 8, 8, 8)} and small[1].shape == (3, 5, 8, 7)
 
 
+def test_sampling_spreads_the_image_as_training_did():
+    config, model, _ = two_modules()
+    seen, image = [], torch.rand(1, 8, 8, 8)
+    model.register_forward_hook(lambda *args: seen.append(args[1][0][:, :1]))
+    D.sample_member(network(replace(config, image_range=(-2.5, 2.5)), model), image, "a", 0)
+    assert len(seen) == 5 and all(torch.equal(v, 5 * image[None] - 2.5) for v in seen)
+
+
 def test_windows_of_a_constant_are_that_constant():
     class Constant(nn.Module):
         def forward(self, x, t):
@@ -1027,6 +1043,8 @@ def test_ema_forgets_its_start():
         ({"translate": (1,)}, "expected X,Y,Z"),
         ({"channel_mult": ()}, "--channel-mult is"),
         ({"dims": 4}, "--dims is 4"),
+        ({"image_range": (1.0, 0.0)}, "--image-range is"),
+        ({"image_range": (5.0,)}, "expected LEAST,GREATEST"),
         ({"train_K": 1}, "--train-K is 1"),
         ({"sampling_steps": 1001}, "up to 1000"),
         ({"method": "unet", "target": "eps"}, "no noise to predict"),

@@ -311,6 +311,7 @@ def plain() -> torch.Tensor:
         {"channel_mult": (1,)},
         {"time_inject": "pre-norm"},
         {"size": (8, 8, 4)},
+        {"image_range": (0.0, 1.0)},
         {"target": "eps"},
         {"recycle": "max"},
         {"recycle": "none"},
