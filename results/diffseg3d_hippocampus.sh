@@ -21,8 +21,9 @@ for S in $SEEDS; do
   $PYTHON diffseg3d_recycle.py train $FLAGS --eval-every 400 --seed "$S" --steps 2400 --out $D-prev-"$S"
   # (b) not recycled
   $PYTHON diffseg3d_recycle.py train $FLAGS --eval-every 400 --seed "$S" --steps 3200 --recycle none --out $D-none-"$S"
-  # (d) U-net
-  $PYTHON diffseg3d_recycle.py train $FLAGS --eval-every 400 --seed "$S" --steps 3200 --method unet --out $D-unet-"$S"
+  # (d) U-net; its first norm takes the range of the image away, so it keeps the paper's
+  $PYTHON diffseg3d_recycle.py train $FLAGS --eval-every 400 --seed "$S" --steps 3200 --method unet --image-range 0,1 \
+    --out $D-unet-"$S"
   for ROW in prev none unet; do
     $PYTHON diffseg3d_recycle.py evaluate $FLAGS --seed "$S" --out $D-$ROW-"$S" --save-maps
   done
@@ -33,18 +34,22 @@ $PYTHON diffseg3d_recycle.py train $FLAGS --eval-every 400 --steps 2400 --target
 $PYTHON diffseg3d_recycle.py train $FLAGS --eval-every 400 --steps 2400 --train-K 1000 --out $D-1000-0
 # (f) recycled from pure noise
 $PYTHON diffseg3d_recycle.py train $FLAGS --eval-every 400 --steps 2400 --recycle max --out $D-max-0
-for ROW in eps 1000 max; do
+# (a) and (b) with the paper's range of the image
+$PYTHON diffseg3d_recycle.py train $FLAGS --eval-every 400 --steps 2400 --image-range 0,1 --out $D-narrow-prev-0
+$PYTHON diffseg3d_recycle.py train $FLAGS --eval-every 400 --steps 3200 --image-range 0,1 --recycle none --out $D-narrow-none-0
+for ROW in eps 1000 max narrow-prev narrow-none; do
   $PYTHON diffseg3d_recycle.py evaluate $FLAGS --out $D-$ROW-0
 done
 
-$PYTHON -m common.metrics table --seeds --markdown --metric $METRICS $D-{prev,none,unet}-? $D-{eps,1000,max}-0
+$PYTHON -m common.metrics table --seeds --markdown --metric $METRICS $D-{prev,none,unet}-? $D-{eps,1000,max,narrow-prev,narrow-none}-0
 for ROW in none unet; do
   $PYTHON -m common.metrics compare "$D-$ROW-?" "$D-prev-?" --metric $METRICS
 done
-for ROW in eps 1000 max; do
+for ROW in eps 1000 max narrow-prev; do
   $PYTHON -m common.metrics compare $D-$ROW-0 $D-prev-0 --metric $METRICS
 done
-for ROW in prev-0 none-0 eps-0 1000-0 max-0; do
+$PYTHON -m common.metrics compare $D-narrow-none-0 $D-narrow-prev-0 --metric $METRICS
+for ROW in prev-0 none-0 eps-0 1000-0 max-0 narrow-prev-0 narrow-none-0; do
   echo "Dice after each sampling step, $ROW"
   awk -F, 'NR > 1 { s[$2] += ($3 + $4) / 2; n[$2]++ } END { for (k in s) printf "  k = %d  %.3f\n", k, s[k] / n[k] }' \
     $D-$ROW/dice_by_step.csv | sort -r
