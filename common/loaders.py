@@ -1222,3 +1222,98 @@ def write_on_grid(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
     image = nib.Nifti1Image(np.zeros(array.shape, np.uint8), affine)
     spacing = tuple(float(v) for v in nib.affines.voxel_sizes(affine))
     write_nifti(path, array, Nifti(np.asarray(image.dataobj), affine, spacing, image.header, path), array.dtype)
+
+
+# --- fake tissue -----------------------------------------------------------------------------------------------------
+
+
+def tissue(seed: int, index: int, shape: tuple[int, int] = (112, 144)) -> tuple[np.ndarray, np.ndarray]:
+    """Draw toy section `index` -> image uint8 [3, Y, X] (RGB), gland numbers int32 [Y, X], 0 = outside.
+
+    3 to 8 glands (bent ellipses: pale lumen, wall of the ground's own pink, a rim of dark nuclei) in fibrous ground
+    with loose nuclei and pale gaps, so that no colour belongs to glands alone. The stain differs from image to image.
+    """
+    rng = np.random.default_rng((seed, index, 2))
+    y, x = np.indices(shape).astype(np.float32)
+    number, level = np.zeros(shape, np.int32), np.full(shape, np.inf, np.float32)
+    bumps = np.clip(_smooth_field(rng, shape, (7, 9)), -2, 2)
+    centres: list[tuple[float, float, float]] = []
+    wanted = int(rng.integers(3, 9))
+    for _ in range(200):
+        half = rng.uniform(14, 24)
+        cy, cx = rng.uniform(0, shape[0]), rng.uniform(0, shape[1])
+        if len(centres) == wanted or any(np.hypot(cy - a, cx - b) < 1.05 * (half + r) for a, b, r in centres):
+            continue
+        turn, stretch = rng.uniform(0, np.pi), rng.uniform(1, 1.4)
+        u = (np.cos(turn) * (y - cy) + np.sin(turn) * (x - cx)) / half * stretch
+        v = (np.cos(turn) * (x - cx) - np.sin(turn) * (y - cy)) / half
+        mine = np.hypot(u, v) * (1 + 0.1 * bumps)
+        centres.append((cy, cx, half))
+        number[(mine < 1) & (mine < level)] = len(centres)
+        level = np.minimum(level, mine)
+    fibres = ndimage.gaussian_filter(rng.standard_normal(shape), (1, 5)) * 9 * np.sqrt(5)
+    gaps = _smooth_field(rng, shape, (10, 14)) > 1.3  # pale, as lumina are
+    pale = np.where(level < 1, level < 0.45, gaps & (level > 1.25))
+    # Nuclei: crowded along the walls' outer half, loose outside; dark discs of radius 1.8 about random points.
+    crowd = np.where((level > 0.68) & (level < 0.98), 0.09, np.where((level > 1.15) & ~gaps, 0.016, 0.0))
+    nuclei = ndimage.distance_transform_edt(rng.random(shape) >= crowd) < 1.8
+    ground = np.array([0.86, 0.60, 0.74])[:, None, None] + 0.02 * fibres  # [3, Y, X]
+    ground = np.where(pale, np.array([0.93, 0.88, 0.92])[:, None, None], ground)
+    image = np.where(nuclei & ~pale, np.array([0.42, 0.28, 0.58])[:, None, None], ground)
+    image = ndimage.gaussian_filter(image, (0, 0.6, 0.6)) ** rng.uniform(0.75, 1.35, (3, 1, 1))  # stain
+    image = image + 0.02 * rng.standard_normal(image.shape)
+    return np.clip(255 * image, 0, 255).astype(np.uint8), number
+
+
+class Tissue:
+    """`--data synthetic` of scripts that work on images: the interface of `Prepared` over drawn sections."""
+
+    def __init__(self, seed: int = 0, counts: tuple[int, int] = (32, 10), shape: tuple[int, int] = (112, 144)):
+        self.root, self.name, self.seed, self.grid, self.ignore = Path("."), "synthetic", seed, shape, None
+        self.axes, self.classes, self.channels = 2, {"gland": 1}, ["red", "green", "blue"]
+        names = [f"tissue_{i:03d}" for i in range(sum(counts))]
+        self.meta: dict[str, Any] = {
+            "format": FORMAT,
+            "name": "synthetic",
+            "channels": self.channels,
+            "classes": self.classes,
+            "label_values": {"0": 0, "1": 1},
+            "normalisation": {"kind": "none"},
+            "statistics": {},
+            "orientation": "YX",
+            "spacing": None,
+            "splits": {"train": names[: counts[0]], "val": [], "test": names[counts[0] :], "pretrain": names},
+        }
+        self._kept: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    @property
+    def scored(self) -> dict[str, int | list[int]]:
+        return dict(self.classes)
+
+    def cases(self, split: str, limit: int | None = None) -> list[str]:
+        if split not in self.meta["splits"]:
+            raise InputError(f"synthetic: no split {split!r}, expected one of {', '.join(self.meta['splits'])}")
+        return self.meta["splits"][split][:limit]
+
+    def _draw(self, case: str) -> tuple[np.ndarray, np.ndarray]:
+        if case not in self._kept:
+            self._kept[case] = tissue(self.seed, int(case.split("_")[1]), self.grid)
+        return self._kept[case]
+
+    def image(self, case: str) -> np.ndarray:
+        return self._draw(case)[0]
+
+    def instances(self, case: str) -> np.ndarray:
+        return self._draw(case)[1]
+
+    def label(self, case: str) -> np.ndarray:
+        return (self._draw(case)[1] > 0).astype(np.uint8)
+
+    def has_label(self, case: str) -> bool:
+        return True
+
+    def shape(self, case: str) -> tuple[int, ...]:
+        return self.grid
+
+    def spacing(self, case: str) -> tuple[float, ...]:
+        return (1.0, 1.0)

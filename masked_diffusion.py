@@ -1,0 +1,2155 @@
+"""MDM: pre-train a U-Net by filling in masked tiles, then label pixels from its features with a few examples.
+
+Paper
+    Z. Pan, J. Chen, Y. Shi: Masked Diffusion as Self-supervised Representation Learner. arXiv 2308.05695v4.
+
+Idea
+    A diffusion model's decoder holds features that tell tissue apart, and they can be learned without labels. MDM drops
+    the diffusion and keeps its network: a random share t / T of the image's tiles is hidden, the network is told t and
+    restores the whole image, and the loss is structural similarity instead of squared error. Then the network is
+    frozen. The maps of some middle decoder blocks, enlarged to the image's size, give each pixel a vector, and a small
+    network of three layers learns the classes from the pixels of a few labelled images. Noise instead of masks
+    (--method ddpm) and a masked autoencoder (mae) are the paper's rivals; a supervised U-Net (unet) is the baseline.
+
+Symbols
+    x_0        x0    [B, 3, H, W]      image, uint8 / 127.5 - 1, in [-1, 1]
+    t          t     [B]               0..T-1, uniform; ratio t / T of the tiles is hidden
+    p, L       tile, tiles             side of a tile in pixels; H W / p^2 tiles, of which L (T - t) // T stay
+    x_t        xt    [B, 3, H, W]      image with hidden tiles at 0 (mid grey), or with noise
+    eps        eps   [B, 3, H, W]      standard normal noise (ddpm)
+    abar_t     abar[t]                 product of 1 - beta_s for s = 0..t
+    f_theta    model(x_t, t)           the network: restored image (mdm), noise (ddpm)
+    f_k        maps                    output of decoder block k, [1, C m_k, h_k, w_k]
+    D          sum of channels         of all maps and times: the length of a pixel's vector
+
+Equations
+    (1) q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I)
+    (3) L = || eps - eps_theta(x_t, t) ||^2
+    (4) L = (1 - SSIM(x_0, f_theta(x_t, t))) / 2,
+        SSIM(x, y) = (2 mu_x mu_y + c1) (2 sigma_xy + c2) / ((mu_x^2 + mu_y^2 + c1) (sigma_x^2 + sigma_y^2 + c2))
+    (5) L = cross-entropy of the pixel classifier
+    Equation 2 is the posterior of a reverse process, which nothing here needs.
+
+Differs
+    D1  SSIM is the public code's: 5 x 5 Gaussian window, zero padding, c1 and c2 for a range of 1 although the image
+        spans 2, and no gradient where SSIM < 0. On signed data it cannot tell an image from its negative: `reconstruct`
+        prints the share of sign-flipped blocks. --ssim-range unit is the correct form.
+    D2  tiles are hidden when features are taken, too, as in the public code (the text suggests the intact image); the
+        mask is a function of (run, image, window, epoch), the public one is not seeded. --feature-mask off is the text.
+    D3  ddpm: no learned variance; one noise image for all windows in training and test (public: fresh in the test).
+    D4  the average of the weights warms up, d = min(ema, (1 + n) / (10 + n)); without it the paper's 10,000 steps leave
+        37 % of the initial weights in it.
+    D5  --method unet is this very network with random weights and classes as outputs, trained on whole crops.
+    D6  --method mae has our crops and flips; --vit small fits the small presets. ssim: un-patchified, not normalised.
+    D7  a classifier's first layer works on the native maps and its result is enlarged: W up(f) + b = up(W f) + b. The
+        same numbers without the enlarged features, of which 20 images of FFHQ take 17 to 89 GB.
+    D8  scores are means over images of Dice and IoU; the paper's IoU on GlaS is d / (2 - d) of the mean Dice d
+        (iou_from_dice) and its AJI on MoNuSeg is the foreground's IoU (aji_binary). Real AJI stands beside it.
+    D9  run r seeds all: labels drawn, crops, masks, classifier. SD with ddof 1.
+    D10 small images are reflected to the size of a crop; any batch size works (public: endless loop below 128 images).
+    D11 the small presets: narrow network, larger learning rate, small crops, a fixed number of classifier steps.
+    D12 FFHQ with ddpm: blocks 5, 6, 7, 8, 12, as in the public settings; the paper says 5 to 12.
+
+Usage
+    python masked_diffusion.py                                    all of it on fake tissue: pre-train, segment, score
+    python -m data_prep.glas --src GlaS --dst data/glas
+    python masked_diffusion.py pretrain --data glas --preset laptop
+    python masked_diffusion.py segment --data glas --preset laptop --labels 8 --split testA
+    python masked_diffusion.py segment --data glas --preset laptop --labels 8 --split testA --checkpoint none
+    python masked_diffusion.py segment --data glas --preset laptop --labels 8 --split testA --method unet
+    python masked_diffusion.py evaluate --data glas --preset laptop --labels 8 --split testA
+    python masked_diffusion.py predict --data glas --preset laptop --labels 8 --image slide.png --output mask.png
+    python masked_diffusion.py reconstruct --data glas --preset laptop --ratio 0.25,0.5,0.75
+    python masked_diffusion.py cluster --data glas --preset laptop --blocks 5,8,12
+    python masked_diffusion.py probe --data cifar-10-batches-py --preset laptop --blocks 5,6,7
+    torchrun --nproc_per_node=4 masked_diffusion.py --data glas   the paper's setting
+
+Expect
+    The bare run takes EXPECT
+"""
+
+import copy
+import math
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+from common import InputError, figures, loaders, metrics, runtime
+from common.runtime import Ranks, flag, say, seed_of
+from common.unet import (
+    AttentionBlock,
+    EmbedSequential,
+    GroupNorm,
+    ResBlock,
+    conv,
+    load_public,
+    timestep_embedding,
+    zero_module,
+)
+
+SCRIPT = "masked_diffusion"
+T = 1000  # levels of masking or noise; t = 0..T-1 throughout this file
+LOG_EVERY = 50  # steps
+PATIENCE = {"medical": 20, "natural": 50}  # epochs, or steps, without a better loss before a classifier is done
+NATURAL = ("ffhq34", "celeba19")  # data sets that get the natural-image settings
+
+# =====================================================================================================================
+# Config
+# =====================================================================================================================
+
+
+@dataclass(frozen=True)
+class Config:
+    """All flags. The defaults are the paper's on GlaS and MoNuSeg (`--preset paper`)."""
+
+    # fmt: off
+    data: str = flag("synthetic", "`synthetic`, a name below data/, a prepared folder, or CIFAR-10's folder")
+    preset: Literal["tiny", "laptop", "paper"] = flag("paper", "defaults of all other flags; tiny for synthetic data")
+    out: str = flag("", "run folder; empty: runs/masked_diffusion-DATA-PRESET")
+    init: str = flag("", "pretrain: start from these weights: one of our checkpoints or a public state dict")
+    overwrite: bool = flag(False, "throw the run folder's old contents away")
+    quiet: bool = flag(False, "no progress bars; one line at each evaluation")
+    seed: int = flag(0, "of weights, crops, masks, noise; of the first run in segment")
+    device: str = flag("auto", "auto | cpu | cuda | cuda:N")
+    amp: Literal["auto", "bf16", "fp16", "off"] = flag("auto", "number format of convolutions (public code: fp16)")
+    compile: bool = flag(False, "torch.compile the training network")
+    recompute: bool = flag(False, "keep block inputs only for backward: less memory, x 4/3 time")
+    workers: int = flag(4, "processes that load crops, per rank; 0: in the training process")
+    # network (guided-diffusion's)
+    num_channels: int = flag(192, "width C of the first level (public FFHQ network: 256)")
+    channel_mult: tuple[int, ...] = flag((1, 1, 2, 2, 4, 4), "width of each level in units of C")
+    num_res_blocks: int = flag(2, "residual blocks a level")
+    num_groups: int = flag(32, "groups of each group norm")
+    num_head_channels: int = flag(64, "channels of an attention head")
+    attention_resolutions: tuple[int, ...] = flag((8, 16, 32), "downsampling factors of maps with attention")
+    vit: Literal["large", "small"] = flag("large", "mae: ViT-L (paper), or width 192, 8 blocks")
+    # pre-training (section 4.1)
+    method: Literal["mdm", "ddpm", "mae", "unet"] = flag("mdm", "pre-training; segment: unet is the supervised row")
+    target: Literal["auto", "eps", "x0"] = flag("auto", "ddpm: what is predicted; auto: eps (mdm, mae: the image)")
+    loss: Literal["auto", "ssim", "mse", "l1"] = flag("auto", "auto: ssim for mdm, mse for ddpm and mae")
+    ssim_window: int = flag(5, "side of the Gaussian window (public code: 5; Wang et al.: 11)")
+    ssim_L: float = flag(1.0, "range of the pixel values in c1 and c2 (public code: 1, data in [-1, 1]: 2)")
+    ssim_range: Literal["signed", "unit"] = flag("signed", "unit: of (x + 1) / 2, without the cut at SSIM 0 (D1)")
+    schedule: Literal["cosine", "linear"] = flag("cosine", "ddpm: betas (paper: cosine; FFHQ: linear)")
+    tile: int = flag(8, "side of a tile in pixels (paper: 8; 4 and 16 in table 7)")
+    ratio: tuple[float, ...] = flag((), "masked shares; empty: mae 0.75, reconstruct 0.25,0.5,0.75")
+    fixed_t: int = flag(-1, "always this t, and in features too (table 3: ddpm 250, mdm 50); -1: random")
+    crop: int = flag(256, "side of crops and windows in pixels (paper: 256)")
+    pretrain_on: Literal["all", "train"] = flag("all", "images of pre-training; the paper's include the test images")
+    steps: int = flag(10_000, "optimisation steps (paper: 10,000; FFHQ 100,000); also of --method unet")
+    minutes: float = flag(0.0, "stop after so many minutes of training; 0: no limit")
+    batch: int = flag(128, "crops a step, over all processes and accumulation (paper: 128)")
+    accumulate: int = flag(1, "split the batch into so many parts, one after the other")
+    lr: float = flag(0.0, "learning rate; 0: 1e-4, or mae 1.5e-4 batch / 256 with warm-up and cosine (paper)")
+    grad_clip: float = flag(0.0, "largest gradient norm; 0: off (paper: none)")
+    ema: float = flag(0.9999, "decay of the averaged weights; 0: off (paper: 0.9999)")
+    eval_every: int = flag(1000, "steps between reconstructions of the same crops")
+    save_every: int = flag(500, "steps between saves")
+    # features (section 4.2)
+    checkpoint: str = flag("", "segment: pre-trained weights, ours, public or `none`; evaluate, predict: a classifier")
+    init_weights: Literal["ema", "raw"] = flag("ema", "segment: averaged or last pre-trained weights")
+    protocol: Literal["auto", "medical", "natural"] = flag("auto", "natural: settings of FFHQ-34 and CelebA-19")
+    blocks: tuple[int, ...] = flag((), "decoder blocks of features; empty: 8-12 medical, 5-12 natural; mae: last half")
+    feature_t: tuple[int, ...] = flag((), "times of features; empty: mdm 50, ddpm 250, natural ddpm 50,150,250")
+    feature_mask: Literal["on", "off"] = flag("on", "mdm: features of the masked image, or of the intact one (D2)")
+    feature_norm: Literal["auto", "l2", "rms", "none"] = flag("auto", "of a window's features; auto: medical l2")
+    share_noise: Literal["on", "off"] = flag("on", "ddpm: one noise image for all features (D3)")
+    # classifier
+    labels: int = flag(8, "labelled training images (GlaS: 8 and 85); 0: all")
+    draw: str = flag("first", "which ones: `first` by name (paper), or a number K that seeds a draw")
+    runs: int = flag(10, "classifiers of different seeds, mean and SD over them (paper: 10)")
+    ensemble: int = flag(0, "members of a run that vote; 0: medical 1, natural 10 (paper)")
+    pixels: int = flag(0, "pixels a step; 0: medical all of a crop (paper: 65,536), natural 64")
+    crops: int = flag(1, "crops a step (paper: 1; public settings of MoNuSeg: 16)")
+    stop: Literal["auto", "medical", "natural", "steps"] = flag("auto", "when a classifier is done; auto: --protocol's")
+    stop_epoch: int = flag(40, "stop medical: index of the first epoch that counts, less 1 (MoNuSeg: 30)")
+    stop_loss: Literal["last", "epoch"] = flag("last", "stop medical: of the last batch (public code), or the mean")
+    classifier_steps: int = flag(200, "stop steps: so many steps")
+    classifier_lr: float = flag(1e-3, "learning rate of Adam (paper: 1e-3)")
+    # evaluation and use
+    split: str = flag("test", "which cases: a split's name")
+    limit: int = flag(0, "at most so many cases; 0: all")
+    save_members: bool = flag(False, "evaluate: write each run's masks, not the first run's alone")
+    save_maps: bool = flag(True, "predict: write probabilities and an overlay beside each mask")
+    image: tuple[str, ...] = flag((), "predict: PNG, JPG, BMP or TIF files, or one folder")
+    output: str = flag("", "predict: file (for one image) or folder")
+    k: int = flag(5, "cluster: number of clusters")
+    # fmt: on
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.out or f"runs/{SCRIPT}-{Path(self.data).name}-{self.preset}")
+
+    @property
+    def segment_folder(self) -> Path:
+        kind = "-unet" if self.method == "unet" else "-random" if self.checkpoint == "none" else ""
+        drawn = "" if self.draw == "first" else f"-draw{self.draw}"
+        return self.run_folder / f"segment-{self.labels or 'all'}{kind}{drawn}"
+
+    @property
+    def natural(self) -> bool:
+        return self.protocol == "natural" or (self.protocol == "auto" and Path(self.data).name in NATURAL)
+
+    @property
+    def predicts(self) -> str:
+        """What the network's output is: the image (x0) or the noise (eps)."""
+        return self.target if self.target != "auto" else "eps" if self.method == "ddpm" else "x0"
+
+    @property
+    def loss_kind(self) -> str:
+        return self.loss if self.loss != "auto" else "ssim" if self.method == "mdm" else "mse"
+
+    @property
+    def times(self) -> tuple[int, ...]:
+        """t of the features, one forward pass each; a ViT and a supervised network have one pass without t."""
+        if self.method in ("mae", "unet"):
+            return (0,)
+        default = (50,) if self.method == "mdm" else (50, 150, 250) if self.natural else (250,)
+        return self.feature_t or ((self.fixed_t,) if self.fixed_t >= 0 else default)
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Decoder blocks whose outputs are features, counted from the lowest; of a ViT its encoder blocks."""
+        if self.method == "mae":
+            depth = VIT[self.vit]["depth"]
+            return self.blocks or tuple(range(depth // 2, depth))
+        if self.natural:
+            return self.blocks or ((5, 6, 7, 8, 12) if self.method == "ddpm" else tuple(range(5, 13)))  # D12
+        return self.blocks or (8, 9, 10, 11, 12)
+
+    @property
+    def norm(self) -> str:
+        return self.feature_norm if self.feature_norm != "auto" else "none" if self.natural else "l2"
+
+    @property
+    def members(self) -> int:
+        return self.ensemble or (10 if self.natural else 1)
+
+    @property
+    def stops(self) -> str:
+        return self.stop if self.stop != "auto" else "natural" if self.natural else "medical"
+
+    def __post_init__(self) -> None:
+        """Ranges and the rules between flags; InputError names the flag."""
+        for name in ("num_channels", "num_res_blocks", "num_groups", "num_head_channels", "tile", "crop", "batch"):
+            runtime.check_range(self, name, 1)
+        for name in ("accumulate", "eval_every", "save_every", "runs", "crops", "classifier_steps", "k"):
+            runtime.check_range(self, name, 1)
+        for name in ("minutes", "grad_clip", "workers", "limit", "seed", "labels", "ensemble", "pixels", "steps"):
+            runtime.check_range(self, name, 0)
+        for name, high in (("lr", 1), ("ema", 0.999999), ("feature_t", T - 1), ("stop_epoch", 5000)):
+            runtime.check_range(self, name, 0, high)
+        for name in ("classifier_lr", "ssim_L"):
+            runtime.check_range(self, name, 0, 10, open_low=True)
+        runtime.check_range(self, "ratio", 0, 0.999, open_low=True)
+        runtime.check_range(self, "fixed_t", -1, T - 1)
+        runtime.check_range(self, "ssim_window", 3)
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise InputError(f"--device is {self.device}, expected auto, cpu, cuda or cuda:N; correct the flag")
+        if not re.fullmatch(r"first|\d+", self.draw):
+            raise InputError(f"--draw is {self.draw}, expected `first` or a number; correct the flag")
+        if self.ssim_window % 2 == 0:
+            raise InputError(f"--ssim-window is {self.ssim_window}, expected an odd number; use {self.ssim_window + 1}")
+        if not self.channel_mult or min(self.channel_mult) < 1:
+            raise InputError(f"--channel-mult is {self.channel_mult}, expected whole numbers of 1 or more")
+        step, levels = 2 ** (len(self.channel_mult) - 1), len(self.channel_mult)
+        for word, n in (("--tile", self.tile), (f"the network of {levels} levels (--channel-mult)", step)):
+            if self.crop % n:
+                raise InputError(f"--crop {self.crop} is not a multiple of {n}, which {word} asks for; change either")
+        for m in {1, *self.channel_mult}:
+            if self.num_channels * m % self.num_groups:
+                raise InputError(f"--num-groups {self.num_groups} does not divide the width {self.num_channels * m}; "
+                                 "choose a divisor of it, or --num-channels as a multiple")  # fmt: skip
+        deep = [m for i, m in enumerate(self.channel_mult) if 2**i in self.attention_resolutions or i == levels - 1]
+        if bad := [self.num_channels * m for m in deep if self.num_channels * m % self.num_head_channels]:
+            raise InputError(f"--num-head-channels {self.num_head_channels} does not divide the {bad[0]} channels of "
+                             "an attention; choose a divisor of it, or other --num-channels")  # fmt: skip
+        if self.predicts == "eps" and (self.method != "ddpm" or self.loss_kind == "ssim"):
+            raise InputError("--target eps belongs to --method ddpm with --loss mse or l1: noise has no structure")
+        count = VIT[self.vit]["depth"] if self.method == "mae" else levels * (self.num_res_blocks + 1)
+        if self.blocks and not (0 <= min(self.blocks) <= max(self.blocks) < count):
+            raise InputError(f"--blocks is {self.blocks}, this network has blocks 0 to {count - 1}; correct the flag")
+
+
+SMALL: dict[str, Any] = {"num_channels": 32, "vit": "small", "tile": 4, "lr": 3e-4, "ema": 0.999, "workers": 0}  # D11
+LAPTOP: dict[str, Any] = {"crop": 128, "batch": 16, "steps": 6000, "eval_every": 500, "save_every": 100, "runs": 3}
+TINY: dict[str, Any] = {
+    "crop": 64,
+    "batch": 8,
+    "steps": 150,
+    "lr": 1e-3,
+    "ema": 0.99,
+    "eval_every": 50,
+    "save_every": 50,
+    "runs": 3,
+}
+TINY |= {"stop": "steps", "grad_clip": 1.0}
+PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "laptop": SMALL | LAPTOP, "tiny": SMALL | TINY}
+
+# =====================================================================================================================
+# Model
+# =====================================================================================================================
+
+
+class UNet(nn.Module):
+    """guided-diffusion's U-Net: residual blocks that also resample, attention at coarse maps, concatenated skips.
+
+    Called as model(x, t): x [B, C_in, H, W] with sides that are multiples of 2^(levels - 1), t [B] in 0..T-1; returns
+    [B, C_out, H, W]. Parameter names are the public code's.
+    """
+
+    def __init__(self, config: Config, in_channels: int, out_channels: int):
+        super().__init__()
+        c, groups = config.num_channels, config.num_groups
+        self.width, self.recompute = c, config.recompute
+        self.time_embed = nn.Sequential(nn.Linear(c, 4 * c), nn.SiLU(), nn.Linear(4 * c, 4 * c))
+
+        def block(a: int, b: int, resample: Literal["up", "down"] | None = None) -> ResBlock:
+            return ResBlock(2, a, b, 4 * c, groups, scale_shift=True, resample=resample)
+
+        def attention(width: int) -> AttentionBlock:
+            return AttentionBlock(width, config.num_head_channels, groups)
+
+        # Encoder. Every block's output is a skip; each level but the last ends with a block that halves the map.
+        self.input_blocks = nn.ModuleList([EmbedSequential(conv(2, in_channels, c))])
+        skips, width = [c], c  # widths
+        for level, m in enumerate(config.channel_mult):
+            attends = 2**level in config.attention_resolutions
+            for _ in range(config.num_res_blocks):
+                layers: list[nn.Module] = [block(width, c * m)]
+                if attends:
+                    layers.append(attention(c * m))
+                self.input_blocks.append(EmbedSequential(*layers))
+                width = c * m
+                skips.append(width)
+            if level < len(config.channel_mult) - 1:
+                self.input_blocks.append(EmbedSequential(block(width, width, "down")))
+                skips.append(width)
+        self.middle_block = EmbedSequential(block(width, width), attention(width), block(width, width))
+
+        # Decoder: block k = output_blocks[k], the numbers of the paper; the last of a level doubles the map.
+        self.output_blocks = nn.ModuleList()
+        for level, m in reversed(list(enumerate(config.channel_mult))):
+            for i in range(config.num_res_blocks + 1):
+                layers = [block(width + skips.pop(), c * m)]
+                width = c * m
+                if 2**level in config.attention_resolutions:
+                    layers.append(attention(width))
+                if level > 0 and i == config.num_res_blocks:
+                    layers.append(block(width, width, "up"))
+                self.output_blocks.append(EmbedSequential(*layers))
+        self.out = nn.Sequential(GroupNorm(groups, width), nn.SiLU(), zero_module(conv(2, width, out_channels)))
+
+    def run(self, block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(block, x, emb, use_reentrant=False, preserve_rng_state=False)  # no dropout here
+        return block(x, emb)
+
+    def trunk(self, x: Tensor, t: Tensor, blocks: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
+        """The last decoder block's output and the outputs of `blocks`; with blocks it stops after the last of them."""
+        emb = self.time_embed(timestep_embedding(t, self.width))  # [B, 4C]
+        skips, maps = [], {}
+        for block in self.input_blocks:
+            x = self.run(block, x, emb)  # [B, C m, H / 2^level, W / 2^level]
+            skips.append(x)
+        x = self.run(self.middle_block, x, emb)
+        for k, block in enumerate(self.output_blocks):
+            x = self.run(block, torch.cat([x, skips.pop()], dim=1), emb)
+            if k in blocks:
+                maps[k] = x
+                if k == max(blocks):
+                    break
+        return x, [maps[k] for k in blocks]
+
+    def features(self, x: Tensor, t: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        return self.trunk(x, t, blocks)[1]
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.out(self.trunk(x, t)[0])  # [B, C_out, H, W]
+
+
+VIT: dict[str, dict[str, int]] = {
+    "large": {"width": 1024, "depth": 24, "heads": 16, "decoder_width": 512, "decoder_depth": 8, "decoder_heads": 16},
+    "small": {"width": 192, "depth": 8, "heads": 6, "decoder_width": 128, "decoder_depth": 2, "decoder_heads": 4},
+}
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and SD of the pixel values in [0, 1]
+
+
+class VitBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, N, width] -> the same
+        b, n, c = x.shape
+        q, k, v = self.qkv(self.norm1(x)).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v)  # [B, heads, N, c / heads]
+        x = x + self.proj(h.transpose(1, 2).reshape(b, n, c))
+        return x + self.mlp(self.norm2(x))
+
+
+@cache
+def positions(rows: int, columns: int, width: int, device: torch.device) -> Tensor:
+    """Fixed sine-cosine positions of a grid, row-major: [1, rows columns, width]; columns and sines come first."""
+    freq = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    y, x = torch.meshgrid(torch.arange(rows).double(), torch.arange(columns).double(), indexing="ij")
+    parts = [f(axis.reshape(-1, 1) * freq) for axis in (x, y) for f in (torch.sin, torch.cos)]  # each [L, width / 4]
+    return torch.cat(parts, dim=1).float()[None].to(device)
+
+
+class Mae(nn.Module):
+    """Masked autoencoder of He et al. 2022: a ViT encodes the visible tiles, a small one restores all of them.
+
+    Called as model(x, mask): x [B, 3, H, W] in [-1, 1], mask [B, h, w] bool, True = hidden, equally many in each image.
+    Returns [B, L, p p 3]: the pixels of each tile, row-major, colours last. cls: a token without place, as published.
+    """
+
+    def __init__(self, config: Config, channels: int):
+        super().__init__()
+        v, p = VIT[config.vit], config.tile
+        width, dec = v["width"], v["decoder_width"]
+        self.tile, self.recompute = p, config.recompute
+        self.patch_embed = nn.Conv2d(channels, width, p, stride=p)
+        self.cls_token, self.mask_token = nn.Parameter(torch.zeros(1, 1, width)), nn.Parameter(torch.zeros(1, 1, dec))
+        self.blocks = nn.ModuleList(VitBlock(width, v["heads"]) for _ in range(v["depth"]))
+        self.norm, self.decoder_norm = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(dec, eps=1e-6)
+        self.decoder_embed = nn.Linear(width, dec)
+        self.decoder_blocks = nn.ModuleList(VitBlock(dec, v["decoder_heads"]) for _ in range(v["decoder_depth"]))
+        self.decoder_pred = nn.Linear(dec, p * p * channels)
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+        nn.init.xavier_uniform_(self.patch_embed.weight.data.view(width, -1))
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def run(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
+
+    def tokens(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """[B, L, width] with positions, and the grid (rows, columns) of tiles."""
+        x = self.patch_embed(imagenet(x))  # [B, width, h, w]
+        grid = x.shape[2], x.shape[3]
+        return x.flatten(2).transpose(1, 2) + positions(*grid, x.shape[1], x.device), grid
+
+    def features(self, x: Tensor, t: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Outputs of encoder blocks as maps [B, width, h, w]: all tiles visible, no final norm, without cls."""
+        x, grid = self.tokens(x)
+        x, maps = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1), {}
+        for k, block in enumerate(self.blocks[: max(blocks) + 1]):
+            x = block(x)
+            maps[k] = x[:, 1:].transpose(1, 2).unflatten(2, grid)
+        return [maps[k] for k in blocks]
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x, grid = self.tokens(x)
+        order = mask.flatten(1).long().argsort(dim=1, stable=True)  # visible tiles first, in their own order
+        seen = order[:, : int((~mask[0]).sum())]  # [B, kept]
+        x = x.gather(1, seen[..., None].expand(-1, -1, x.shape[2]))  # [B, kept, width]
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        for block in self.blocks:
+            x = self.run(block, x)
+        x = self.decoder_embed(self.norm(x))  # [B, 1 + kept, dec]
+        full = self.mask_token.to(x.dtype).repeat(len(x), order.shape[1], 1)  # [B, L, dec]
+        full = full.scatter(1, seen[..., None].expand(-1, -1, x.shape[2]), x[:, 1:])
+        x = torch.cat([x[:, :1], full + positions(*grid, x.shape[2], x.device)], dim=1)
+        for block in self.decoder_blocks:
+            x = self.run(block, x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]  # [B, L, p p 3]
+
+
+def imagenet(x: Tensor) -> Tensor:
+    """[-1, 1] -> zero mean and unit SD of ImageNet's pixels, what published autoencoders are fed."""
+    mean, sd = (torch.tensor(v, device=x.device).reshape(1, -1, 1, 1) for v in IMAGENET)
+    return ((x + 1) / 2 - mean) / sd
+
+
+def patchify(x: Tensor, p: int) -> Tensor:
+    """[B, C, H, W] -> [B, L, p p C]: row-major tiles, row-major pixels, channels last."""
+    b, c, h, w = x.shape
+    return x.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1).reshape(b, -1, p * p * c)
+
+
+def unpatchify(x: Tensor, p: int, grid: Sequence[int]) -> Tensor:
+    """The inverse of `patchify` for a grid of (rows, columns) tiles."""
+    return x.reshape(len(x), *grid, p, p, -1).permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, grid[0] * p, grid[1] * p)
+
+
+class Classifier(nn.Module):
+    """Three layers on the feature vector of a pixel; ReLU, then batch norm, as the public code orders them.
+
+    widths: channels of each feature map, in order; D is their sum. classes: with background.
+    """
+
+    def __init__(self, widths: Sequence[int], classes: int):
+        super().__init__()
+        a, b = (128, 32) if classes < 30 else (256, 128)
+        self.widths = list(widths)
+        self.first = nn.Linear(sum(widths), a)
+        self.rest = nn.Sequential(
+            nn.ReLU(), nn.BatchNorm1d(a), nn.Linear(a, b), nn.ReLU(), nn.BatchNorm1d(b), nn.Linear(b, classes)
+        )
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.normal_(m.weight, std=0.02)
+                nn.init.zeros_(m.bias)
+
+    def enlarge(self, maps: Sequence[Tensor], norm: Tensor, size: Sequence[int], where: Tensor | None = None) -> Tensor:
+        """W up(f) / norm + b for all pixels of a window [H W, a], or for those in `where` [P, 2]: [P, a].
+
+        maps: [1, c, h, w] each. The layer works on the native maps, and only its few channels are enlarged.
+        """
+        total: Any = self.first.bias
+        for f, weight in zip(maps, self.first.weight.split(self.widths, dim=1)):
+            small = F.conv2d(f, (weight / norm)[..., None, None])  # [1, a, h, w]  # D7
+            if where is not None:
+                total = total + pixels_of(small, where, size)  # [P, a]
+            else:
+                total = total + up(small, size)[0].flatten(1).T  # [H W, a]
+        return total
+
+    def forward(self, maps: Sequence[Tensor], norm: Tensor, size: Sequence[int], where: Tensor | None = None) -> Tensor:
+        return self.rest(self.enlarge(maps, norm, size, where))  # [P, classes]
+
+
+def build_model(config: Config, in_channels: int, out_channels: int) -> Any:
+    """The network of --method: a U-Net, or for mae a ViT (which restores its input: out_channels is in_channels)."""
+    return Mae(config, in_channels) if config.method == "mae" else UNet(config, in_channels, out_channels)
+
+
+def network_for(config: Config, record: Mapping[str, Any]) -> Any:
+    """The network for data that `record` describes: 3 -> 3 channels, or 3 -> classes for the supervised row."""
+    n = len(record["channels"])
+    return build_model(config, n, len(record["classes"]) + 1 if config.method == "unet" else n)
+
+
+def check_memory(config: Config, record: Mapping[str, Any], batch: int, device: torch.device) -> None:
+    """InputError where training on `batch` crops needs more memory than is free: counted on tensors without storage."""
+    dtype = runtime.number_format(config.amp, device)[0] or torch.float32
+    if config.method == "mae" or config.recompute:
+        return
+    with torch.device("meta"):
+        model = network_for(config, record).to(dtype).train()
+        x = torch.empty(batch, len(record["channels"]), config.crop, config.crop, dtype=dtype)
+        needed = runtime.kept_for_backward_gb(lambda: model(x, torch.zeros(batch)))
+    free = runtime.free_memory_gb(device)
+    if needed > free:
+        raise InputError(
+            f"training on {batch} crops of {config.crop} x {config.crop} needs about {needed:.1f} GB, {device} has "
+            f"{free:.1f} GB free; try --accumulate {max(2, math.ceil(needed / free) * 2)}, --recompute or a smaller "
+            "--num-channels"
+        )
+
+
+# =====================================================================================================================
+# Diffusion: masks, noise, losses
+# =====================================================================================================================
+
+
+def kept(t: int, tiles: int) -> int:
+    """Visible tiles: floor(L (1 - t / T)), in whole numbers, since the float expression errs for some t."""
+    return tiles * (T - t) // T
+
+
+def draw_mask(rng: np.random.Generator, keep: int, grid: tuple[int, int]) -> np.ndarray:
+    """[h, w] bool, True = hidden: all but the first `keep` tiles of a random permutation."""
+    mask = np.zeros(grid[0] * grid[1], bool)
+    mask[rng.permutation(mask.size)[keep:]] = True
+    return mask.reshape(grid)
+
+
+def hide(x: Tensor, mask: Tensor) -> Tensor:
+    """x [B, C, H, W] with the tiles of mask [B, h, w] at 0, mid grey."""
+    p = x.shape[2] // mask.shape[1]
+    return x.masked_fill(mask.repeat_interleave(p, 1).repeat_interleave(p, 2)[:, None], 0.0)
+
+
+@cache
+def abar_table(schedule: str) -> np.ndarray:
+    """abar[t] for t = 0..T-1 in float64."""
+    if schedule == "linear":
+        beta = np.linspace(1e-4, 0.02, T)
+    else:  # Nichol & Dhariwal: abar follows a cosine, no beta is above 0.999
+        curve = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
+        beta = np.minimum(1 - curve[1:] / curve[:-1], 0.999)
+    return np.cumprod(1 - beta)
+
+
+def roots(schedule: str, t: Tensor) -> tuple[Tensor, Tensor]:
+    """sqrt(abar_t) and sqrt(1 - abar_t) for t [B], each [B, 1, 1, 1] in fp32."""
+    abar = torch.from_numpy(abar_table(schedule)).to(t.device)[t].reshape(-1, 1, 1, 1)
+    return abar.sqrt().float(), (1 - abar).sqrt().float()
+
+
+def q_sample(x0: Tensor, eps: Tensor, t: Tensor, schedule: str) -> Tensor:
+    """x_t from x_0 in one step."""
+    a, b = roots(schedule, t)
+    return a * x0 + b * eps  # eq. (1)
+
+
+def corrupt(config: Config, x0: Tensor, t: Tensor, mask: Tensor, eps: Tensor | None) -> Tensor:
+    """What the network is shown: the image with hidden tiles (mdm), or with noise (ddpm)."""
+    if config.method == "ddpm":
+        assert eps is not None
+        return q_sample(x0, eps, t, config.schedule)
+    return hide(x0, mask)
+
+
+def restored(config: Config, output: Tensor, xt: Tensor, t: Tensor) -> Tensor:
+    """The image that a network output stands for."""
+    if config.predicts == "x0":
+        return output
+    a, b = roots(config.schedule, t)
+    return (xt - b * output) / a
+
+
+@cache
+def gaussian_window(side: int, sigma: float = 1.5) -> Tensor:
+    """[side, side] float64, of sum 1."""
+    g = torch.exp(-((torch.arange(side, dtype=torch.float64) - side // 2) ** 2) / (2 * sigma**2))
+    g = g / g.sum()
+    return g[:, None] * g[None, :]
+
+
+def ssim_map(x: Tensor, y: Tensor, side: int = 5, span: float = 1.0) -> Tensor:
+    """SSIM of each pixel and channel, [B, C, H, W]. side: of the Gaussian window; span: range of the values.
+
+    Zeros lie outside the image, as in the public code: near the border means and variances are too small.
+    """
+    c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
+    window = gaussian_window(side).to(x).expand(x.shape[1], 1, side, side)
+
+    def local(v: Tensor) -> Tensor:
+        return F.conv2d(v, window, padding=side // 2, groups=x.shape[1])
+
+    mx, my = local(x), local(y)
+    vx, vy, cov = local(x * x) - mx * mx, local(y * y) - my * my, local(x * y) - mx * my
+    return (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))  # eq. (4)
+
+
+def ssim_loss(x: Tensor, y: Tensor, config: Config) -> Tensor:
+    """(1 - SSIM) / 2 of images in [-1, 1], over all pixels, the visible ones too: [B] in 0..1."""
+    if config.ssim_range == "unit":  # the correct form: structure cannot change its sign unseen
+        return ((1 - ssim_map((x + 1) / 2, (y + 1) / 2, config.ssim_window, config.ssim_L)) / 2).flatten(1).mean(1)
+    ssim = ssim_map(x, y, config.ssim_window, config.ssim_L)
+    return ((1 - ssim).clamp(0, 1) / 2).flatten(1).mean(1)  # D1
+
+
+def pixel_loss(kind: str, target: Tensor, output: Tensor) -> Tensor:
+    """Mean over all values of the squared or absolute error: [B]."""
+    error = target - output
+    return (error.square() if kind == "mse" else error.abs()).flatten(1).mean(1)
+
+
+def mae_loss(config: Config, output: Tensor, x0: Tensor, mask: Tensor) -> Tensor:
+    """Squared error on hidden tiles, each normalised by its own mean and SD: [B]. output: [B, L, p p 3]."""
+    if config.loss_kind == "ssim":
+        return ssim_loss(x0, unpatchify(output, config.tile, mask.shape[1:]), config)  # D6
+    target = patchify(imagenet(x0), config.tile)
+    target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 1e-6).sqrt()
+    error = target - output
+    error = (error.square() if config.loss_kind == "mse" else error.abs()).mean(2)  # [B, L]
+    hidden = mask.flatten(1).float()
+    return (error * hidden).sum(1) / hidden.sum(1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """x0 [B, 3, H, W]; label [B, H, W] (unet only, else 0); t [B]; mask [B, h, w]; n [B], the samples' numbers."""
+
+    x0: Tensor
+    label: Tensor
+    t: Tensor
+    mask: Tensor
+    n: Tensor
+
+
+def training_loss(net: Any, config: Config, batch: Batch) -> Tensor:
+    """The loss of each sample, [B] in fp32; the network computes in the number format around it, the loss in fp32."""
+    x0, t = batch.x0, batch.t
+    if config.method == "mae":
+        output = net(x0, batch.mask).float()
+        with torch.autocast(x0.device.type, enabled=False):
+            return mae_loss(config, output, x0, batch.mask)
+    if config.method == "unet":
+        logits = net(x0, t).float()  # [B, classes, H, W]
+        wrong = F.cross_entropy(logits, batch.label, ignore_index=255, reduction="none").flatten(1)  # eq. (5)
+        return wrong.sum(1) / (batch.label != 255).flatten(1).sum(1).clamp(min=1)
+    eps = noise(config.seed, batch.n.tolist(), x0.shape[1:], x0.device) if config.method == "ddpm" else None
+    xt = corrupt(config, x0, t, batch.mask, eps)
+    output = net(xt, t).float()
+    target = eps if config.predicts == "eps" else x0
+    assert target is not None
+    with torch.autocast(x0.device.type, enabled=False):  # variances as E[x^2] - mu^2 need all digits
+        if config.loss_kind == "ssim":
+            return ssim_loss(target, output, config)
+        return pixel_loss(config.loss_kind, target, output)  # eq. (3), without its variance term: D3
+
+
+# =====================================================================================================================
+# Data: images, crops, masks
+# =====================================================================================================================
+
+
+def open_images(config: Config) -> Any:
+    """--data: fake tissue, CIFAR-10's folder, or prepared images."""
+    if config.data == "synthetic":
+        return loaders.Tissue()
+    for folder in (Path(config.data), Path("data") / config.data):
+        if (folder / "batches.meta").exists():
+            return Cifar(folder)
+    return loaders.open_data(config.data, axes=2)
+
+
+class Cifar:
+    """CIFAR-10 with the interface of prepared images, without labels of pixels: for pre-training and `probe`."""
+
+    def __init__(self, folder: Path):
+        self.content, self.name, self.ignore = loaders.read_cifar10(folder), "cifar10", None
+        self.channels, self.classes = ["red", "green", "blue"], {}  # type: list[str], dict[str, int]
+        self.splits = {s: [f"{s}_{i}" for i in range(len(self.content[f"{s}_images"]))] for s in ("train", "test")}
+        plain = {"label_values": {"0": 0}, "normalisation": {"kind": "none"}, "statistics": {}, "orientation": "YX"}
+        self.meta: dict[str, Any] = plain | {"name": self.name, "channels": self.channels, "classes": {}}
+        self.meta |= {
+            "spacing": None,
+            "splits": self.splits | {"pretrain": self.splits["train"]},
+        }  # not the test images
+
+    def cases(self, split: str, limit: int | None = None) -> list[str]:
+        return self.meta["splits"].get(split, [])[:limit]
+
+    def image(self, case: str) -> np.ndarray:
+        split, i = case.split("_")
+        return self.content[f"{split}_images"][int(i)]
+
+    def shape(self, case: str) -> tuple[int, ...]:
+        return self.image(case).shape[1:]
+
+    def has_label(self, case: str) -> bool:
+        return False
+
+
+def pretraining_cases(data: Any, config: Config) -> list[str]:
+    """All images, the test images too, since no label is used (as in the paper); --pretrain-on train leaves them."""
+    splits = data.meta["splits"]
+    if config.pretrain_on == "train":
+        return list(splits["train"]) + list(splits.get("unlabelled", []))
+    return list(splits.get("pretrain") or dict.fromkeys(case for cases in splits.values() for case in cases))
+
+
+def labelled_cases(data: Any, config: Config, seed: int) -> list[str]:
+    """The --labels images that a classifier learns from: the first by name, or drawn by --draw (the same in all runs).
+
+    Names are sorted as text, so of GlaS train_1, train_10, ..., train_16 come first, which are the public code's.
+    """
+    cases = sorted(case for case in data.cases("train") if data.has_label(case))
+    n = config.labels or len(cases)
+    if not cases or n > len(cases):
+        raise InputError(f"--labels {n}: {config.data} has {len(cases)} labelled training images; lower --labels")
+    if config.draw != "first":
+        cases = [cases[i] for i in np.random.default_rng(seed_of("draw", int(config.draw))).permutation(len(cases))]
+    return cases[:n]
+
+
+def as_input(image: np.ndarray) -> np.ndarray:
+    """uint8 [C, ...] -> fp32 in [-1, 1]."""
+    return np.asarray(image, np.float32) / 127.5 - 1
+
+
+def cut(array: np.ndarray, start: Sequence[int], side: int) -> np.ndarray:
+    """[..., side, side] from [..., Y, X], which may be a memory map; a smaller image is reflected at its ends."""
+    window = np.asarray(array[..., start[0] : start[0] + side, start[1] : start[1] + side])
+    short = [(0, side - n) for n in window.shape[-2:]]
+    return (
+        np.pad(window, [(0, 0)] * (array.ndim - 2) + short, mode="reflect") if any(b for _, b in short) else window
+    )  # D10
+
+
+class Crops(Dataset):
+    """Sample n = 0, 1, 2, ... of the training: crop, flip, t and mask are a function of (seed, n).
+
+    n counts over the global batches, so the number of processes, workers and restarts changes nothing, and it runs
+    through one permutation of the images after the other, so any batch size works.
+    """
+
+    def __init__(self, data: Any, config: Config, cases: Sequence[str], stream: str = "crop"):
+        self.data, self.config, self.cases, self.stream = data, config, list(cases), stream
+        if not self.cases:
+            raise InputError(f"{config.data} has no image to train on; prepare data with images")
+
+    def __getitem__(self, n: int) -> tuple[np.ndarray, np.ndarray, int, np.ndarray, int]:
+        """Image [3, H, W] fp32, label [H, W] int64, t, mask [h, w] bool, n."""
+        config, side = self.config, self.config.crop
+        epoch, place = divmod(n, len(self.cases))
+        order = np.random.default_rng(seed_of(config.seed, "order", epoch)).permutation(len(self.cases))
+        case = self.cases[order[place]]
+        rng = np.random.default_rng(seed_of(config.seed, self.stream, n))
+        image = self.data.image(case)
+        start = [int(rng.integers(0, max(size - side, 0) + 1)) for size in image.shape[1:]]
+        turn = slice(None, None, -1 if rng.random() < 0.5 else 1)  # left and right; a slide has neither
+        x0 = as_input(cut(image, start, side))[..., turn]
+        label = np.zeros((side, side), np.int64)
+        if config.method == "unet":
+            label = cut(self.data.label(case), start, side)[..., turn].astype(np.int64)
+        t = int(rng.integers(0, T)) if config.fixed_t < 0 else config.fixed_t
+        t = t if config.method in ("mdm", "ddpm") else 0
+        grid = side // config.tile, side // config.tile
+        keep = kept(t, grid[0] * grid[1])
+        if config.method == "mae":
+            keep = int(grid[0] * grid[1] * (1 - (config.ratio or (0.75,))[0]))
+        return np.ascontiguousarray(x0), np.ascontiguousarray(label), t, draw_mask(rng, keep, grid), n
+
+
+class Sharded(Sampler):
+    """Index lists of this process, one a forward pass: step s has samples s B .. s B + B - 1 of all processes."""
+
+    def __init__(self, config: Config, ranks: Ranks, step: int):
+        self.config, self.ranks, self.step = config, ranks, step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        part = self.config.batch // (self.ranks.world * self.config.accumulate)
+        for step in range(self.step, self.config.steps):
+            for k in range(self.config.accumulate):
+                first = step * self.config.batch + (self.ranks.rank * self.config.accumulate + k) * part
+                yield list(range(first, first + part))
+
+
+def noise(seed: int, ns: Sequence[int | str], shape: Sequence[int], device: torch.device) -> Tensor:
+    """eps [B, *shape] on the device, sample n from its own generator: equal on one process and on four."""
+    generator = torch.Generator(device)
+    return torch.stack(
+        [torch.randn(*shape, device=device, generator=generator.manual_seed(seed_of(seed, "noise", n))) for n in ns]
+    )
+
+
+# =====================================================================================================================
+# Train
+# =====================================================================================================================
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Constant (paper); mae: a linear warm-up over 2 % of the steps (40 of 2000 epochs) and a half cosine to zero."""
+    if config.method != "mae":
+        return config.lr or 1e-4
+    warm = max(1, config.steps // 50)
+    done = max(0.0, (step - warm) / max(1, config.steps - warm))
+    return (config.lr or 1.5e-4 * config.batch / 256) * min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW without decay; mae: betas 0.9, 0.95 and a decay of 0.05 on matrices, not on biases, norms and tokens."""
+    matrices = [p for p in model.parameters() if p.ndim > 1 and p.shape[0] > 1]
+    ids = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in ids]
+    mae = config.method == "mae"
+    groups = [{"params": matrices, "weight_decay": 0.05 * mae}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95 if mae else 0.999), fused=True)
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, updates: int) -> None:
+    """ema <- d ema + (1 - d) model, d = min(decay, (1 + n) / (10 + n)): young averages forget their start."""
+    d = min(decay, (1 + updates) / (10 + updates))  # D4
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
+
+
+def fast_layout(model: Any, compiled: bool = False) -> Any:
+    """Channels last on a CPU, where convolutions are quicker with it; torch.compile chooses by itself."""
+    on_cpu = next(model.parameters()).device.type == "cpu" and not compiled
+    return model.to(memory_format=torch.channels_last) if on_cpu else model
+
+
+def fresh(config: Config, record: Mapping[str, Any]) -> Any:
+    """A network with the random weights of --seed, the same on all processes and devices."""
+    torch.manual_seed(seed_of(config.seed, "weights") % 2**32)
+    return network_for(config, record)
+
+
+class Training:
+    """What training changes, which is what a checkpoint holds: saved, restored, and nothing else."""
+
+    def __init__(self, config: Config, record: dict[str, Any], device: torch.device, dtype: torch.dtype | None):
+        self.config, self.record, self.device, self.dtype = config, record, device, dtype
+        self.model = fast_layout(fresh(config, record).to(device), config.compile)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False) if config.ema else self.model
+        self.optimizer = make_optimizer(config, self.model)
+        # The scaler also finds gradients that are not finite, and a fused optimiser then leaves the weights alone
+        # without the host having to ask; so it stays on, with scale 1, where the numbers need no scaling.
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if dtype == torch.float16 else 1.0)
+        self.step, self.seconds = 0, 0.0
+        self.skipped = torch.zeros(3, device=device)  # steps without a finite gradient: all, in a row, most in a row
+        self.seen = 0  # the newest step whose reconstructions were looked at
+
+    def save(self) -> None:
+        contents = {
+            "format": runtime.FORMAT,
+            "script": SCRIPT,
+            "config": asdict(self.config),
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict() if self.config.ema else {},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.dtype == torch.float16 else {},
+            "step": self.step,
+            "seconds": self.seconds,  # of training, over all restarts
+            "skipped": self.skipped.tolist(),
+            "best": {"seen": self.seen},  # the paper takes the last weights; nothing is chosen
+            "data": self.record,
+        }
+        out = self.config.run_folder
+        runtime.save_checkpoint(out / "last.pt", contents, out / "last.prev.pt")
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        if self.config.ema:
+            self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.dtype == torch.float16 and state["scaler"]:  # not where --amp changed meanwhile
+            self.scaler.load_state_dict(state["scaler"])
+        self.step, self.seconds, self.seen = state["step"], state["seconds"], state["best"]["seen"]
+        self.skipped.copy_(torch.tensor(state["skipped"]))
+
+
+def train_step(
+    run: Training, net: Any, batches: Iterator[Any], ranks: Ranks, losses_by_t: runtime.LossByTime
+) -> Tensor:
+    """One optimisation step of the global batch; returns the gradient norm before clipping.
+
+    net: run.model, wrapped for DDP and torch.compile. A step without a finite gradient changes no weight.
+    """
+    config, device, dtype = run.config, run.device, run.dtype
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(config, run.step)
+    run.optimizer.zero_grad(set_to_none=True)
+    for part in range(config.accumulate):
+        batch = Batch(*(v.to(device, non_blocking=True) for v in next(batches)))
+        alone = ranks.world == 1 or part == config.accumulate - 1  # gradients travel with the last part only
+        with nullcontext() if alone else net.no_sync():
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                losses = training_loss(net, config, batch)  # [B]
+            run.scaler.scale(losses.mean() / config.accumulate).backward()
+        losses_by_t.add(batch.t + 1, losses.detach())
+    run.scaler.unscale_(run.optimizer)
+    parameters = list(run.model.parameters())
+    if config.grad_clip:
+        norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+    else:
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    run.scaler.step(run.optimizer)  # does nothing where the norm is not finite, on all processes alike
+    run.scaler.update(None if dtype == torch.float16 else 1.0)
+    bad, (total, row, most) = (~torch.isfinite(norm)).float(), run.skipped.unbind()
+    row = (row + 1) * bad
+    run.skipped = torch.stack([total + bad, row, torch.maximum(most, row)])  # stays on the device
+    run.step += 1
+    if config.ema:
+        update_ema(run.ema, run.model, config.ema, run.step)
+    return norm
+
+
+def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> int:
+    """Pre-training, and the training of the supervised row. Returns 0, or 130 / 143 after a signal, all saved."""
+    device, out, record = ranks.device, config.run_folder, loaders.data_record(data)
+    dtype, reason = runtime.number_format(config.amp, device)
+
+    # 1. what is needed, and the checkpoint to continue from; nothing is written or thrown away before all is there
+    supervised = config.method == "unet"
+    cases = labelled_cases(data, config, config.seed) if supervised else pretraining_cases(data, config)
+    crops = Crops(data, config, cases)
+    check_memory(config, record, config.batch // (ranks.world * config.accumulate), device)
+    run = Training(config, record, device, dtype)
+    state = None if config.overwrite else runtime.find_run(out, SCRIPT, asdict(config), MAY_DIFFER, record, ranks)
+    if state is not None:
+        run.restore(state)
+    elif config.init:
+        load_start(config.init, run.model, ranks)
+        run.ema.load_state_dict(run.model.state_dict())
+    runtime.make_run(out, asdict(config), config.overwrite, ranks)
+    runtime.check_same_weights(run.model, ranks, "at the start")
+    print_header(config, data, cases, ranks, run, reason)
+
+    # 2. all processes work on parts of one global batch; DDP averages their gradients
+    net: Any = DistributedDataParallel(run.model) if ranks.world > 1 else run.model
+    net = torch.compile(net) if config.compile else net
+    net.train()
+    loader = DataLoader(
+        crops,
+        batch_sampler=Sharded(config, ranks, run.step),
+        num_workers=config.workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=runtime.ignore_signals,
+    )
+    log = runtime.Log(out / "log.csv", COLUMNS, run.step, ranks.first)
+    batches, losses_by_t, clock = iter(loader), runtime.LossByTime(T, device), (run.step, run.seconds)
+    limit, time_up, signal = 60 * config.minutes or math.inf, False, 0
+    bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=config.quiet or not ranks.first or None)
+
+    while True:
+        # 3. reconstruct the same crops when it is due; a run stopped before it did so does it first when continued
+        finished = run.step >= config.steps or time_up or run.seconds >= limit
+        if (run.step % config.eval_every == 0 or finished) and run.step > run.seen and not supervised:
+            run.seen = run.step
+            if ranks.first:
+                log.row({"step": run.step, "seconds": run.seconds, "val_loss": held_loss(run, data)})
+                run.save()
+        if finished or signal:
+            break
+
+        # 4. one step
+        begin = time.perf_counter()
+        norm = train_step(run, net, batches, ranks, losses_by_t)
+        run.seconds += time.perf_counter() - begin
+        bar.update()
+
+        # 5. log, save, stop
+        if (device.type == "cpu" or run.step % LOG_EVERY == 0) and run.skipped[2] >= 20:  # a GPU is not asked each step
+            raise InputError(f"no finite gradient in 20 steps before step {run.step}; lower --lr, or use --amp off")
+        signal, time_up = stop.agreed(ranks, run.seconds >= limit)
+        if run.step % LOG_EVERY == 0 or run.step in (10, config.steps):
+            rate = (run.step - clock[0]) / (run.seconds - clock[1])  # steps a second
+            row = {"step": run.step, "seconds": run.seconds, "lr": learning_rate(config, run.step - 1)}
+            row |= {"grad_norm": float(norm), "skipped": int(run.skipped[0])}
+            row |= {"memory_gb": runtime.peak_memory_gb(device)}
+            row |= {"samples_per_s": rate * config.batch, "left_s": (config.steps - run.step) / rate}
+            log.row(row | losses_by_t.row(ranks), silent=config.quiet)
+            clock = (run.step, run.seconds)
+        if ranks.first and (run.step % config.save_every == 0 or signal or time_up or run.step == config.steps):
+            run.save()
+    bar.close()
+    runtime.check_same_weights(run.model, ranks, "at the end")
+    if signal:
+        say(f"stopped by signal {signal}; step {run.step} is saved in {out}, the same command continues", ranks)
+        return 128 + signal
+    if ranks.first and run.step:
+        figures.loss_curve(out / "log.csv", out / "loss.png", title=f"{config.method}, {Path(config.data).name}")
+        if config.method in ("mdm", "ddpm"):
+            net = Backbone(config, run.ema.eval(), device, dtype)
+            draw_reconstructions(net, data, crops.cases[:3], out / "figures/reconstructions.png")
+    return 0
+
+
+COLUMNS = ["step", "seconds", "loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "lr", "grad_norm", "samples_per_s"]
+COLUMNS += ["memory_gb", "left_s", "skipped", "val_loss"]
+
+
+@torch.no_grad()
+def held_loss(run: Training, data: Any) -> float:
+    """Loss of the averaged weights on the same 16 crops, times and masks at each call: falls without their noise."""
+    crops = Crops(data, run.config, pretraining_cases(data, run.config), "held")
+    losses = []
+    for n in range(16):
+        batch = Batch(*(torch.as_tensor(v)[None].to(run.device) for v in crops[n]))
+        with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
+            losses.append(float(training_loss(run.ema.eval(), run.config, batch)))
+    run.model.train()
+    return float(np.mean(losses))
+
+
+def print_header(config: Config, data: Any, cases: Sequence[str], ranks: Ranks, run: Training, reason: str) -> None:
+    """What this run is, before it starts."""
+    share = f"{ranks.world} processes x {config.accumulate} parts x {config.batch // (ranks.world * config.accumulate)}"
+    splits = data.meta["splits"]
+    test = {case for name, ids in splits.items() if name.startswith("test") for case in ids}
+    seen = sum(case in test for case in cases)
+    notes = {"mdm": ["D2"], "ddpm": ["D3"], "mae": ["D6"], "unet": ["D5"]}[config.method] + ["D4", "D10"]
+    notes += ["D1"] * (config.loss_kind == "ssim" and config.ssim_range == "signed" and config.method != "unet")
+    notes += ["D11"] * (config.preset != "paper")
+    what = f"labels of {len(cases)} images" if config.method == "unet" else f"{len(cases)} images without labels"
+    lines = [f"MDM (Pan et al. 2023), {config.method} -> {config.run_folder}"]
+    lines += [f"  data      {config.data}: {what}, {seen} of them test images; crops of {config.crop} pixels"]
+    lines += [f"  network   {sum(p.numel() for p in run.model.parameters()):,} parameters"]
+    loss = "cross-entropy" if config.method == "unet" else f"{config.loss_kind} of {config.predicts}"
+    tiles = f", {(config.crop // config.tile) ** 2} tiles" * (config.method in ("mdm", "mae"))
+    lines += [f"  training  step {run.step} to {config.steps}, batch {config.batch} = {share}; {loss}{tiles}"]
+    lines += [f"  device    {ranks.device}, {'fp32' if run.dtype is None else str(run.dtype)[6:]} ({reason})"]
+    lines += [f"  differs   {' '.join(sorted(notes, key=lambda d: int(d[1:])))} (see the top of {SCRIPT}.py)"]
+    say("\n".join(lines), ranks)
+
+
+def load_start(path: str, model: Any, ranks: Ranks, raw: bool = False) -> None:
+    """Weights of one of our checkpoints or of a public state dict, strictly; only the head may differ in channels.
+
+    raw: the last weights instead of the averaged ones. A head of 6 channels (mean and variance) gives its first 3 to a
+    head of 3; another head is left as it is here. Either is said.
+    """
+    state = runtime.load_tensors(Path(path))
+    if isinstance(state, dict) and "format" in state:
+        state = runtime.load_checkpoint(Path(path), SCRIPT)
+        state = state["model"] if raw or not state["ema"] else state["ema"]
+    try:
+        state = {k.removeprefix("module."): v for k, v in state.items()}
+        head = {k: v for k, v in model.state_dict().items() if k in ("out.2.weight", "out.2.bias")}
+        for name, own in head.items():
+            if name in state and state[name].shape[1:] == own.shape[1:] and len(state[name]) != len(own):
+                taken = len(state[name]) == 2 * len(own)
+                how = "its first half, the mean, is taken" if taken else "the fresh head is kept"
+                say(f"note: {path}: {name} has {len(state[name])} channels, {len(own)} here: {how}", ranks)
+                state[name] = state[name][: len(own)] if taken else own
+        load_public(model, state)
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path} does not fit: {error}") from error
+
+
+# --- the pixel classifier ---
+
+
+class Stopping:
+    """Called after each step: True when a classifier is done, by the rule of --stop.
+
+    medical: the loss at the end of an epoch counts, from epoch index --stop-epoch + 1 on; natural: the loss of each
+    step, from epoch index 4 on. Done after more than PATIENCE counted losses in a row that were not the best; NaN is
+    never better. steps: after --classifier-steps.
+    """
+
+    def __init__(self, config: Config):
+        self.config, self.best, self.missed, self.steps = config, math.inf, 0, 0
+        self.losses: list[float] = []  # of this epoch
+
+    def __call__(self, epoch: int, loss: float, ends: bool) -> bool:
+        self.steps += 1
+        rule = self.config.stops
+        if rule == "steps":
+            return self.steps >= self.config.classifier_steps
+        self.losses.append(loss)
+        if rule == "medical":
+            if not ends:
+                return False
+            loss = float(np.mean(self.losses)) if self.config.stop_loss == "epoch" else loss
+        self.losses = self.losses if not ends else []
+        if epoch < (self.config.stop_epoch + 1 if rule == "medical" else 4):
+            return False
+        self.best, self.missed = (loss, 0) if loss < self.best else (self.best, self.missed + 1)
+        return self.missed > PATIENCE[rule]
+
+
+def classifier_batches(
+    config: Config, net: "Backbone", data: Any, cases: Sequence[str], seed: int
+) -> Iterator[tuple[int, bool, list[tuple[list[Tensor], Tensor, Tensor | None]], Tensor]]:
+    """Medical: (epoch, whether it ends, [(maps, norm, pixels) of each crop], labels [P]), new crops at each step.
+
+    Nothing is kept from one step to the next, so memory does not depend on the number of labelled images.
+    """
+    side, device = config.crop, net.device
+    for epoch in range(5000):
+        rng = np.random.default_rng(seed_of(seed, "classifier", epoch))
+        order = [cases[i] for i in rng.permutation(len(cases))]
+        groups = [order[i : i + config.crops] for i in range(0, len(order), config.crops)]
+        for i, group in enumerate(groups):
+            parts, labels = [], []
+            for case in group:
+                image = data.image(case)
+                start = [int(rng.integers(0, max(n - side, 0) + 1)) for n in image.shape[1:]]
+                x0 = torch.from_numpy(as_input(cut(image, start, side)))[None].to(device)
+                maps, norm = net.features(x0, (seed, case, *start, epoch))
+                label = torch.from_numpy(cut(data.label(case), start, side).astype(np.int64)).to(device)
+                where = None
+                if 0 < config.pixels < side * side:
+                    flat = torch.from_numpy(rng.permutation(side * side)[: config.pixels]).to(device)
+                    where = torch.stack([flat // side, flat % side], dim=1)  # [P, 2]
+                    label = label[where[:, 0], where[:, 1]]
+                parts.append((maps, norm, where))
+                labels.append(label.flatten())
+            yield epoch, i == len(groups) - 1, parts, torch.cat(labels)
+
+
+def fit_medical(config: Config, net: "Backbone", data: Any, cases: Sequence[str], seed: int, name: str) -> Classifier:
+    """One classifier on random crops: the paper's on GlaS and MoNuSeg. The last weights are kept, as in its code."""
+    size = (config.crop, config.crop)
+    torch.manual_seed(seed_of(seed, "classifier") % 2**32)
+    classifier = Classifier(net.widths(), len(data.classes) + 1).to(net.device).train()
+    optimizer = torch.optim.Adam(classifier.parameters(), lr=config.classifier_lr, fused=True)
+    stopping = Stopping(config)
+    bar = tqdm(desc=name, unit="step", leave=False, disable=config.quiet or None)
+    for epoch, ends, parts, label in classifier_batches(config, net, data, cases, seed):
+        first = torch.cat([classifier.enlarge(maps, norm, size, where) for maps, norm, where in parts])  # [P, a]
+        loss = F.cross_entropy(classifier.rest(first), label, ignore_index=255)  # eq. (5)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        bar.update()
+        if stopping(epoch, float(loss.detach()), ends):
+            break
+    bar.close()
+    say(f"{name}: {stopping.steps} steps, {epoch + 1} epochs, last loss {float(loss):.4f}")
+    return classifier.eval()
+
+
+class FeatureStore:
+    """Natural: the native maps of all labelled images in one memory-mapped file, fp16, and their pixels by number.
+
+    A pixel's neighbours lie together on disk ([image, row, column, channel]), so that a batch of random pixels reads
+    little. Classes of 1 to 19 pixels in an image are not learned from, as in the public code.
+    """
+
+    def __init__(self, config: Config, net: "Backbone", data: Any, cases: Sequence[str], seed: int, file: Path):
+        labels, self.norms, at = [], [], 0
+        for i, case in enumerate(cases):
+            image = np.asarray(data.image(case))
+            if image.shape[1:] != (config.crop, config.crop):
+                raise InputError(f"{config.data}: {case} has {image.shape[1:]} pixels, expected {config.crop} x "
+                                 f"{config.crop} for --protocol natural; use --crop or --protocol medical")  # fmt: skip
+            maps, norm = net.features(torch.from_numpy(as_input(image))[None].to(net.device), (seed, case, 0, 0, 0))
+            if i == 0:
+                self.shapes = [m.shape[1:] for m in maps]  # [c, h, w]
+                total = sum(m.numel() for m in maps) * len(cases)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                self.values = np.lib.format.open_memmap(file, "w+", np.float16, (total,))
+                self.starts = []
+            for m in maps:
+                self.starts.append(at)
+                self.values[at : at + m.numel()] = m[0].permute(1, 2, 0).half().cpu().numpy().ravel()
+                at += m.numel()
+            label = np.array(data.label(case)).ravel()
+            counts = np.bincount(label, minlength=256)
+            label[np.isin(label, np.nonzero((counts > 0) & (counts < 20))[0])] = 255
+            labels.append(label)
+            self.norms.append(float(norm))
+        self.label, self.size = np.concatenate(labels), (config.crop, config.crop)
+        self.pixels = np.nonzero(self.label != 255)[0]
+
+    def gather(self, pixels: np.ndarray) -> np.ndarray:
+        """Feature vectors [P, D] fp32 of pixels (numbers over all images): bilinear between their four neighbours."""
+        image, inside = np.divmod(pixels, self.size[0] * self.size[1])
+        rows, columns = np.divmod(inside, self.size[1])
+        parts = []
+        for k, (c, h, w) in enumerate(self.shapes):
+            y, x = ((v + 0.5) * n / full - 0.5 for v, n, full in zip((rows, columns), (h, w), self.size))
+            y, x = np.clip(y, 0, h - 1), np.clip(x, 0, w - 1)
+            y0, x0 = np.floor(y).astype(int), np.floor(x).astype(int)
+            fy, fx = (y - y0).astype(np.float32)[:, None], (x - x0).astype(np.float32)[:, None]
+            first = np.array(self.starts)[image * len(self.shapes) + k]
+
+            def read(yy: np.ndarray, xx: np.ndarray) -> np.ndarray:
+                at = first + (np.minimum(yy, h - 1) * w + np.minimum(xx, w - 1)) * c  # noqa: B023  (used at once)
+                return self.values[at[:, None] + np.arange(c)].astype(np.float32)  # [P, c]  # noqa: B023
+
+            top = (1 - fx) * read(y0, x0) + fx * read(y0, x0 + 1)
+            bottom = (1 - fx) * read(y0 + 1, x0) + fx * read(y0 + 1, x0 + 1)
+            parts.append((1 - fy) * top + fy * bottom)
+        return np.concatenate(parts, axis=1) / np.array(self.norms, np.float32)[image][:, None]
+
+
+def fit_natural(config: Config, net: "Backbone", store: FeatureStore, classes: int, seed: int, name: str) -> Classifier:
+    """One member on single random pixels of all images: the paper's on FFHQ-34 and CelebA-19."""
+    torch.manual_seed(seed_of(seed, "classifier") % 2**32)
+    classifier = Classifier(net.widths(), classes).to(net.device).train()
+    optimizer = torch.optim.Adam(classifier.parameters(), lr=config.classifier_lr, fused=True)
+    stopping, size, done = Stopping(config), config.pixels or 64, False
+    bar = tqdm(desc=name, unit="step", leave=False, disable=config.quiet or None)
+    for epoch in range(100):
+        order = np.random.default_rng(seed_of(seed, "pixels", epoch)).permutation(store.pixels)
+        count = len(order) // size  # what is left over waits for the next epoch
+        for i in range(count):
+            pixels = order[i * size : (i + 1) * size]
+            vectors = torch.from_numpy(store.gather(pixels)).to(net.device)  # [64, D]
+            label = torch.from_numpy(store.label[pixels].astype(np.int64)).to(net.device)
+            loss = F.cross_entropy(classifier.rest(classifier.first(vectors)), label)  # eq. (5)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            bar.update()
+            done = stopping(epoch, float(loss.detach()), i == count - 1)
+            if done:
+                break
+        if done:
+            break
+    bar.close()
+    say(f"{name}: {stopping.steps} steps, {epoch + 1} epochs, last loss {float(loss):.4f}")
+    return classifier.eval()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run: seed, network (frozen, or the supervised one), and its classifiers (none for the latter)."""
+
+    seed: int
+    net: "Backbone"
+    classifiers: list[Classifier]
+
+
+def fit(config: Config, net: "Backbone", data: Any, seed: int, out: Path) -> list[Classifier]:
+    """The classifiers of one run."""
+    cases, name = labelled_cases(data, config, seed), f"run of seed {seed}"
+    if not config.natural:
+        return [
+            fit_medical(config, net, data, cases, seed_of(seed, m) if m else seed, f"{name}, member {m}" if m else name)
+            for m in range(config.members)
+        ]
+    file = out / f"features-{seed}.npy"
+    try:
+        store = FeatureStore(config, net, data, cases, seed, file)
+        classes = len(data.classes) + 1
+        members = range(config.members)
+        return [fit_natural(config, net, store, classes, seed_of(seed, m), f"{name}, member {m}") for m in members]
+    finally:
+        file.unlink(missing_ok=True)
+
+
+# =====================================================================================================================
+# Sample: features of the frozen network, restored images, clusters
+# =====================================================================================================================
+
+
+def up(x: Tensor, size: Sequence[int]) -> Tensor:
+    """[B, c, h, w] -> [B, c, H, W], linearly between pixel centres, as features are enlarged."""
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def pixels_of(x: Tensor, where: Tensor, size: Sequence[int]) -> Tensor:
+    """The rows of up(x, size) at pixels `where` [P, 2] (row, column), without enlarging: [1, c, h, w] -> [P, c]."""
+    rows, columns = where[:, 0], where[:, 1]
+    at = torch.stack([(2 * columns + 1) / size[1] - 1, (2 * rows + 1) / size[0] - 1], dim=1)  # [P, 2], x first
+    # border, not zeros: centres of the outermost pixels lie outside those of the native map
+    found = F.grid_sample(x, at.to(x)[None, None], mode="bilinear", padding_mode="border", align_corners=False)
+    return found[0, :, 0].T
+
+
+@cache
+def gram(small: int, large: int, device: torch.device) -> Tensor:
+    """U^T U of the matrix U [large, small] that enlarges one axis: [small, small] fp32."""
+    eye = torch.eye(small, dtype=torch.float64)[None]
+    matrix = F.interpolate(eye, size=large, mode="linear", align_corners=False)[0].T  # [large, small]
+    return (matrix.T @ matrix).float().to(device)
+
+
+def square_sum(x: Tensor, size: Sequence[int]) -> Tensor:
+    """The sum of squares of up(x, size), without enlarging: sum over c of <X_c, G_h X_c G_w>."""
+    gh, gw = gram(x.shape[2], size[0], x.device), gram(x.shape[3], size[1], x.device)
+    return (x * (gh @ x @ gw)).sum()
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A network in use: frozen for features, or the supervised one. dtype: of autocast."""
+
+    config: Config
+    model: Any
+    device: torch.device
+    dtype: torch.dtype | None
+
+    def shown(self, x0: Tensor, t: int, key: Sequence[int | str]) -> Tensor:
+        """What the network sees of a window [1, 3, H, W] at t; its mask (or noise) is a function of `key`."""
+        config, tile = self.config, self.config.tile
+        if config.method == "ddpm":
+            names = ["features"] if config.share_noise == "on" else [repr((*key, t))]
+            eps = noise(0, names, x0.shape[1:], x0.device)  # D3
+            return q_sample(x0, eps, torch.tensor([t], device=x0.device), config.schedule)
+        if config.method != "mdm" or config.feature_mask == "off":
+            return x0
+        grid = x0.shape[2] // tile, x0.shape[3] // tile
+        rng = np.random.default_rng(seed_of("feature mask", *key, t))
+        mask = draw_mask(rng, kept(t, grid[0] * grid[1]), grid)
+        return hide(x0, torch.from_numpy(mask)[None].to(x0.device))  # D2
+
+    @torch.no_grad()
+    def features(self, x0: Tensor, key: Sequence[int | str]) -> tuple[list[Tensor], Tensor]:
+        """Native maps [1, c, h, w] fp32 of a window, times outer and blocks inner, and the norm that divides them.
+
+        l2: the Frobenius norm of all maps enlarged to the window, as if they had been, so it grows with its area.
+        """
+        config, maps = self.config, []
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            for t in config.times:
+                xt, tt = self.shown(x0, t, key), torch.tensor([t], device=x0.device)
+                maps += [m.float().contiguous() for m in self.model.features(xt, tt, config.taps)]
+        if config.norm == "none":
+            return maps, torch.ones((), device=self.device)
+        size = x0.shape[2:]
+        total = torch.stack([square_sum(m, size) for m in maps]).sum().sqrt()
+        values = sum(m.shape[1] for m in maps) * size[0] * size[1] if config.norm == "rms" else 1
+        return maps, (total / math.sqrt(values)).clamp(min=1e-12)
+
+    def widths(self) -> list[int]:
+        """Channels of each feature map; their sum is D. From one forward pass of the smallest image."""
+        side = math.lcm(self.config.tile, 2 ** (len(self.config.channel_mult) - 1))
+        x0 = torch.zeros(1, 3, side, side, device=self.device)
+        return [m.shape[1] for m in self.features(x0, ("widths",))[0]]
+
+
+@torch.no_grad()
+def reconstruct_window(net: Backbone, x0: Tensor, t: int, key: Sequence[int | str]) -> tuple[Tensor, Tensor]:
+    """(what is shown, the image restored from it) of x0 [1, 3, H, W]: one forward pass, no iteration."""
+    config, device = net.config, net.device
+    tt = torch.tensor([t], device=device)
+    with torch.autocast(device.type, net.dtype, enabled=net.dtype is not None):
+        if config.method == "mae":
+            grid = x0.shape[2] // config.tile, x0.shape[3] // config.tile
+            mask = draw_mask(np.random.default_rng(seed_of(*key)), kept(t, grid[0] * grid[1]), grid)
+            hidden = torch.from_numpy(mask)[None].to(device)
+            output = net.model(x0, hidden).float()
+            if config.loss_kind != "ssim":  # mean and SD of each tile are not restored: those of the truth, as usual
+                tiles = patchify(imagenet(x0), config.tile)
+                output = output * (tiles.var(2, keepdim=True) + 1e-6).sqrt() + tiles.mean(2, keepdim=True)
+                mean, sd = (torch.tensor(v, device=device) for v in IMAGENET)
+                output = ((output.unflatten(2, (-1, 3)) * sd + mean) * 2 - 1).flatten(2)
+            return hide(x0, hidden), unpatchify(output, config.tile, grid)
+        xt = replace(net, config=replace(config, feature_mask="on")).shown(x0, t, key)
+        return xt, restored(config, net.model(xt, tt).float(), xt, tt)
+
+
+def flipped_share(x: Tensor, y: Tensor, side: int = 8) -> float:
+    """Share of the side x side blocks of two images [1, C, H, W] that are anti-correlated: what signed SSIM allows.
+
+    The correlation of a block is over its pixels and channels, each channel about its own mean.
+    """
+    h, w = (n // side * side for n in x.shape[2:])
+    x, y = (patchify(v[:, :, :h, :w], side).unflatten(2, (-1, x.shape[1])) for v in (x, y))  # [1, blocks, pixels, C]
+    x, y = (v - v.mean(2, keepdim=True) for v in (x, y))
+    return float(((x * y).sum((2, 3)) < 0).float().mean())
+
+
+def centre(image: np.ndarray, side: int) -> np.ndarray:
+    """The middle window of an image, [C, side, side] fp32 in [-1, 1]."""
+    return as_input(cut(image, [max(n - side, 0) // 2 for n in image.shape[1:]], side))
+
+
+def picture(x: Any) -> np.ndarray:
+    """[1, 3, H, W] in [-1, 1] -> uint8 [H, W, 3]."""
+    return np.rint((x[0].clamp(-1, 1).cpu().numpy().transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8)
+
+
+def draw_reconstructions(net: Backbone, data: Any, cases: Sequence[str], file: Path) -> list[dict[str, Any]]:
+    """Each image, what is shown and what is restored at each ratio, as a picture; and scores, a row a case and ratio.
+
+    psnr and ssim are of pixel values in [0, 1] over the whole window (11 x 11, L = 1); flipped: see flipped_share.
+    """
+    ratios = net.config.ratio or (0.25, 0.5, 0.75)
+    images, titles, rows = [], [], []
+    for case in cases:
+        x0 = torch.from_numpy(centre(data.image(case), net.config.crop))[None].to(net.device)
+        images.append(picture(x0))
+        titles.append(case)
+        for ratio in ratios:
+            xt, y = reconstruct_window(net, x0, min(round(ratio * T), T - 1), ("reconstruct", case))
+            a, b = (x0 + 1) / 2, (y.clamp(-1, 1) + 1) / 2
+            row = {"case": case, "ratio": ratio, "psnr": -10 * math.log10(float((a - b).square().mean()) + 1e-10)}
+            row |= {"ssim": float(ssim_map(a, b, 11).mean()), "flipped": flipped_share(x0, y)}
+            rows.append(row)
+            images += [picture(xt), picture(y)]
+            titles += [f"{ratio:.0%} hidden", f"flipped {row['flipped']:.1%}"]
+    figures.montage(images, titles, file, columns=1 + 2 * len(ratios), title="image, and what is restored of it")
+    return rows
+
+
+def reconstruct(config: Config, data: Any, ranks: Ranks) -> int:
+    """Images restored from 25, 50 and 75 % hidden tiles (figure 9), with the share of sign-flipped blocks."""
+    net, out = load_backbone(config, data, ranks), config.run_folder
+    cases = cases_of(config, data, labelled=False)[: config.limit or 4]
+    rows = draw_reconstructions(net, data, cases, out / "figures/reconstructions.png")
+    runtime.write_csv(out / "reconstructions.csv", rows)
+    for ratio in dict.fromkeys(row["ratio"] for row in rows):
+        same = [row for row in rows if row["ratio"] == ratio]
+        text = ", ".join(f"{k} {np.mean([row[k] for row in same]):.3f}" for k in ("psnr", "ssim", "flipped"))
+        say(f"{ratio:.0%} hidden, {len(same)} images: {text}", ranks)
+    say(f"{out / 'figures/reconstructions.png'}", ranks)
+    return 0
+
+
+def k_means(points: np.ndarray, k: int, rng: np.random.Generator, rounds: int = 50) -> np.ndarray:
+    """Cluster numbers [N] of points [N, D]: k-means++ starts, then Lloyd's steps until nothing changes."""
+    centres = points[[rng.integers(len(points))]]  # [1, D]
+    nearest = ((points - centres[0]) ** 2).sum(1)
+    for _ in range(1, min(k, len(points))):
+        share = nearest / nearest.sum() if nearest.sum() > 0 else None
+        centres = np.vstack([centres, points[rng.choice(len(points), p=share)]])
+        nearest = np.minimum(nearest, ((points - centres[-1]) ** 2).sum(1))
+    square, labels = (points**2).sum(1, keepdims=True), np.full(len(points), -1)
+    for _ in range(rounds):
+        distance = square - 2 * points @ centres.T + (centres**2).sum(1)  # [N, k]
+        old, labels = labels, distance.argmin(1)
+        if (labels == old).all():
+            break
+        for j in range(len(centres)):
+            if (labels == j).any():  # a cluster that lost all its points stays where it was
+                centres[j] = points[labels == j].mean(0)
+    return labels
+
+
+def cluster(config: Config, data: Any, ranks: Ranks) -> int:
+    """k-means of each block's map, image by image (figure 6): what the features see without any label."""
+    net, out = load_backbone(config, data, ranks), config.run_folder
+    images, titles, colours = [], [], figures.class_colours(config.k)
+    for case in cases_of(config, data, labelled=False)[: config.limit or 4]:
+        x0 = torch.from_numpy(centre(data.image(case), config.crop))[None].to(net.device)
+        images.append(picture(x0))
+        titles.append(case)
+        for n, f in enumerate(net.features(x0, (config.seed, case, "cluster"))[0]):
+            points = f[0].flatten(1).T.double().cpu().numpy()  # [h w, c]
+            labels = k_means(points, config.k, np.random.default_rng(seed_of(config.seed, "cluster", case, n)))
+            small = torch.from_numpy(labels).reshape(1, 1, *f.shape[2:]).float()
+            large = F.interpolate(small, size=x0.shape[2:], mode="nearest")[0, 0].numpy().astype(int)
+            images.append(np.array(colours, np.uint8)[large])
+            titles.append(f"block {config.taps[n % len(config.taps)]}, t {config.times[n // len(config.taps)]}")
+    file = out / "figures/clusters.png"
+    columns = 1 + len(config.times) * len(config.taps)
+    if ranks.first:
+        figures.montage(images, titles, file, columns=columns, title=f"{config.k} clusters of each block's features")
+    say(f"{file}", ranks)
+    return 0
+
+
+# =====================================================================================================================
+# Evaluate
+# =====================================================================================================================
+
+
+def window_starts(n: int, r: int) -> list[int]:
+    """First pixels of windows of length r over an axis of length n: they overlap by a fifth, the last ends at n."""
+    return [min(k * int(0.8 * r), n - r) for k in range(-(-(n - r) // int(0.8 * r)) + 1)] if n > r else [0]
+
+
+@cache
+def window_weights(r: int) -> np.ndarray:
+    """[r, r] float64: a Gaussian of SD r / 8 about the window's middle, nowhere below 1e-3."""
+    g = np.exp(-((np.arange(r) - (r - 1) / 2) ** 2) / (2 * (r / 8) ** 2))
+    return np.maximum(np.outer(g, g), 1e-3)
+
+
+@torch.no_grad()
+def window_logits(run: Run, x0: Tensor, key: Sequence[int | str]) -> Tensor:
+    """Logits of each member for a window [1, 3, r, r]: [M, classes, r, r] fp32."""
+    net, size = run.net, x0.shape[2:]
+    if net.config.method == "unet":
+        with torch.autocast(net.device.type, net.dtype, enabled=net.dtype is not None):
+            return net.model(x0, torch.zeros(1, device=net.device)).float()
+    maps, norm = net.features(x0, key)
+    return torch.stack([c(maps, norm, size).T.unflatten(1, tuple(size)) for c in run.classifiers])
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """mask [Y, X] uint8; prob [classes, Y, X] fp32, mean over members; uncertainty: their disagreement in nats."""
+
+    mask: np.ndarray
+    prob: np.ndarray
+    uncertainty: float
+
+
+def segment_image(run: Run, image: np.ndarray, case: str) -> Segmentation:
+    """A whole image [3, Y, X] uint8 of any size, window by window; the logits are averaged, then members vote.
+
+    The sums of this one image are all that is kept. Images smaller than a window get mid grey around them.
+    """
+    config = run.net.config
+    r, shape = config.crop, image.shape[1:]
+    full = [max(n, r) for n in shape]
+    front = loaders.symmetric_pad(shape, full)
+    x0 = loaders.read_window(as_input(image), [-f for f in front], full)  # [3, *full]
+    weight = torch.from_numpy(window_weights(r)).float().to(run.net.device)  # [r, r]
+    total: Any = 0.0
+    sums = torch.zeros(*full, device=run.net.device)
+    for y in window_starts(full[0], r):
+        for x in window_starts(full[1], r):
+            window = torch.from_numpy(np.ascontiguousarray(x0[:, y : y + r, x : x + r]))[None].to(run.net.device)
+            logits = window_logits(run, window, (run.seed, case, y, x, "test"))  # [M, classes, r, r]
+            if isinstance(total, float):
+                total = torch.zeros(*logits.shape[:2], *full, device=run.net.device)
+            total[:, :, y : y + r, x : x + r] += weight * logits
+            sums[y : y + r, x : x + r] += weight
+    inside = tuple(slice(f, f + n) for f, n in zip(front, shape))
+    logits = (total / sums)[:, :, inside[0], inside[1]]  # [M, classes, Y, X]
+    prob = logits.softmax(1)
+    return Segmentation(vote(logits.argmax(1)).cpu().numpy(), prob.mean(0).cpu().numpy(), disagreement(prob))
+
+
+def vote(masks: Tensor) -> Tensor:
+    """The class that most members chose, of equal ones the smallest: [M, Y, X] -> [Y, X] uint8."""
+    return torch.mode(masks.cpu(), dim=0).values.to(torch.uint8)
+
+
+def disagreement(prob: Tensor) -> float:
+    """H(mean p) - mean H(p) of members [M, classes, Y, X], averaged over the tenth of the pixels with the largest."""
+
+    def entropy(p: Tensor, axis: int) -> Tensor:
+        return -(p * p.clamp(min=1e-12).log()).sum(axis)
+
+    gap = (entropy(prob.mean(0), 0) - entropy(prob, 1).mean(0)).flatten()
+    return float(gap.topk(max(1, len(gap) // 10)).values.mean())
+
+
+def colour_rule(data: Any, cases: Sequence[str]) -> Any:
+    """What colour alone can do: least squares from the ten products of red, green, blue to the classes.
+
+    Fitted on the pixels of the labelled images; the result maps an image [3, Y, X] to a mask.
+    """
+
+    def products(image: np.ndarray) -> np.ndarray:  # [N, 10]
+        r, g, b = as_input(image).reshape(3, -1)
+        return np.stack([np.ones_like(r), r, g, b, r * r, g * g, b * b, r * g, r * b, g * b], axis=1)
+
+    k, gram_matrix, answer = len(data.classes) + 1, np.zeros((10, 10)), np.zeros((10, len(data.classes) + 1))
+    for case in cases:
+        x, label = products(np.asarray(data.image(case))), np.asarray(data.label(case)).ravel()
+        x, label = x[label < k].astype(np.float64), label[label < k]
+        gram_matrix += x.T @ x
+        answer += x.T @ np.eye(k)[label]
+    rule = np.linalg.lstsq(gram_matrix, answer, rcond=None)[0]
+    return lambda image: (products(image) @ rule).argmax(1).reshape(image.shape[1:]).astype(np.uint8)
+
+
+OBJECTS = ("object_dice", "aji", "aji_binary")
+Scores = dict[str, Any]  # rows: of metrics.csv; objects: a dict a case; counts: for mIoU
+
+
+def score_mask(data: Any, case: str, mask: np.ndarray) -> Scores:
+    """All scores of one predicted mask; objects are its 4-connected pieces."""
+    truth = np.array(data.label(case))
+    counts = metrics.class_counts(mask, truth, len(data.classes) + 1, data.ignore)
+    if data.ignore is not None:
+        mask, truth = (np.where(truth == data.ignore, 0, v) for v in (mask, truth))
+    rows = metrics.evaluate_case(case, mask, truth, data.spacing(case), data.classes)
+    found: dict[str, Any] = {"case": case}
+    objects = data.instances(case) if len(data.classes) == 1 else None
+    if objects is not None:
+        pieces, objects = metrics.components(mask > 0), np.asarray(objects)
+        found |= {"object_dice": metrics.object_dice(pieces, objects), "aji": metrics.aji(pieces, objects)}
+        found["aji_binary"] = metrics.aji_binary(pieces, objects)
+    return {"rows": rows, "objects": [found], "counts": counts}
+
+
+def mean_scores(parts: Sequence[Scores]) -> dict[str, float]:
+    """Means over images of the scores of one run; mIoU from sums over all images."""
+    rows = [row for part in parts for row in part["rows"]]
+    mean = metrics.summarise(rows)["mean"]
+    scores = {"dice": mean["dice"]["mean"], "iou": mean["iou"]["mean"]}
+    scores["iou_from_dice"] = metrics.iou_from_dice(scores["dice"])  # D8
+    for name in OBJECTS:
+        values = np.array([found.get(name, math.nan) for part in parts for found in part["objects"]])
+        scores[name] = float(values[~np.isnan(values)].mean()) if not np.isnan(values).all() else math.nan
+    scores["miou"] = metrics.miou(sum(part["counts"] for part in parts))
+    return scores
+
+
+def cases_of(config: Config, data: Any, labelled: bool = True) -> list[str]:
+    """The cases of --split, at most --limit."""
+    cases = [case for case in data.cases(config.split) if not labelled or data.has_label(case)]
+    if not cases:
+        raise InputError(f"{config.data} has no {'labelled ' * labelled}image in its split {config.split}; has "
+                         f"{', '.join(k for k, v in data.meta['splits'].items() if v)}; choose by --split")  # fmt: skip
+    return cases[: config.limit or None]
+
+
+def score(config: Config, data: Any, runs: Sequence[Run], ranks: Ranks, out: Path) -> int:
+    """Score all runs on --split: table with floors, runs.csv, metrics.csv, summary.json, masks, pictures."""
+    cases, begin, one = cases_of(config, data), time.perf_counter(), len(data.classes) == 1
+    rule = colour_rule(data, labelled_cases(data, config, config.seed))
+    values = {int(k): v for k, v in data.meta["label_values"].items()}
+    results: dict[str, dict[str, Scores]] = {}  # name of a run or floor -> case -> scores
+    shown = []
+    for i in tqdm(range(ranks.rank, len(cases), ranks.world), desc="images", leave=False, disable=config.quiet or None):
+        case, image = cases[i], np.asarray(data.image(cases[i]))
+        truth = np.asarray(data.label(case))
+        masks = {"colour alone": rule(image)}
+        if one:
+            masks |= {
+                "all foreground": np.ones(truth.shape, np.uint8),
+                "the truth itself": (truth == 1).astype(np.uint8),
+            }
+        for run in runs:
+            result = segment_image(run, image, case)
+            masks[f"run{run.seed}"] = result.mask
+            if run is runs[0] or config.save_members:
+                folder = out / "predictions" / (f"run{run.seed}" if config.save_members else "")
+                write_mask(folder / f"{case}.png", result.mask, values)
+        for name, mask in masks.items():
+            results.setdefault(name, {})[case] = score_mask(data, case, mask)
+        if i < 4:
+            shown.append((i, case, image.transpose(1, 2, 0), truth, masks[f"run{runs[0].seed}"]))
+    gathered: dict[str, dict[str, Scores]] = {}
+    for part in runtime.gather(results, ranks):
+        for name, by_case in part.items():
+            gathered.setdefault(name, {}).update(by_case)
+    shown = sorted((entry for part in runtime.gather(shown, ranks) for entry in part), key=lambda entry: entry[0])
+    if not ranks.first:
+        return 0
+    write_scores(config, gathered, cases, out)
+    draw_segmentations(shown, data, out / "figures/segmentations.png")
+    seconds = time.perf_counter() - begin
+    say(f"\n{config.split} split of {config.data}, {len(cases)} images, {seconds:.0f} s; mean±SD over {len(runs)} runs")
+    print_table([out])
+    say(f"masks, pictures and tables are in {out}")
+    return 0
+
+
+def write_scores(config: Config, results: dict[str, dict[str, Scores]], cases: Sequence[str], out: Path) -> None:
+    """table.csv (a row a run and floor), and metrics.csv, objects.csv and summary.json of the means over runs.
+
+    A row of metrics.csv is the mean of the runs' rows of that image, so that two methods can be compared in pairs.
+    """
+    table, what = [], {"mdm": "MDM", "ddpm": "DDPM", "mae": "MAE", "unet": "U-Net, supervised"}[config.method]
+    random = "random features" if config.checkpoint == "none" else what
+    labels = f"{config.labels or 'all'} labels"
+    for name, by_case in results.items():
+        parts = [by_case[case] for case in cases]
+        is_run = name.startswith("run")
+        first = {"name": f"{random}, {labels}" if is_run else name, "run": name[3:] if is_run else ""}
+        table.append(first | {"images": len(cases)} | {k: f"{v:.6g}" for k, v in mean_scores(parts).items()})
+        if is_run:
+            folder = out / name
+            folder.mkdir(parents=True, exist_ok=True)
+            rows = [row for part in parts for row in part["rows"]]
+            metrics.write_metrics_csv(folder / "metrics.csv", rows)
+            metrics.write_summary(folder / "summary.json", metrics.summarise(rows))
+    runtime.write_csv(out / "table.csv", table)
+    runs = [by_case for name, by_case in results.items() if name.startswith("run")]
+    rows, objects = [], []
+    for case in cases:
+        for same in zip(*(run[case]["rows"] for run in runs)):
+            numbers = {k: mean_of(row[k] for row in same) for k in same[0] if k not in ("case", "class")}
+            rows.append(same[0] | numbers)
+        found = [run[case]["objects"][0] for run in runs]
+        objects.append({k: case if k == "case" else mean_of(f[k] for f in found) for k in found[0]})
+    metrics.write_metrics_csv(out / "metrics.csv", rows)
+    metrics.write_summary(out / "summary.json", metrics.summarise(rows))
+    runtime.write_csv(out / "objects.csv", objects)
+
+
+def mean_of(values: Any) -> float:
+    """Mean of what is not NaN, NaN where nothing is left."""
+    kept_values = [v for v in values if not math.isnan(v)]
+    return float(np.mean(kept_values)) if kept_values else math.nan
+
+
+TITLES = {"dice": "Dice", "iou": "IoU", "iou_from_dice": "d/(2-d)", "object_dice": "object Dice", "aji": "AJI"}
+TITLES |= {"aji_binary": "AJI binary", "miou": "mIoU"}
+
+
+def print_table(folders: Sequence[Path]) -> None:
+    """The rows of table.csv of some folders side by side, runs of a name as mean±SD (ddof 1, D9)."""  # D9
+    rows: dict[str, list[dict[str, str]]] = {}
+    for folder in folders:
+        for row in runtime.read_csv(folder / "table.csv"):
+            same = rows.setdefault(row["name"], [])
+            if row["run"] or not same:  # a floor is the same for all
+                same.append(row)
+    order = sorted(rows, key=lambda name: not rows[name][0]["run"])  # runs first
+    columns = [k for k in TITLES if any(row[k] != "nan" for same in rows.values() for row in same)]
+    lines = [f"{'':<28}" + "".join(f"{TITLES[k]:>16}" for k in columns) + f"{'runs':>6}{'images':>8}"]
+    for name in order:
+        cells = []
+        for k in columns:
+            values = np.array([float(row[k]) for row in rows[name]])
+            spread = f"±{values.std(ddof=1):.3f}" if len(values) > 1 else ""
+            cells.append("-" if np.isnan(values).all() else f"{values.mean():.3f}{spread}")
+        runs = len(rows[name]) if rows[name][0]["run"] else ""
+        lines.append(f"{name:<28}" + "".join(f"{c:>16}" for c in cells) + f"{runs:>6}{rows[name][0]['images']:>8}")
+    say("\n".join(lines))
+
+
+def write_mask(file: Path, mask: np.ndarray, values: Mapping[int, int]) -> None:
+    """An 8-bit grey PNG with the publisher's label values."""
+    table = np.array([values.get(v, v) for v in range(max(values) + 1)], np.uint8)
+    write_png(file, table[mask])
+
+
+def write_png(file: Path, array: np.ndarray) -> None:
+    buffer = BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    loaders.atomic_write(file, buffer.getvalue())
+
+
+def draw_segmentations(shown: Sequence[Any], data: Any, file: Path) -> None:
+    """Image, truth and the first run's prediction of some cases."""
+    colours, images, titles = figures.class_colours(len(data.classes)), [], []
+    for _, case, image, truth, mask in shown:
+        truth = np.where(truth > len(data.classes), 0, truth)
+        images += [
+            np.ascontiguousarray(image),
+            figures.overlay(image, truth, colours),
+            figures.overlay(image, mask, colours),
+        ]
+        titles += [case, "truth", "prediction"]
+    figures.montage(images, titles, file, columns=6 if len(shown) > 1 else 3)
+
+
+def load_backbone(config: Config, data: Any, ranks: Ranks) -> Backbone:
+    """The pre-trained network of --checkpoint: ours (averaged weights, or --init-weights raw) or a public one."""
+    model = fresh(config, loaders.data_record(data))
+    if config.checkpoint != "none":
+        load_start(str(pretrained_path(config)), model, ranks, raw=config.init_weights == "raw")
+    return frozen(config, model, ranks)
+
+
+def frozen(config: Config, model: Any, ranks: Ranks) -> Backbone:
+    model = fast_layout(model.to(ranks.device)).eval().requires_grad_(False)
+    return Backbone(config, model, ranks.device, runtime.number_format(config.amp, ranks.device)[0])
+
+
+def load_runs(config: Config, path: Path, ranks: Ranks) -> tuple[list[Run], dict[str, Any]]:
+    """All runs of a folder that `segment` wrote, or the one of a file; and the record of the data they learned from."""
+    runs, record, shared = [], {}, None
+    for file in run_files(path):
+        state = runtime.load_checkpoint(file, SCRIPT)
+        seed, record = state["config"]["seed"], state["data"]
+        mine = replace(config, seed=seed)
+        if mine.method == "unet":
+            model = network_for(mine, record)
+            model.load_state_dict(state["ema"] or state["model"])
+            runs.append(Run(seed, frozen(mine, model, ranks), []))
+            continue
+        if state["backbone"] == "random":
+            net = frozen(mine, fresh(mine, record), ranks)
+        elif shared is None:
+            model = network_for(mine, record)
+            model.load_state_dict(runtime.load_checkpoint(file.parent.parent / "backbone.pt", SCRIPT)["model"])
+            net = shared = frozen(mine, model, ranks)
+        else:
+            net = shared
+        members = []
+        for weights in state["model"].values():
+            classifier = Classifier(state["widths"], len(record["classes"]) + 1)
+            classifier.load_state_dict(weights)
+            members.append(classifier.to(ranks.device).eval())
+        runs.append(Run(seed, net, members))
+    return runs, record
+
+
+def run_files(path: Path) -> list[Path]:
+    files = [path] if path.is_file() else sorted(path.glob("run*/last.pt"), key=lambda f: int(f.parent.name[3:]))
+    if not files:
+        raise InputError(f"{path} holds no classifier (run0/last.pt); run `segment` with the same flags first")
+    return files
+
+
+def evaluate(config: Config, data: Any, ranks: Ranks) -> int:
+    """Score the classifiers of `segment` again: on another split, or on other data of the same classes."""
+    runs, record = load_runs(config, classifier_path(config), ranks)
+    for key in ("channels", "classes"):
+        if record[key] != loaders.data_record(data)[key]:
+            raise InputError(f"{config.data} has {key} {data.meta[key]}, the classifier {record[key]}; prepare alike")
+    return score(config, data, runs, ranks, config.run_folder)
+
+
+def segment(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> int:
+    """Train --runs classifiers on --labels images (or supervised U-Nets), then score them. Finished runs stay."""
+    folder, record = config.segment_folder, loaders.data_record(data)
+    cases_of(config, data)  # before hours of work: is there something to score, and something to learn from
+    cases = labelled_cases(data, config, config.seed)
+    seeds = range(config.seed, config.seed + config.runs)
+    if config.method == "unet":
+        for seed in seeds:
+            code = train(replace(config, seed=seed, out=str(folder / f"run{seed}")), data, ranks, stop)
+            if code:
+                return code
+    else:
+        net = load_backbone(config, data, ranks)
+        runtime.make_run(folder, asdict(config), config.overwrite, ranks)
+        random = config.checkpoint == "none"
+        if ranks.first and not random:
+            keep_backbone(folder / "backbone.pt", net, record)
+        runtime.gather(None, ranks)  # all wait until it is there
+        t, blocks = config.times, config.taps
+        what = f"t {t}, blocks {blocks}, {sum(net.widths())} features, norm {config.norm}, stop {config.stops}"
+        say(f"classifiers on {len(cases)} labelled images -> {folder}\n  {', '.join(cases[:8])}; {what}", ranks)
+        for seed in seeds[ranks.rank :: ranks.world]:
+            mine, file = replace(config, seed=seed), folder / f"run{seed}/last.pt"
+            if file.exists():
+                old = runtime.load_checkpoint(file, SCRIPT)["config"]
+                runtime.check_same_config(old, asdict(mine), MAY_DIFFER | {"runs"}, folder)
+                continue
+            if random:
+                net = frozen(mine, fresh(mine, record), ranks)
+            classifiers = fit(mine, net, data, seed, folder)
+            state: dict[str, Any] = {"format": runtime.FORMAT, "script": SCRIPT, "config": asdict(mine), "step": 0}
+            state |= {"model": {str(i): c.state_dict() for i, c in enumerate(classifiers)}, "ema": {}, "optimizer": {}}
+            state |= {"scaler": {}, "best": {}, "data": record, "widths": net.widths()}
+            state["backbone"] = "random" if random else "backbone.pt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            runtime.save_checkpoint(file, state)
+    runtime.gather(None, ranks)
+    runs = [run for seed in seeds for run in load_runs(config, folder / f"run{seed}/last.pt", ranks)[0]]
+    return score(config, data, runs, ranks, folder)
+
+
+def keep_backbone(file: Path, net: Backbone, record: dict[str, Any]) -> None:
+    """The frozen weights beside the classifiers that belong to them; refuses where others lie there."""
+    weights = net.model.state_dict()
+    if file.exists():
+        old = runtime.load_checkpoint(file, SCRIPT)["model"]
+        if old.keys() != weights.keys() or any(not torch.equal(old[k], weights[k].cpu()) for k in old):
+            raise InputError(f"{file} holds other weights than --checkpoint: its classifiers belong to an earlier "
+                             "state; use --overwrite, or another --out")  # fmt: skip
+        return
+    state: dict[str, Any] = {"format": runtime.FORMAT, "script": SCRIPT, "config": asdict(net.config), "step": 0}
+    state |= {"model": weights, "ema": {}, "optimizer": {}, "scaler": {}, "best": {}, "data": record}
+    runtime.save_checkpoint(file, state)
+
+
+def probe(config: Config, data: Any, ranks: Ranks) -> int:
+    """Table 8: one linear layer on the averaged maps of frozen blocks tells CIFAR-10's classes.
+
+    A layer for each block and t of --feature-t learns on nine tenths of the training images (flip and crop, Adam 1e-3,
+    cosine over 15 epochs, batch 128); the one that is best on the last tenth is tested, as it is.
+    """
+    if not isinstance(data, Cifar):
+        raise InputError(f"probe needs CIFAR-10, --data {config.data} is none; name the folder cifar-10-batches-py")
+    config = replace(config, feature_t=config.feature_t or (0, 50))
+    net, content, epochs, size = load_backbone(config, data, ranks), data.content, 15, 128
+    images, labels = (content[f"train_{k}"][: config.limit or None] for k in ("images", "labels"))
+    order = np.random.default_rng(seed_of(config.seed, "probe")).permutation(len(images))
+    held, learn = order[: len(order) // 10], order[len(order) // 10 :]
+    names = [(t, k) for t in config.times for k in config.taps]
+    torch.manual_seed(config.seed)
+    layers = nn.ModuleList(nn.Linear(w, 10) for w in net.widths()).to(net.device)
+    optimizer = torch.optim.Adam(layers.parameters(), lr=1e-3)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * max(1, -(-len(learn) // size)))
+
+    def answers(batch: np.ndarray, key: int | str) -> list[Tensor]:
+        x0 = torch.from_numpy(as_input(batch)).to(net.device)
+        maps, _ = net.features(x0, (config.seed, "probe", key))
+        return [layer(m.mean((2, 3))) for layer, m in zip(layers, maps)]  # each [B, 10]
+
+    def accuracy(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        right = np.zeros(len(names))
+        with torch.no_grad():
+            for i in range(0, len(images), size):
+                truth = torch.from_numpy(labels[i : i + size]).to(net.device)
+                right += [float((a.argmax(1) == truth).sum()) for a in answers(images[i : i + size], "test")]
+        return right / len(images)
+
+    for epoch in tqdm(range(epochs), desc="probe", unit="epoch", disable=config.quiet or None):
+        rng = np.random.default_rng(seed_of(config.seed, "probe", epoch))
+        shuffled = rng.permutation(learn)
+        for i in range(0, len(shuffled), size):
+            batch = augment(images[shuffled[i : i + size]], rng)
+            truth = torch.from_numpy(labels[shuffled[i : i + size]]).to(net.device)
+            loss = torch.stack([F.cross_entropy(a, truth) for a in answers(batch, epoch)]).sum()  # independent layers
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            rate.step()
+    chosen = accuracy(images[held], labels[held])
+    test = accuracy(content["test_images"], content["test_labels"])
+    best = int(chosen.argmax())
+    rows = [{"t": t, "block": k, "held": f"{a:.4f}", "test": f"{b:.4f}"} for (t, k), a, b in zip(names, chosen, test)]
+    runtime.write_csv(config.run_folder / "probe.csv", rows)
+    for row in rows:
+        say("  ".join(f"{k} {v}" for k, v in row.items()), ranks)
+    t, k = names[best]
+    say(f"linear probe: {100 * test[best]:.2f} % of {len(content['test_images'])} test images at t {t}, block {k}, "
+        f"chosen on {len(held)} training images", ranks)  # fmt: skip
+    return 0
+
+
+def augment(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Flip with p 0.5, and shift by at most 4 pixels with mid grey from outside: uint8 [B, 3, 32, 32] -> the same."""
+    padded = np.pad(images, ((0, 0), (0, 0), (4, 4), (4, 4)), constant_values=128)
+    out, side = np.empty_like(images), images.shape[2]
+    for i, (y, x, flip) in enumerate(zip(*rng.integers(0, 9, (2, len(images))), rng.random(len(images)) < 0.5)):
+        window = padded[i, :, y : y + side, x : x + side]
+        out[i] = window[:, :, ::-1] if flip else window
+    return out
+
+
+# =====================================================================================================================
+# Predict
+# =====================================================================================================================
+
+
+def predict(config: Config, ranks: Ranks) -> int:
+    """Masks for image files or a folder of them, of any size, as PNG with the published label values."""
+    if not config.image or not config.output:
+        raise InputError("predict needs --image FILE... (or one folder) and --output FILE.png (or folder)")
+    runs, record = load_runs(config, classifier_path(config), ranks)
+    files = find_images([Path(p) for p in config.image])
+    output, run = Path(config.output), runs[0]
+    to_file = output.suffix.lower() == ".png"
+    if to_file and len(files) > 1:
+        raise InputError(f"--output {output} is one file, --image names {len(files)} images; give a folder")
+    values, faults = {int(k): v for k, v in record["label_values"].items()}, []
+    say(f"{classifier_path(config)}: {record['name']}, run of seed {run.seed}", ranks)
+    for file in files[ranks.rank :: ranks.world]:
+        target = output if to_file else output / f"{file.stem}.png"
+        loaders.check_not_input(target, [file])
+        try:
+            image = loaders.read_image(file)
+            if len(image) != len(record["channels"]):
+                raise InputError(f"{file}: {len(image)} channel, expected {len(record['channels'])} (RGB); convert it")
+        except InputError as error:
+            faults.append(str(error))
+            continue
+        result = segment_image(run, image, file.stem)
+        write_mask(target, result.mask, values)
+        if config.save_maps:
+            maps, colours = target.parent / "maps", figures.class_colours(len(record["classes"]))
+            for name, p in zip(record["classes"], result.prob[1:]):
+                write_png(
+                    maps / f"{target.stem}_{re.sub(r'[^A-Za-z0-9]+', '-', name)}.png", np.rint(255 * p).astype(np.uint8)
+                )
+            write_png(
+                maps / f"{target.stem}_overlay.png", figures.overlay(image.transpose(1, 2, 0), result.mask, colours)
+            )
+        shares = ", ".join(f"{name} {(result.mask == v).mean():.1%}" for name, v in record["classes"].items())
+        say(f"{target}: {image.shape[2]} x {image.shape[1]} pixels; {shares}")
+    if faults:
+        raise InputError(f"{len(faults)} of {len(files)} images were left out: {' | '.join(faults)}")
+    return 0
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """The files themselves, or the images of one folder, in order of name. Raises: InputError."""
+    if len(paths) == 1 and paths[0].is_dir():
+        paths = sorted(p for p in paths[0].iterdir() if p.suffix.lower() in loaders.IMAGE_ENDINGS)
+        if not paths:
+            raise InputError(f"{paths}: no {', '.join(loaders.IMAGE_ENDINGS)} in the folder; check --image")
+    if missing := [str(p) for p in paths if not p.is_file()]:
+        raise InputError(f"--image {', '.join(missing)}: not there, expected image files or one folder; check the path")
+    names: dict[str, Path] = {}
+    for p in paths:
+        if p.stem in names:
+            raise InputError(f"{p} and {names[p.stem]} would both become {p.stem}.png; predict them apart")
+        names[p.stem] = p
+    return list(paths)
+
+
+# =====================================================================================================================
+# Command line
+# =====================================================================================================================
+
+VERBS = ("pretrain", "segment", "evaluate", "predict", "reconstruct", "cluster", "probe")
+# How something trained is used once: neither kept from a training nor compared on continuing it.
+ONCE = {"checkpoint", "split", "limit", "save_members", "save_maps", "image", "output", "overwrite", "quiet"}
+ONCE |= {"device", "amp", "workers", "k"}
+# On continuing a run these may differ: they change where, how fast and how long, not what.
+MAY_DIFFER = ONCE | {"out", "preset", "steps", "minutes", "compile", "recompute", "accumulate", "eval_every"}
+MAY_DIFFER |= {"save_every"}
+# What pre-training does not look at.
+LATER = {"init_weights", "protocol", "blocks", "feature_t", "feature_mask", "feature_norm", "share_noise", "labels"}
+LATER |= {"draw", "runs", "ensemble", "pixels", "crops", "stop", "stop_epoch", "stop_loss", "classifier_steps"}
+LATER |= {"classifier_lr"}
+# What a pre-trained network is: other values are refused by all later verbs.
+NETWORK = {"num_channels", "channel_mult", "num_res_blocks", "num_groups", "num_head_channels", "vit", "tile"}
+NETWORK |= {"attention_resolutions", "method", "target", "schedule", "fixed_t"}
+# For evaluate and predict these may differ from those of segment.
+USE = ONCE | {"data", "preset", "out", "labels", "draw", "recompute", "compile"}
+
+
+def pretrained_path(config: Config) -> Path:
+    return Path(config.checkpoint) if config.checkpoint else config.run_folder / "last.pt"
+
+
+def classifier_path(config: Config) -> Path:
+    """A folder with runs, or one run's file."""
+    return Path(config.checkpoint) if config.checkpoint not in ("", "none") else config.segment_folder
+
+
+def with_pretrained(config: Config, given: dict[str, Any]) -> Config:
+    """The settings of the pre-training that --checkpoint names, changed by the given flags; a public file has none."""
+    path = pretrained_path(config)
+    state = runtime.load_tensors(path)
+    if isinstance(state, dict) and "format" in state:
+        every = {field.name for field in fields(Config)}
+        return runtime.trained_config(config, given, path, SCRIPT, every - NETWORK, ONCE)
+    return replace(config, **width_of(state, path, given))
+
+
+def width_of(state: Any, path: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """num_channels of a state dict, unless it was given. Depth and multipliers cannot be told from its shapes."""
+    if isinstance(state, dict) and "format" in state:
+        saved = runtime.load_checkpoint(path, SCRIPT)["config"]
+        return {k: saved[k] for k in NETWORK - {"fixed_t", "tile", "target", "schedule", "method"} if k not in given}
+    try:
+        state = {k.removeprefix("module."): v for k, v in state.items()}
+        return {} if "num_channels" in given else {"num_channels": len(state["input_blocks.0.0.weight"])}
+    except (KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{path} has no {error}, so it is no U-Net of this kind; use another file") from error
+
+
+def shared_batch(config: Config, given: dict[str, Any], ranks: Ranks) -> Config:
+    """A preset's batch that the processes cannot share is raised to the next one that they can."""
+    share = ranks.world * config.accumulate
+    if config.batch % share == 0:
+        return config
+    batch = -(-config.batch // share) * share
+    if "batch" in given:
+        raise InputError(
+            f"--batch {config.batch} cannot be shared by {ranks.world} processes x --accumulate {config.accumulate}; "
+            f"use a multiple of {share}, for example {batch}"
+        )
+    say(f"note: the preset's batch of {config.batch} becomes {batch}, so that all processes have work (--batch)", ranks)
+    return replace(config, batch=batch)
+
+
+def resolve(verb: str, config: Config, given: dict[str, Any]) -> Config:
+    """The settings of a verb: those of what it continues from, where there is something, changed by the given flags."""
+    if verb in ("", "pretrain"):
+        if config.method == "unet":
+            raise InputError("--method unet learns from labels, there is nothing to pre-train; use the verb segment")
+        return replace(config, **width_of(runtime.load_tensors(Path(config.init)), Path(config.init), given)) if (
+            config.init
+        ) else config  # fmt: skip
+    if verb in ("evaluate", "predict"):
+        path = classifier_path(config)
+        found = runtime.trained_config(config, given, run_files(path)[0], SCRIPT, USE, ONCE)
+        return replace(found, out=given.get("out", "") or str(path if path.is_dir() else path.parent))
+    if config.method == "unet":
+        if verb != "segment":
+            raise InputError(f"{verb} needs a pre-trained network, --method unet has none; choose another --method")
+        return config
+    if config.checkpoint == "none":
+        return config
+    return with_pretrained(config, given)
+
+
+def main(argv: Sequence[str]) -> int:
+    verb, config, given = runtime.parse_flags(Config, argv, VERBS, PRESETS, (__doc__ or "").split("\n\n")[0])
+    config = resolve(verb, config, given)
+    ranks, stop = runtime.start_processes(config.device), runtime.StopFlag()
+    try:
+        if verb == "predict":
+            stop.restore()
+            code = predict(config, ranks)
+        elif verb in ("", "pretrain", "segment"):
+            data, config = open_images(config), shared_batch(config, given, ranks)
+            code = train(config, data, ranks, stop) if verb != "segment" else 0
+            if verb != "pretrain" and code == 0:
+                supervised = verb == "segment" and config.method == "unet"
+                if not supervised:
+                    stop.restore()  # what takes long from here on is saved run by run
+                rows = [config] if verb == "segment" else [replace(config, checkpoint=c) for c in story(config)]
+                for row in rows:
+                    code = code or segment(row, data, ranks, stop)
+                if len(rows) > 1 and code == 0 and ranks.first:
+                    say("\nside by side: the pre-trained network, the same one untrained, and what needs no network")
+                    print_table([row.segment_folder for row in rows])
+        else:
+            stop.restore()
+            verbs = {"evaluate": evaluate, "reconstruct": reconstruct, "cluster": cluster, "probe": probe}
+            code = verbs[verb](config, open_images(config), ranks)
+    finally:
+        stop.restore()
+    runtime.stop_processes()
+    return code
+
+
+def story(config: Config) -> list[str]:
+    """--checkpoint of each row of the bare run: the network just trained; on fake tissue also one that saw nothing."""
+    last = str(config.run_folder / "last.pt")
+    return [last, "none"] if config.data == "synthetic" else [last]
+
+
+if __name__ == "__main__":
+    sys.exit(runtime.run_main(SCRIPT, main, sys.argv[1:]))
