@@ -70,6 +70,7 @@ Expect
 
 import copy
 import math
+import random
 import re
 import sys
 import time
@@ -772,7 +773,7 @@ def labelled_cases(data: Any, config: Config, seed: int) -> list[str]:
     if not cases or n > len(cases):
         raise InputError(f"--labels {n}: {config.data} has {len(cases)} labelled training images; lower --labels")
     if config.draw != "first":
-        cases = [cases[i] for i in np.random.default_rng(seed_of("draw", int(config.draw))).permutation(len(cases))]
+        random.Random(int(config.draw)).shuffle(cases)
     return cases[:n]
 
 
@@ -1193,7 +1194,7 @@ def fit_medical(config: Config, net: "Backbone", data: Any, cases: Sequence[str]
         if stopping(epoch, float(loss.detach()), ends):
             break
     bar.close()
-    say(f"{name}: {stopping.steps} steps, {epoch + 1} epochs, last loss {float(loss):.4f}")
+    say(f"{name}: {stopping.steps} steps, {epoch + 1} epochs, last loss {float(loss.detach()):.4f}")
     return classifier.eval()
 
 
@@ -1277,7 +1278,7 @@ def fit_natural(config: Config, net: "Backbone", store: FeatureStore, classes: i
         if done:
             break
     bar.close()
-    say(f"{name}: {stopping.steps} steps, {epoch + 1} epochs, last loss {float(loss):.4f}")
+    say(f"{name}: {stopping.steps} steps, {epoch + 1} epochs, last loss {float(loss.detach()):.4f}")
     return classifier.eval()
 
 
@@ -1700,12 +1701,12 @@ def write_scores(config: Config, results: dict[str, dict[str, Scores]], cases: S
     A row of metrics.csv is the mean of the runs' rows of that image, so that two methods can be compared in pairs.
     """
     table, what = [], {"mdm": "MDM", "ddpm": "DDPM", "mae": "MAE", "unet": "U-Net, supervised"}[config.method]
-    random = "random features" if config.checkpoint == "none" else what
+    what = "random features" if config.checkpoint == "none" else what
     labels = f"{config.labels or 'all'} labels"
     for name, by_case in results.items():
         parts = [by_case[case] for case in cases]
         is_run = name.startswith("run")
-        first = {"name": f"{random}, {labels}" if is_run else name, "run": name[3:] if is_run else ""}
+        first = {"name": f"{what}, {labels}" if is_run else name, "run": name[3:] if is_run else ""}
         table.append(first | {"images": len(cases)} | {k: f"{v:.6g}" for k, v in mean_scores(parts).items()})
         if is_run:
             folder = out / name
@@ -1857,8 +1858,8 @@ def segment(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> 
     else:
         net = load_backbone(config, data, ranks)
         runtime.make_run(folder, asdict(config), config.overwrite, ranks)
-        random = config.checkpoint == "none"
-        if ranks.first and not random:
+        untrained = config.checkpoint == "none"
+        if ranks.first and not untrained:
             keep_backbone(folder / "backbone.pt", net, record)
         runtime.gather(None, ranks)  # all wait until it is there
         t, blocks = config.times, config.taps
@@ -1870,13 +1871,13 @@ def segment(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> 
                 old = runtime.load_checkpoint(file, SCRIPT)["config"]
                 runtime.check_same_config(old, asdict(mine), MAY_DIFFER | {"runs"}, folder)
                 continue
-            if random:
+            if untrained:
                 net = frozen(mine, fresh(mine, record), ranks)
             classifiers = fit(mine, net, data, seed, folder)
             state: dict[str, Any] = {"format": runtime.FORMAT, "script": SCRIPT, "config": asdict(mine), "step": 0}
             state |= {"model": {str(i): c.state_dict() for i, c in enumerate(classifiers)}, "ema": {}, "optimizer": {}}
             state |= {"scaler": {}, "best": {}, "data": record, "widths": net.widths()}
-            state["backbone"] = "random" if random else "backbone.pt"
+            state["backbone"] = "random" if untrained else "backbone.pt"
             file.parent.mkdir(parents=True, exist_ok=True)
             runtime.save_checkpoint(file, state)
     runtime.gather(None, ranks)
