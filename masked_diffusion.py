@@ -270,18 +270,19 @@ class Config:
             raise InputError(f"--ssim-window is {self.ssim_window}, expected an odd number; use {self.ssim_window + 1}")
         if not self.channel_mult or min(self.channel_mult) < 1:
             raise InputError(f"--channel-mult is {self.channel_mult}, expected whole numbers of 1 or more")
-        step, levels = 2 ** (len(self.channel_mult) - 1), len(self.channel_mult)
+        levels = len(self.channel_mult)
+        step = 2 ** (levels - 1) if self.method != "mae" else 1
         for word, n in (("--tile", self.tile), (f"the network of {levels} levels (--channel-mult)", step)):
             if self.crop % n:
                 raise InputError(f"--crop {self.crop} is not a multiple of {n}, which {word} asks for; change either")
-        for m in {1, *self.channel_mult}:
-            if self.num_channels * m % self.num_groups:
-                raise InputError(f"--num-groups {self.num_groups} does not divide the width {self.num_channels * m}; "
-                                 "choose a divisor of it, or --num-channels as a multiple")  # fmt: skip
-        deep = [m for i, m in enumerate(self.channel_mult) if 2**i in self.attention_resolutions or i == levels - 1]
-        if bad := [self.num_channels * m for m in deep if self.num_channels * m % self.num_head_channels]:
-            raise InputError(f"--num-head-channels {self.num_head_channels} does not divide the {bad[0]} channels of "
-                             "an attention; choose a divisor of it, or other --num-channels")  # fmt: skip
+        for i, m in enumerate(self.channel_mult):
+            width = self.num_channels * m
+            if width % self.num_groups:
+                raise InputError(f"--num-groups {self.num_groups} does not divide the width {width}; choose a divisor")
+            attends = 2**i in self.attention_resolutions or i == levels - 1
+            if attends and width % self.num_head_channels and self.method != "mae":
+                raise InputError(f"--num-head-channels {self.num_head_channels} does not divide the {width} channels "
+                                 "of an attention; choose a divisor")  # fmt: skip
         if self.predicts == "eps" and (self.method != "ddpm" or self.loss_kind == "ssim"):
             raise InputError("--target eps belongs to --method ddpm with --loss mse or l1: noise has no structure")
         count = VIT[self.vit]["depth"] if self.method == "mae" else levels * (self.num_res_blocks + 1)
@@ -982,7 +983,8 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
     crops = Crops(data, config, cases)
     check_memory(config, record, config.batch // (ranks.world * config.accumulate), device)
     run = Training(config, record, device, dtype)
-    state = None if config.overwrite else runtime.find_run(out, SCRIPT, asdict(config), MAY_DIFFER, record, ranks)
+    may_differ = MAY_DIFFER | (LATER - {"labels", "draw"} if supervised else LATER)
+    state = None if config.overwrite else runtime.find_run(out, SCRIPT, asdict(config), may_differ, record, ranks)
     if state is not None:
         run.restore(state)
     elif config.init:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,9 @@ from PIL import Image
 import masked_diffusion as M
 from common import InputError, loaders, metrics, runtime
 
-ROOT = Path(__file__).parents[1]
+ROOT, TISSUE = Path(__file__).parents[1], loaders.Tissue
 NET = ["--channel-mult", "1,1", "--num-res-blocks", "1", "--attention-resolutions", "2", "--crop", "32"]
+NET += ["--num-head-channels", "32"]
 FAST = [*NET, "--tile", "8", "--batch", "2", "--quiet", "--amp", "off", "--device", "cpu"]
 LATER = ["--blocks", "0,1,2", "--runs", "2", "--labels", "3", "--classifier-steps", "3", "--limit", "2"]
 
@@ -67,8 +69,12 @@ def assert_same(a: Path, b: Path, exactly: bool = True) -> None:
     assert left.keys() == right.keys() and len(left) > 100
     if exactly:
         assert [k for k in left if not torch.equal(left[k], right[k])] == []
-    for k in left:
-        torch.testing.assert_close(left[k], right[k], atol=2e-5, rtol=1e-3)
+    # Adam makes whole steps of gradients that are rounding alone, so weights may differ by some steps of --lr 1e-4, but
+    # not in common; the gradients themselves (in Adam's mean) are compared as one vector.
+    for part, off in (("model.", 4e-4), ("ema.", 4e-4)):
+        assert max([float((left[k] - right[k]).abs().max()) for k in left if k.startswith(part)] or [0.0]) < off
+    mean = [torch.cat([v.flatten() for k, v in side.items() if k.endswith(".exp_avg")]) for side in (left, right)]
+    assert float((mean[0] - mean[1]).norm()) < 0.03 * float(mean[0].norm())
 
 
 def step_of(out: Path) -> int:
@@ -82,8 +88,7 @@ def table(path: Path) -> list[dict[str, str]]:
 @pytest.fixture(autouse=True)
 def small_tissue(monkeypatch):
     """`--data synthetic` of one process: fewer and smaller sections."""
-    plain = loaders.Tissue
-    monkeypatch.setattr(loaders, "Tissue", lambda: plain(0, (4, 3), (40, 56)))
+    monkeypatch.setattr(loaders, "Tissue", lambda: TISSUE(0, (4, 3), (40, 56)))
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +106,7 @@ def prepared(tmp_path_factory) -> Path:
             np.save(folder / "label.npy", (objects > 0).astype(np.uint8))
             np.save(folder / "instances.npy", objects)
         cases[name] = {"shape": size, "labelled": i != 5, "objects": int(objects.max()) if i != 5 else None}
-    meta = dict(loaders.Tissue(0, (1, 1), (8, 8)).meta, name="toy", cases=cases, label_values={"0": 0, "1": 7})
+    meta = dict(TISSUE(0, (1, 1), (8, 8)).meta, name="toy", cases=cases, label_values={"0": 0, "1": 7})
     meta["splits"] = {"train": names[:3], "val": [], "testA": names[3:5], "unlabelled": names[5:]}
     (root / "dataset.json").write_text(json.dumps(meta))
     return root
@@ -167,9 +172,9 @@ def test_supervised_row_trains_a_network_a_run_and_continues(tmp_path, capsys):
     assert "--lr was 0.001 and is 0.5" in refused(capsys, *argv, "--lr", "0.5")
 
 
-def test_natural_protocol_votes_and_leaves_no_features_behind(tmp_path, capsys):
-    plain = loaders.Tissue
-    loaders.Tissue = lambda: plain(0, (4, 3), (32, 32))  # monkeypatched by the fixture, which restores it
+def test_natural_protocol_votes_and_leaves_no_features_behind(tmp_path, capsys, monkeypatch):
+    square = TISSUE(0, (4, 3), (32, 32))
+    monkeypatch.setattr(loaders, "Tissue", lambda: square)
     argv = ["--out", str(tmp_path / "run")]
     assert M.main(["pretrain", *FAST, *argv, "--steps", "1"]) == 0
     later = [*argv, "--protocol", "natural", "--ensemble", "2", "--blocks", "0,1", "--labels", "2", "--limit", "2"]
@@ -199,7 +204,7 @@ def test_same_command_again_trains_no_further_and_other_settings_are_refused(tmp
 
 
 def test_stopped_and_killed_run_continues_to_the_same_weights(tmp_path):
-    argv = ["pretrain", "--data", "synthetic", *FAST, "--steps", "40", "--save-every", "1", "--eval-every", "15"]
+    argv = ["pretrain", "--data", "synthetic", *FAST, "--steps", "30", "--save-every", "1", "--eval-every", "12"]
     argv += ["--ema", "0.9"]
     assert run(*argv, "--out", str(tmp_path / "whole")).returncode == 0
     last, wait, stops = tmp_path / "cut/last.pt", random.Random(0), 0
@@ -228,7 +233,7 @@ def test_stopped_and_killed_run_continues_to_the_same_weights(tmp_path):
     assert_same(tmp_path / "whole", tmp_path / "cut")
     rows = [table(tmp_path / name / "log.csv") for name in ("whole", "cut")]
     held = [[(r["step"], r["val_loss"]) for r in log if r["val_loss"]] for log in rows]
-    assert held[0] == held[1] and [s for s, _ in held[0]] == ["15", "30", "40"]  # none lost or twice
+    assert held[0] == held[1] and [s for s, _ in held[0]] == ["12", "24", "30"]  # none lost or twice
 
 
 @pytest.mark.parametrize("method", ["mdm", "ddpm"])
@@ -369,12 +374,12 @@ def test_reconstruct_and_cluster_draw(trained, prepared, tmp_path, capsys):
     assert Image.open(tmp_path / "look/figures/clusters.png").size[0] > 300
 
 
-def cifar_folder(folder: Path, count: int = 60) -> Path:
+def cifar_folder(folder: Path, count: int = 20) -> Path:
     import pickle
 
     folder.mkdir()
     rng = np.random.default_rng(0)
-    for name, n in (("data_batch_1", count), ("test_batch", 20)):
+    for name, n in (("data_batch_1", count), ("test_batch", 10)):
         labels = [int(v) for v in rng.integers(0, 10, n)]
         data = (np.array(labels)[:, None] * 25 + rng.integers(0, 10, (n, 3072))).astype(np.uint8)
         (folder / name).write_bytes(pickle.dumps({b"data": data, b"labels": labels}, 2))
@@ -386,10 +391,10 @@ def test_probe_pretrains_on_cifar_and_tells_classes_of_plain_colours(tmp_path, c
     data = cifar_folder(tmp_path / "cifar-10-batches-py")
     argv = ["--data", str(data), "--out", str(tmp_path / "run"), "--quiet"]
     assert M.main(["pretrain", *argv, "--preset", "tiny", *FAST, "--steps", "2"]) == 0
-    assert "60 images without labels, 0 of them test images" in capsys.readouterr().out
-    assert M.main(["probe", *argv, "--preset", "tiny", "--blocks", "1,2,3"]) == 0
+    assert "20 images without labels, 0 of them test images" in capsys.readouterr().out
+    assert M.main(["probe", *argv, "--preset", "tiny", "--blocks", "1,3"]) == 0
     rows = table(tmp_path / "run/probe.csv")
-    assert [(r["t"], r["block"]) for r in rows] == [(t, b) for t in ("0", "50") for b in "123"]
+    assert [(r["t"], r["block"]) for r in rows] == [(t, b) for t in ("0", "50") for b in "13"]
     assert "linear probe:" in capsys.readouterr().out
 
 
@@ -412,7 +417,7 @@ def test_probe_pretrains_on_cifar_and_tells_classes_of_plain_colours(tmp_path, c
         (["evaluate", "--out", "nothing/here"], "holds no classifier (run0/last.pt)"),
         (["predict"], "holds no classifier"),
         (["reconstruct", "--method", "unet"], "reconstruct needs a pre-trained network"),
-        (["cluster", "--checkpoint", "none", "--split", "val"], "has no image in its split val; it has train, test"),
+        (["cluster", "--checkpoint", "none", "--split", "val"], "has no image in its split val; has train, test"),
         (["probe", "--checkpoint", "none"], "probe needs CIFAR-10, --data synthetic is none"),
         (["pretrain", "--batch", "3", "--accumulate", "2"], "--batch 3 cannot be shared"),
         (["pretrain", "--num-channels", "1024", "--batch", "4096"], "training on 4096 crops of 64 x 64 needs about"),
@@ -502,8 +507,8 @@ def test_an_image_of_a_thousand_pixels_is_segmented_in_two_gigabytes():
 
 def two_steps(**flags) -> torch.Tensor:
     """All (averaged) weights after two steps, as one vector."""
-    config = replace(M.Config(**M.PRESETS["tiny"]), channel_mult=(1, 1), num_res_blocks=1, attention_resolutions=(2,))
-    config = replace(config, crop=16, batch=2, steps=4)
+    config = replace(M.Config(**M.PRESETS["tiny"]), channel_mult=(1, 1), num_res_blocks=1, num_head_channels=32)
+    config = replace(config, crop=16, batch=2, steps=4, attention_resolutions=(2,))
     config = replace(config, **flags)
     data = loaders.Tissue()
     training = M.Training(config, loaders.data_record(data), torch.device("cpu"), None)
@@ -517,7 +522,7 @@ def two_steps(**flags) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in training.ema.parameters()])
 
 
-@pytest.fixture
+@cache
 def plain() -> torch.Tensor:
     return two_steps()
 
@@ -546,9 +551,9 @@ def plain() -> torch.Tensor:
         {"method": "unet", "labels": 2},
     ],
 )
-def test_each_flag_of_the_training_changes_it(plain, flags):
+def test_each_flag_of_the_training_changes_it(flags):
     other = two_steps(**flags)
-    assert other.shape != plain.shape or not torch.equal(other, plain)
+    assert other.shape != plain().shape or not torch.equal(other, plain())
 
 
 @pytest.mark.parametrize(
@@ -582,8 +587,8 @@ def test_flags_of_one_method_change_it(a, b):
 def test_each_flag_of_the_classifier_changes_it(flags):
     found = []
     for more in ({}, flags):
-        config = replace(M.Config(**M.PRESETS["tiny"]), channel_mult=(1, 1), num_res_blocks=1, crop=16, quiet=True)
-        config = replace(config, attention_resolutions=(2,), blocks=(0, 1), classifier_steps=3, pixels=100)
+        config = replace(M.Config(**M.PRESETS["tiny"]), channel_mult=(1, 1), num_head_channels=32, crop=16)
+        config = replace(config, attention_resolutions=(2,), blocks=(0, 1), classifier_steps=3, pixels=100, quiet=True)
         config = replace(config, **more)
         data = loaders.Tissue()
         net = M.frozen(config, M.fresh(config, loaders.data_record(data)), runtime.Ranks(0, 1, 0, torch.device("cpu")))
