@@ -65,7 +65,9 @@ Usage
     torchrun --nproc_per_node=4 masked_diffusion.py --data glas   the paper's setting
 
 Expect
-    The bare run takes EXPECT
+    The bare run takes about four minutes on two cores of a server CPU, half of it pre-training, and prints the scores of
+    ten unseen sections: mean Dice about 0.62 with 8 labels, beside 0.44 of the same network untrained, 0.43 of calling
+    all foreground and 0.42 of colour alone.
 """
 
 import copy
@@ -547,7 +549,7 @@ def build_model(config: Config, in_channels: int, out_channels: int) -> Any:
 def network_for(config: Config, record: Mapping[str, Any]) -> Any:
     """The network for data that `record` describes: 3 -> 3 channels, or 3 -> classes for the supervised row."""
     n = len(record["channels"])
-    return build_model(config, n, len(record["classes"]) + 1 if config.method == "unet" else n)
+    return build_model(config, n, len(record["classes"]) + 1 if config.method == "unet" else n)  # D5
 
 
 def check_memory(config: Config, record: Mapping[str, Any], batch: int, device: torch.device) -> None:
@@ -1132,17 +1134,17 @@ class Stopping:
         self.losses: list[float] = []  # of this epoch
 
     def __call__(self, epoch: int, loss: float, ends: bool) -> bool:
+        config, rule = self.config, self.config.stops
         self.steps += 1
-        rule = self.config.stops
         if rule == "steps":
-            return self.steps >= self.config.classifier_steps
+            return self.steps >= config.classifier_steps
         self.losses.append(loss)
         if rule == "medical":
             if not ends:
                 return False
-            loss = float(np.mean(self.losses)) if self.config.stop_loss == "epoch" else loss
+            loss = float(np.mean(self.losses)) if config.stop_loss == "epoch" else loss
         self.losses = self.losses if not ends else []
-        if epoch < (self.config.stop_epoch + 1 if rule == "medical" else 4):
+        if epoch < (config.stop_epoch + 1 if rule == "medical" else 4):
             return False
         self.best, self.missed = (loss, 0) if loss < self.best else (self.best, self.missed + 1)
         return self.missed > PATIENCE[rule]
@@ -1658,14 +1660,15 @@ def cases_of(config: Config, data: Any, labelled: bool = True) -> list[str]:
 def score(config: Config, data: Any, runs: Sequence[Run], ranks: Ranks, out: Path) -> int:
     """Score all runs on --split: table with floors, runs.csv, metrics.csv, summary.json, masks, pictures."""
     cases, begin, one = cases_of(config, data), time.perf_counter(), len(data.classes) == 1
-    rule = colour_rule(data, labelled_cases(data, config, config.seed))
+    learned = any(data.has_label(case) for case in data.meta["splits"].get("train", []))  # not in a set of tests alone
+    rule = colour_rule(data, labelled_cases(data, config, config.seed)) if learned else None
     values = {int(k): v for k, v in data.meta["label_values"].items()}
     results: dict[str, dict[str, Scores]] = {}  # name of a run or floor -> case -> scores
     shown = []
     for i in tqdm(range(ranks.rank, len(cases), ranks.world), desc="images", leave=False, disable=config.quiet or None):
         case, image = cases[i], np.asarray(data.image(cases[i]))
         truth = np.asarray(data.label(case))
-        masks = {"colour alone": rule(image)}
+        masks = {"colour alone": rule(image)} if rule else {}
         if one:
             masks |= {
                 "all foreground": np.ones(truth.shape, np.uint8),

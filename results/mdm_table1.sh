@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Table 1 of the paper: GlaS with 85 and 8 labels, MoNuSeg with 30 and 3; the rows MDM, DDPM, MAE and supervised U-Net,
+# and two floors of ours: the same network without pre-training, and (in every table printed) all-foreground and colour.
+# Wants data/glas and data/monuseg, and a GPU; with several, put torchrun --nproc_per_node=N for $PYTHON in the rows.
+# Each row can be stopped and continued by running this file again. SPLIT=testA leaves the 20 images of testB out.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python}
+PRESET=${PRESET:-paper}
+SPLIT=${SPLIT:-test}
+OUT=runs/mdm
+
+for DATA in glas monuseg; do
+  for METHOD in mdm ddpm mae; do
+    $PYTHON masked_diffusion.py pretrain --quiet --data $DATA --preset $PRESET --method $METHOD --out $OUT-$DATA-$METHOD
+  done
+done
+
+for LABELS in 85 8; do
+  for METHOD in mdm ddpm mae; do
+    $PYTHON masked_diffusion.py segment --quiet --data glas --preset $PRESET --split $SPLIT --method $METHOD --labels $LABELS --out $OUT-glas-$METHOD
+  done
+  $PYTHON masked_diffusion.py segment --quiet --data glas --preset $PRESET --split $SPLIT --method unet --labels $LABELS --out $OUT-glas-unet
+  $PYTHON masked_diffusion.py segment --quiet --data glas --preset $PRESET --split $SPLIT --checkpoint none --labels $LABELS --out $OUT-glas-random
+done
+
+for LABELS in 0 3; do
+  for METHOD in mdm ddpm mae; do
+    $PYTHON masked_diffusion.py segment --quiet --data monuseg --preset $PRESET --method $METHOD --labels $LABELS --stop-epoch 30 --out $OUT-monuseg-$METHOD
+  done
+  $PYTHON masked_diffusion.py segment --quiet --data monuseg --preset $PRESET --method unet --labels $LABELS --out $OUT-monuseg-unet
+  $PYTHON masked_diffusion.py segment --quiet --data monuseg --preset $PRESET --checkpoint none --labels $LABELS --stop-epoch 30 --out $OUT-monuseg-random
+done
+
+$PYTHON -m common.metrics compare $OUT-glas-ddpm/segment-8 $OUT-glas-mdm/segment-8
+$PYTHON -m common.metrics compare $OUT-glas-random/segment-8-random $OUT-glas-mdm/segment-8
+$PYTHON -m common.metrics compare $OUT-monuseg-ddpm/segment-3 $OUT-monuseg-mdm/segment-3
