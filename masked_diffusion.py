@@ -65,7 +65,7 @@ Usage
     torchrun --nproc_per_node=4 masked_diffusion.py --data glas   the paper's setting
 
 Expect
-    The bare run takes about four minutes on two cores of a server CPU, half of it pre-training, and prints the scores of
+    The bare run takes about four minutes on two cores of a server CPU, half of it pre-training, and prints scores of
     ten unseen sections: mean Dice about 0.62 with 8 labels, beside 0.44 of the same network untrained, 0.43 of calling
     all foreground and 0.42 of colour alone.
 """
@@ -1860,6 +1860,7 @@ def segment(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> 
             code = train(replace(config, seed=seed, out=str(folder / f"run{seed}")), data, ranks, stop)
             if code:
                 return code
+        stop.restore()  # from here on there is nothing to save
     else:
         net = load_backbone(config, data, ranks)
         runtime.make_run(folder, asdict(config), config.overwrite, ranks)
