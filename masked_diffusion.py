@@ -253,9 +253,9 @@ class Config:
         """Ranges and the rules between flags; InputError names the flag."""
         for name in ("num_channels", "num_res_blocks", "num_groups", "num_head_channels", "tile", "crop", "batch"):
             runtime.check_range(self, name, 1)
-        for name in ("accumulate", "eval_every", "save_every", "runs", "crops", "classifier_steps", "k"):
+        for name in ("accumulate", "steps", "eval_every", "save_every", "runs", "crops", "classifier_steps", "k"):
             runtime.check_range(self, name, 1)
-        for name in ("minutes", "grad_clip", "workers", "limit", "seed", "labels", "ensemble", "pixels", "steps"):
+        for name in ("minutes", "grad_clip", "workers", "limit", "seed", "labels", "ensemble", "pixels"):
             runtime.check_range(self, name, 0)
         for name, high in (("lr", 1), ("ema", 0.999999), ("feature_t", T - 1), ("stop_epoch", 5000)):
             runtime.check_range(self, name, 0, high)
@@ -1293,6 +1293,7 @@ class Run:
     seed: int
     net: "Backbone"
     classifiers: list[Classifier]
+    untrained: bool = False  # the network kept its random weights
 
 
 def fit(config: Config, net: "Backbone", data: Any, seed: int, out: Path) -> list[Classifier]:
@@ -1360,7 +1361,7 @@ class Backbone:
         config, tile = self.config, self.config.tile
         if config.method == "ddpm":
             names = ["features"] if config.share_noise == "on" else [repr((*key, t))]
-            eps = noise(0, names, x0.shape[1:], x0.device)  # D3
+            eps = noise(0, names, x0.shape[1:], torch.device("cpu")).to(x0.device)  # D3, the same on every device
             return q_sample(x0, eps, torch.tensor([t], device=x0.device), config.schedule)
         if config.method != "mdm" or config.feature_mask == "off":
             return x0
@@ -1674,14 +1675,18 @@ def score(config: Config, data: Any, runs: Sequence[Run], ranks: Ranks, out: Pat
                 "all foreground": np.ones(truth.shape, np.uint8),
                 "the truth itself": (truth == 1).astype(np.uint8),
             }
+        unsure = {}
         for run in runs:
             result = segment_image(run, image, case)
             masks[f"run{run.seed}"] = result.mask
+            if len(run.classifiers) > 1:
+                unsure[f"run{run.seed}"] = {"uncertainty": result.uncertainty}
             if run is runs[0] or config.save_members:
                 folder = out / "predictions" / (f"run{run.seed}" if config.save_members else "")
                 write_mask(folder / f"{case}.png", result.mask, values)
         for name, mask in masks.items():
             results.setdefault(name, {})[case] = score_mask(data, case, mask)
+            results[name][case]["objects"][0] |= unsure.get(name, {})
         if i < 4:
             shown.append((i, case, image.transpose(1, 2, 0), truth, masks[f"run{runs[0].seed}"]))
     gathered: dict[str, dict[str, Scores]] = {}
@@ -1691,7 +1696,7 @@ def score(config: Config, data: Any, runs: Sequence[Run], ranks: Ranks, out: Pat
     shown = sorted((entry for part in runtime.gather(shown, ranks) for entry in part), key=lambda entry: entry[0])
     if not ranks.first:
         return 0
-    write_scores(config, gathered, cases, out)
+    write_scores(config, gathered, cases, out, runs[0].untrained)
     draw_segmentations(shown, data, out / "figures/segmentations.png")
     seconds = time.perf_counter() - begin
     say(f"\n{config.split} split of {config.data}, {len(cases)} images, {seconds:.0f} s; mean±SD over {len(runs)} runs")
@@ -1700,13 +1705,15 @@ def score(config: Config, data: Any, runs: Sequence[Run], ranks: Ranks, out: Pat
     return 0
 
 
-def write_scores(config: Config, results: dict[str, dict[str, Scores]], cases: Sequence[str], out: Path) -> None:
+def write_scores(
+    config: Config, results: dict[str, dict[str, Scores]], cases: Sequence[str], out: Path, untrained: bool
+) -> None:
     """table.csv (a row a run and floor), and metrics.csv, objects.csv and summary.json of the means over runs.
 
     A row of metrics.csv is the mean of the runs' rows of that image, so that two methods can be compared in pairs.
     """
     table, what = [], {"mdm": "MDM", "ddpm": "DDPM", "mae": "MAE", "unet": "U-Net, supervised"}[config.method]
-    what = "random features" if config.checkpoint == "none" else what
+    what = "random features" if untrained else what
     labels = f"{config.labels or 'all'} labels"
     for name, by_case in results.items():
         parts = [by_case[case] for case in cases]
@@ -1829,7 +1836,7 @@ def load_runs(config: Config, path: Path, ranks: Ranks) -> tuple[list[Run], dict
             classifier = Classifier(state["widths"], len(record["classes"]) + 1)
             classifier.load_state_dict(weights)
             members.append(classifier.to(ranks.device).eval())
-        runs.append(Run(seed, net, members))
+        runs.append(Run(seed, net, members, state["backbone"] == "random"))
     return runs, record
 
 
@@ -2111,7 +2118,9 @@ def resolve(verb: str, config: Config, given: dict[str, Any]) -> Config:
     if verb in ("evaluate", "predict"):
         path = classifier_path(config)
         found = runtime.trained_config(config, given, run_files(path)[0], SCRIPT, USE, ONCE)
-        return replace(found, out=given.get("out", "") or str(path if path.is_dir() else path.parent))
+        return replace(
+            found, checkpoint=str(path), out=given.get("out", "") or str(path if path.is_dir() else path.parent)
+        )
     if config.method == "unet":
         if verb != "segment":
             raise InputError(f"{verb} needs a pre-trained network, --method unet has none; choose another --method")

@@ -11,9 +11,10 @@ OUT=runs/mdm
 
 for DATA in glas ffhq34; do
   STEPS=$([ $DATA = glas ] && echo 10000 || echo 20000)
-  $PYTHON masked_diffusion.py pretrain --quiet --data $DATA --preset $PRESET --steps $STEPS --method ddpm --out $OUT-$DATA-ddpm
-  $PYTHON masked_diffusion.py pretrain --quiet --data $DATA --preset $PRESET --steps $STEPS --method ddpm --target x0 --out $OUT-$DATA-ddpm-x0
-  $PYTHON masked_diffusion.py pretrain --quiet --data $DATA --preset $PRESET --steps $STEPS --method ddpm --target x0 --loss ssim --out $OUT-$DATA-ddpm-x0-ssim
+  SCHEDULE=$([ $DATA = glas ] && echo cosine || echo linear)
+  $PYTHON masked_diffusion.py pretrain --quiet --data $DATA --preset $PRESET --steps $STEPS --method ddpm --schedule $SCHEDULE --out $OUT-$DATA-ddpm
+  $PYTHON masked_diffusion.py pretrain --quiet --data $DATA --preset $PRESET --steps $STEPS --method ddpm --schedule $SCHEDULE --target x0 --out $OUT-$DATA-ddpm-x0
+  $PYTHON masked_diffusion.py pretrain --quiet --data $DATA --preset $PRESET --steps $STEPS --method ddpm --schedule $SCHEDULE --target x0 --loss ssim --out $OUT-$DATA-ddpm-x0-ssim
   $PYTHON masked_diffusion.py pretrain --quiet --data $DATA --preset $PRESET --steps $STEPS --method mae --out $OUT-$DATA-mae
   $PYTHON masked_diffusion.py pretrain --quiet --data $DATA --preset $PRESET --steps $STEPS --method mae --loss ssim --out $OUT-$DATA-mae-ssim
   $PYTHON masked_diffusion.py pretrain --quiet --data $DATA --preset $PRESET --steps $STEPS --method mdm --loss mse --out $OUT-$DATA-mdm-mse
