@@ -2118,9 +2118,9 @@ def resolve(verb: str, config: Config, given: dict[str, Any]) -> Config:
     if verb in ("evaluate", "predict"):
         path = classifier_path(config)
         found = runtime.trained_config(config, given, run_files(path)[0], SCRIPT, USE, ONCE)
-        return replace(
-            found, checkpoint=str(path), out=given.get("out", "") or str(path if path.is_dir() else path.parent)
-        )
+        beside = str(path if path.is_dir() else path.parent)  # without --checkpoint, --out only says where to look
+        out = given.get("out", beside) if given.get("checkpoint", "none") != "none" else beside
+        return replace(found, checkpoint=str(path), out=out)
     if config.method == "unet":
         if verb != "segment":
             raise InputError(f"{verb} needs a pre-trained network, --method unet has none; choose another --method")

@@ -197,6 +197,7 @@ def test_same_command_again_trains_no_further_and_other_settings_are_refused(tmp
     before = (tmp_path / "run/last.pt").read_bytes()
     assert M.main(argv) == 0
     assert (tmp_path / "run/last.pt").read_bytes() == before
+    assert [r["step"] for r in table(tmp_path / "run/log.csv") if r["val_loss"]] == ["1"]  # not looked at again
     assert M.main([*argv[:-1], "2", "--amp", "bf16"]) == 0  # more steps continue, in another number format
     assert step_of(tmp_path / "run") == 2
     assert M.main([*argv[:-1], "2", "--labels", "4"]) == 0  # what pre-training does not look at
@@ -321,7 +322,8 @@ def test_evaluate_gives_what_segment_gave(trained, prepared, tmp_path):
         assert (tmp_path / "again" / name).read_text() == (trained / "segment-3" / name).read_text()
     before = (trained / "segment-3/table.csv").read_text()
     argv = ["evaluate", "--out", str(trained), "--labels", "3", "--data", str(prepared), "--split", "testA", "--quiet"]
-    assert M.main([*argv, "--amp", "off", "--preset", "tiny"]) == 0 and not (trained / "segment-3/segment-3").exists()
+    (trained / "segment-3/table.csv").unlink()
+    assert M.main([*argv, "--amp", "off", "--preset", "tiny"]) == 0 and not (trained / "table.csv").exists()
     assert (trained / "segment-3/table.csv").read_text() == before
     one = ["evaluate", "--checkpoint", str(trained / "segment-3/run1/last.pt"), "--data", str(prepared)]
     one += ["--split", "testA", "--limit", "1", "--quiet", "--preset", "tiny", "--save-members"]
