@@ -70,7 +70,7 @@ Usage
 Expect
     The bare run takes about 400 seconds of one core of a server CPU (bf16), about four minutes on two. On ten unseen
     phantoms it prints a mean foreground Dice of 0.94 recycled, 0.92 not recycled and 0.95 for the U-net, and the Dice
-    after each sampling step: from k = 5 to k = 1 it holds at 0.94 (recycled) or falls from 0.923 to 0.916 (not recycled).
+    after each sampling step: from k = 5 to k = 1 it holds (recycled), or falls from 0.923 to 0.916 (not recycled).
 """
 
 import copy
