@@ -1011,20 +1011,19 @@ def calibration(cases: Iterable[tuple[np.ndarray, np.ndarray, Sequence[float]]],
     }
 
 
-def _probabilities(paths: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[float, ...]]]:
-    """(mean probability over the runs, truth, spacing) of each case of run folders with maps of one data set."""
+def _probabilities(paths: Sequence[str], data: str) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[float, ...]]]:
+    """(mean probability over the runs, truth, spacing) of each case of run folders with maps of one data set.
+
+    data: `--data` of the truth; empty: as in the first folder's config.json.
+    """
     from common import loaders
 
-    truths = []
-    for path in paths:
-        try:
-            name = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["data"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{path} has no readable config.json; expected a run folder; run evaluate first"
-            ) from error
-        truths.append(loaders.open_data(name))
-    names = ["background", *(re.sub(r"\W+", "-", name) for name in truths[0].classes)]
+    try:
+        config = Path(paths[0]) / "config.json"
+        truth = loaders.open_data(data or json.loads(config.read_text(encoding="utf-8"))["data"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{config} cannot be read; expected a run folder; name the data with --data") from error
+    names = ["background", *(re.sub(r"\W+", "-", name) for name in truth.classes)]
     ends = f"_mean_{names[0]}.nii.gz"
     found = [sorted(f.name[: -len(ends)] for f in (Path(p) / "predictions/maps").glob(f"*{ends}")) for p in paths]
     for path, cases in zip(paths, found, strict=True):
@@ -1038,7 +1037,7 @@ def _probabilities(paths: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarra
             [loaders.read_nifti(Path(p) / f"predictions/maps/{case}_mean_{name}.nii.gz").data for name in names]
             for p in paths
         ]
-        yield np.asarray(maps, np.float64).mean(axis=0), np.asarray(truths[0].label(case)), truths[0].spacing(case)
+        yield np.asarray(maps, np.float64).mean(axis=0), np.asarray(truth.label(case)), truth.spacing(case)
 
 
 def _calibration(args: argparse.Namespace) -> None:
@@ -1047,7 +1046,7 @@ def _calibration(args: argparse.Namespace) -> None:
     lines = {}
     for pattern in args.runs:
         paths = _matches(pattern)
-        r = calibration(_probabilities(paths), args.margin)
+        r = calibration(_probabilities(paths, args.data), args.margin)
         numbers = [*(f"{r[k]:.3f}" for k in ("ece", "error", "auroc")), f"{r['rho']:.2f}", f"{r['p']:.2g}"]
         table.append([pattern, str(len(paths)), str(r["n"]), *numbers])
         entropy, error, _ = zip(*r["bins"])
@@ -1258,6 +1257,7 @@ def main(argv: list[str] | None = None) -> int:
     compare.add_argument("--shared", action="store_true", help="pair the cases that both hold, leave the others out")
     sure = verbs.add_parser("calibration", help="error against entropy, of runs evaluated with --save-maps")
     sure.add_argument("runs", nargs="+", metavar="RUN", help="run folder; 'runs/x-?' in quotes: their mean probability")
+    sure.add_argument("--data", default="", metavar="NAME", help="prepared data of the truth; default: the run's own")
     sure.add_argument("--margin", type=float, default=3.0, metavar="MM", help="round the foreground, in mm (default 3)")
     sure.add_argument("--plot", default="", metavar="FILE", help="draw the share of errors by entropy, as PNG")
     sure.add_argument("--markdown", action="store_true", help="write the table as Markdown")

@@ -11,7 +11,7 @@ FLAGS="--preset laptop --quiet"
 for ROW in prev none; do
   $PYTHON diffseg3d_recycle.py evaluate $FLAGS --data hippocampus --checkpoint $D-$ROW-0/best.pt --ensemble 5 --save-maps --out $D-members-$ROW
 done
-$PYTHON -m common.metrics calibration --plot results/diffseg3d_uncertainty.png \
+$PYTHON -m common.metrics calibration --data hippocampus --plot results/diffseg3d_uncertainty.png \
   $D-prev-0 $D-members-prev "$D-prev-?" $D-none-0 $D-members-none "$D-none-?" $D-unet-0 "$D-unet-?"
 
 # 2. the test images with Gaussian noise, or with another contrast: image ** gamma, in [0, 1]

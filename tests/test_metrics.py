@@ -1061,4 +1061,5 @@ def test_calibration_without_maps_or_of_different_cases_is_one_line(tmp_path, ca
     one_line(code, err, f"{b}/predictions/maps", "1 cases", "2 cases", "--save-maps")
     (a / "config.json").unlink()
     code, _, err = call(capsys, "calibration", a)
-    one_line(code, err, "config.json", "run evaluate")
+    one_line(code, err, "config.json", "--data")
+    assert call(capsys, "calibration", a, "--data", "synthetic")[0] == 0
