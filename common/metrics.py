@@ -1049,14 +1049,16 @@ def _calibration(args: argparse.Namespace) -> None:
         r = calibration(_probabilities(paths, args.data), args.margin)
         numbers = [*(f"{r[k]:.3f}" for k in ("ece", "error", "auroc")), f"{r['rho']:.2f}", f"{r['p']:.2g}"]
         table.append([pattern, str(len(paths)), str(r["n"]), *numbers])
-        entropy, error, _ = zip(*r["bins"])
-        lines[pattern] = ([100 * v for v in entropy], error)
+        shown = [(100 * entropy, error) for entropy, error, share in r["bins"] if share >= 0.001]  # not of few voxels
+        lines[pattern] = ([x for x, _ in shown], [y for _, y in shown])
     print(_layout(table, args.markdown))
     print(f"voxels within {args.margin:g} mm of true or found foreground; p: t approximation over cases")
     if args.plot:
         from common import figures
 
         x_name = "entropy of the probabilities, % of the largest possible"
+        if len(short := {Path(name).name: line for name, line in lines.items()}) == len(lines):
+            lines = short
         print(figures.curves(lines, args.plot, "", x_name, "share of wrong voxels", dots=True))
 
 
