@@ -1244,8 +1244,8 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see python -m common.metrics --help")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 done, 2 bad input (one line on stderr)."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = _Parser(prog="python -m common.metrics", description="Tables, tests and scores of segmentation results.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     table = verbs.add_parser("table", help="one row a run: mean±SD per class")
@@ -1286,8 +1286,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     score.add_argument("--out", metavar="DIR", help="write metrics.csv and summary.json there")
     score.add_argument("--overwrite", action="store_true", help="replace these files in --out")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; 0 done, 2 bad input (one line on stderr)."""
     try:
-        args = parser.parse_args(argv)
+        args = make_parser().parse_args(argv)
         {"table": _table, "compare": _compare, "score": _score, "calibration": _calibration}[args.verb](args)
     except (InputError, OSError) as error:
         print(f"metrics: {error}", file=sys.stderr)

@@ -41,7 +41,7 @@ for ROW in eps 1000 max narrow-prev narrow-none; do
   $PYTHON diffseg3d_recycle.py evaluate $FLAGS --out $D-$ROW-0
 done
 
-$PYTHON -m common.metrics table --seeds --markdown --metric $METRICS $D-{prev,none,unet}-? $D-{eps,1000,max,narrow-prev,narrow-none}-0
+$PYTHON -m common.metrics table --seeds --markdown $D-{prev,none,unet}-? $D-{eps,1000,max,narrow-prev,narrow-none}-0 --metric $METRICS
 for ROW in none unet; do
   $PYTHON -m common.metrics compare "$D-$ROW-?" "$D-prev-?" --metric $METRICS
 done

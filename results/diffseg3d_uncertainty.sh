@@ -11,8 +11,8 @@ FLAGS="--preset laptop --quiet"
 for ROW in prev none; do
   $PYTHON diffseg3d_recycle.py evaluate $FLAGS --data hippocampus --checkpoint $D-$ROW-0/best.pt --ensemble 5 --save-maps --out $D-members-$ROW
 done
-$PYTHON -m common.metrics calibration --data hippocampus --plot results/diffseg3d_uncertainty.png \
-  $D-prev-0 $D-members-prev "$D-prev-?" $D-none-0 $D-members-none "$D-none-?" $D-unet-0 "$D-unet-?"
+$PYTHON -m common.metrics calibration $D-prev-0 $D-members-prev "$D-prev-?" $D-none-0 $D-members-none "$D-none-?" $D-unet-0 "$D-unet-?" \
+  --data hippocampus --plot results/diffseg3d_uncertainty.png
 
 # 2. the test images with Gaussian noise, or with another contrast: image ** gamma, in [0, 1]
 $PYTHON - <<'PYTHON_END'
@@ -39,5 +39,5 @@ for NAME in noise05 noise10 noise20 gamma05 gamma20; do
       $PYTHON diffseg3d_recycle.py evaluate $FLAGS --data hippocampus-$NAME --checkpoint $D-$ROW-$S/best.pt --out $D-$NAME-$ROW-$S
     done
   done
-  $PYTHON -m common.metrics table --seeds --metric dice hd95_mm $D-$NAME-{prev,none,unet}-? | sed -n '/runs in all/,$p'
+  $PYTHON -m common.metrics table --seeds $D-$NAME-{prev,none,unet}-? --metric dice hd95_mm | sed -n '/runs in all/,$p'
 done

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from common import runtime
+from common import metrics, runtime
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("patchddm", "diffseg3d_recycle", "masked_diffusion", "ddpm_pretrain_finetune")
@@ -178,6 +178,8 @@ def test_documented_command_parses(command):
     stem = next((w.removesuffix(".py") for w in words if w.endswith(".py")), "")
     if words[1] == "-m" and words[0] != "torchrun":
         assert words[2] in ("pytest", "venv", "pip") or importlib.util.find_spec(words[2])
+        if words[2] == "common.metrics":
+            metrics.make_parser().parse_args([re.sub(r"^\$METRICS$", "dice", word) for word in words[3:]])
         return
     if stem in NAMES:
         module = importlib.import_module(stem)
