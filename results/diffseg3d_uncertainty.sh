@@ -41,3 +41,19 @@ for NAME in noise05 noise10 noise20 gamma05 gamma20; do
   done
   $PYTHON -m common.metrics table --seeds $D-$NAME-{prev,none,unet}-? --metric dice hd95_mm | sed -n '/runs in all/,$p'
 done
+$PYTHON - <<'PYTHON_END'
+from pathlib import Path
+from common import figures, metrics
+
+lines = {}
+for row, name in (("prev", "recycled"), ("none", "not recycled"), ("unet", "U-net")):
+    x, y = [], []
+    for percent in (0, 5, 10, 20):
+        noise = f"-noise{percent:02}" if percent else ""
+        files = [Path(f"runs/diffseg3d-hippocampus{noise}-{row}-{seed}/summary.json") for seed in (0, 1, 2)]
+        means = [metrics.read_summary(file)["mean"]["dice"]["mean"] for file in files if file.exists()]
+        x.append(percent)
+        y.append(sum(means) / len(means))
+    lines[name] = (x, y)
+print(figures.curves(lines, "results/diffseg3d_noise.png", "", "SD of the noise in the test images, % of their range", "mean Dice", dots=True))
+PYTHON_END
