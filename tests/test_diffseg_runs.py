@@ -1,12 +1,9 @@
 """diffseg3d_recycle.py as a user runs it: train, stop, continue, evaluate, predict, two processes, bad input."""
 
-import csv
 import json
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,63 +15,23 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import CommandLine, table
 
 import diffseg3d_recycle as D
 from common import InputError, loaders, metrics, runtime
-from data_prep import msd
 
 ROOT = Path(__file__).parents[1]
 NET = ["--num-channels", "4", "--channel-mult", "1,2", "--size", "24,24,16", "--batch", "2", "--recycle", "prev"]
 FAST = [*NET, "--limit", "1", "--quiet", "--amp", "off", "--device", "cpu"]
+CLI = CommandLine("diffseg3d_recycle", D.main)
+run, refused, weights, assert_same, step_of = CLI.run, CLI.refused, CLI.weights, CLI.assert_same, CLI.step_of
 
 
-def command(*argv: str, processes: int = 1) -> list[str]:
-    if processes == 1:
-        return [sys.executable, "diffseg3d_recycle.py", *argv]
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    return [*launcher, "--master_addr=127.0.0.1", f"--master_port={port}", "diffseg3d_recycle.py", *argv]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def run(*argv: str, processes: int = 1, timeout: float = 180) -> subprocess.CompletedProcess:
-    words = command(*argv, processes=processes)
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment())
-
-
-def refused(capsys, *argv: str) -> str:
-    """The one line that this command line is refused with."""
-    capsys.readouterr()
-    assert runtime.run_main("diffseg3d_recycle", D.main, argv) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("diffseg3d_recycle: ") and error.count("\n") == 1, error
-    return error
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    state = runtime.load_checkpoint(out / "last.pt", "diffseg3d_recycle")
-    tensors = {f"model.{k}": v for k, v in state["model"].items()} | {f"ema.{k}": v for k, v in state["ema"].items()}
-    for i, moments in state["optimizer"]["state"].items():
-        tensors |= {f"adam.{i}.{k}": v for k, v in moments.items()}
-    return tensors
-
-
-def assert_same(a: Path, b: Path, exactly: bool = True) -> None:
+def assert_close(a: Path, b: Path) -> None:
     left, right = weights(a), weights(b)
     assert left.keys() == right.keys() and len(left) > 100
-    if exactly:
-        assert [k for k in left if not torch.equal(left[k], right[k])] == []
     for k in left:
         torch.testing.assert_close(left[k], right[k], atol=2e-5, rtol=1e-3)
-
-
-def step_of(out: Path) -> int:
-    return runtime.load_checkpoint(out / "last.pt", "diffseg3d_recycle")["step"]
 
 
 @pytest.fixture(autouse=True)
@@ -86,19 +43,6 @@ def small_phantoms(monkeypatch):
         return loaders.Phantoms(0, (6, 2, 2), shape=(24, 24, 16)) if name == "synthetic" else plain(name)
 
     monkeypatch.setattr(loaders, "open_data", open_data)
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.read_text().splitlines()))
-
-
-@pytest.fixture(scope="session")
-def fake(tmp_path_factory) -> Path:
-    """A prepared data set made from the publisher's layout: some cases LAS, anisotropic, published labels kept."""
-    folder = tmp_path_factory.mktemp("fake_diffseg")
-    assert msd.main(["--make-fake", str(folder / "src")]) == 0
-    assert msd.main(["--src", str(folder / "src"), "--dst", str(folder / "prepared")]) == 0
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -167,7 +111,7 @@ def test_accumulation_and_workers_do_not_change_the_result(tmp_path, recycle):
     argv = ["train", *FAST, "--recycle", recycle, "--steps", "2", "--lr", "1e-4"]
     for name, flags in {"a": [], "b": ["--accumulate", "2", "--workers", "1", "--recompute"]}.items():
         assert D.main([*argv, "--out", str(tmp_path / name), *flags]) == 0
-    assert_same(tmp_path / "a", tmp_path / "b", exactly=False)
+    assert_close(tmp_path / "a", tmp_path / "b")
 
 
 def test_minutes_end_a_run_early(tmp_path):
@@ -224,29 +168,7 @@ def test_stopped_and_killed_run_continues_to_the_same_weights(tmp_path, fake):
         "0.9",
     ]
     assert D.main([*argv, "--out", str(tmp_path / "whole")]) == 0
-    last, wait, stops = tmp_path / "cut/last.pt", random.Random(0), 0
-    for how in (signal.SIGTERM, signal.SIGKILL, None):
-        process = subprocess.Popen(
-            command(*argv, "--out", str(tmp_path / "cut")),
-            cwd=ROOT,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        begin, before = time.time(), last.stat().st_mtime if last.exists() else 0
-        while how is not None and process.poll() is None and time.time() - begin < 60:
-            if last.exists() and last.stat().st_mtime > before:
-                time.sleep(wait.uniform(0.0, 0.1))
-                process.send_signal(how)
-                break
-            time.sleep(0.01)
-        _, error = process.communicate(timeout=90)
-        if process.returncode == 0:
-            break
-        stops += 1
-        assert process.returncode == (-9 if how == signal.SIGKILL else 143), error
-    assert stops >= 1 and process.returncode == 0
+    CLI.stop_and_continue(*argv, out=tmp_path / "cut", signals=[signal.SIGTERM, signal.SIGKILL])
     assert_same(tmp_path / "whole", tmp_path / "cut")
     rows = [table(tmp_path / name / "log.csv") for name in ("whole", "cut")]
     validated = [[(r["step"], r["val_dice"]) for r in log if r["val_dice"]] for log in rows]
@@ -262,7 +184,7 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path, fake):
     two = run(*argv, "--out", str(tmp_path / "two"), "--accumulate", "2", processes=2)
     assert two.returncode == 0, two.stderr
     assert "2 processes x 2 parts x 1" in two.stdout and two.stdout.count("DiffSeg3D with recycling") == 1
-    assert_same(tmp_path / "one", tmp_path / "two", exactly=False)
+    assert_close(tmp_path / "one", tmp_path / "two")
     one, both = (metrics.read_metrics_csv(tmp_path / n / "metrics.csv") for n in ("one", "two"))
     assert [(r["case"], r["class"]) for r in one] == [(r["case"], r["class"]) for r in both] and len(one) == 4
     np.testing.assert_allclose([r["dice"] for r in one], [r["dice"] for r in both], atol=5e-3)
@@ -274,7 +196,7 @@ def test_two_processes_send_the_gradients_of_a_chain_once(tmp_path, fake):
     assert D.main([*argv, "--out", str(tmp_path / "one")]) == 0
     two = run(*argv, "--out", str(tmp_path / "two"), processes=2)
     assert two.returncode == 0, two.stderr
-    assert_same(tmp_path / "one", tmp_path / "two", exactly=False)
+    assert_close(tmp_path / "one", tmp_path / "two")
 
 
 # --- flags -----------------------------------------------------------------------------------------------------------
@@ -561,10 +483,7 @@ def test_disk_full_while_saving_keeps_the_old_checkpoint(tmp_path, fake):
         "1",
     ]
     assert D.main([*argv, "--steps", "2"]) == 0
-    size = (tmp_path / "run/last.pt").stat().st_size
-    limited = f"ulimit -f {size // 2048}; exec {' '.join(command(*argv, '--steps', '5'))}"
-    done = subprocess.run(["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True, env=environment())
-    assert done.returncode == 2 and "last.pt cannot be written" in done.stderr, done.stderr
+    CLI.refuses_full_disk(*argv, "--steps", "5", out=tmp_path / "run")
     assert step_of(tmp_path / "run") == 2
     (tmp_path / "run/last.pt").write_bytes(b"damaged")  # the newest file: the one before it is taken
     assert D.main([*argv, "--steps", "3"]) == 0 and step_of(tmp_path / "run") == 3

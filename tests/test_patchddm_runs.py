@@ -2,11 +2,9 @@
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,56 +14,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import CommandLine
 
 import patchddm
 from common import InputError, loaders, metrics, runtime
-from data_prep import msd
 
 ROOT = Path(__file__).parents[1]
 NET = ["--num-channels", "4", "--channel-mult", "1,2", "--num-groups", "2", "--patch", "16", "--batch", "2"]
 FAST = [*NET, "--sampling-steps", "2", "--limit", "1", "--quiet", "--amp", "off", "--device", "cpu"]
-
-
-def patchddm_command(*argv: str, processes: int = 1) -> list[str]:
-    if processes == 1:
-        return [sys.executable, "patchddm.py", *argv]
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    return [*launcher, "--master_addr=127.0.0.1", f"--master_port={port}", "patchddm.py", *argv]
-
-
-def environment(**changes: str) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | changes
-
-
-def run(*argv: str, processes: int = 1, timeout: float = 120) -> subprocess.CompletedProcess:
-    command = patchddm_command(*argv, processes=processes)
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment())
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    state = runtime.load_checkpoint(out / "last.pt", "patchddm")
-    tensors = {f"model.{k}": v for k, v in state["model"].items()} | {f"ema.{k}": v for k, v in state["ema"].items()}
-    for i, moments in state["optimizer"]["state"].items():
-        tensors |= {f"adam.{i}.{k}": v for k, v in moments.items()}
-    return tensors
-
-
-def assert_same(a: Path, b: Path) -> None:
-    left, right = weights(a), weights(b)
-    assert left.keys() == right.keys() and len(left) > 100
-    assert [k for k in left if not torch.equal(left[k], right[k])] == []
-
-
-@pytest.fixture(scope="session")
-def fake(tmp_path_factory) -> Path:
-    """A prepared data set made from the publisher's layout: some cases LAS, anisotropic, published labels kept."""
-    folder = tmp_path_factory.mktemp("fake")
-    assert msd.main(["--make-fake", str(folder / "src")]) == 0
-    assert msd.main(["--src", str(folder / "src"), "--dst", str(folder / "prepared")]) == 0
-    return folder
+CLI = CommandLine("patchddm", patchddm.main)
+run, weights, assert_same = CLI.run, CLI.weights, CLI.assert_same
 
 
 @pytest.fixture(scope="session")
@@ -233,32 +191,8 @@ def stop_and_continue(tmp_path: Path, processes: int, how: signal.Signals, worke
     argv.remove("--quiet")
     done = run(*argv, "--out", str(tmp_path / "whole"), processes=processes)
     assert done.returncode == 0, done.stderr
-    cut = [*argv, "--out", str(tmp_path / "cut")]
-    stops, wait = 0, random.Random(0)
-    for attempt in range(3):
-        command = patchddm_command(*cut, processes=processes)
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-        )
-        log, begin = tmp_path / "cut/last.pt", time.time()
-        before = log.stat().st_mtime if log.exists() else 0
-        while attempt < 2 and process.poll() is None and time.time() - begin < 60:
-            if log.exists() and log.stat().st_mtime > before:
-                time.sleep(wait.uniform(0.0, 0.2))
-                break
-            time.sleep(0.01)
-        if attempt < 2 and process.poll() is None:
-            if how == signal.SIGKILL or workers != "0":
-                os.killpg(process.pid, how)  # as a terminal and a queue do: to everything that the run started
-            else:
-                process.send_signal(how)
-        _, error = process.communicate(timeout=90)
-        if process.returncode == 0:
-            break
-        stops += 1
-        if processes == 1 and how != signal.SIGKILL:
-            assert process.returncode == 128 + how, error
-    assert stops >= 1 and process.returncode == 0
+    group = how == signal.SIGKILL or workers != "0"
+    CLI.stop_and_continue(*argv, out=tmp_path / "cut", signals=[how] * 2, processes=processes, group=group)
     assert_same(tmp_path / "whole", tmp_path / "cut")
     logs = [(tmp_path / f"{name}/log.csv").read_text().splitlines() for name in ("whole", "cut")]
     validated = [[line.split(",")[0] for line in log[1:] if not line.endswith(",")] for log in logs]
@@ -500,11 +434,7 @@ def test_volume_smaller_than_a_patch_is_padded_and_said_once(tmp_path, fake, cap
 def test_disk_full_while_saving_keeps_the_old_checkpoint(tmp_path):
     argv = ["train", *FAST, "--out", str(tmp_path / "run"), "--save-every", "1"]
     assert patchddm.main([*argv, "--steps", "2"]) == 0
-    size = (tmp_path / "run/last.pt").stat().st_size
-    limited = f"ulimit -f {size // 2048}; exec {sys.executable} patchddm.py {' '.join(argv)} --steps 5"
-    command = ["bash", "-c", limited]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment())
-    assert done.returncode == 2 and "last.pt cannot be written" in done.stderr, done.stderr
+    CLI.refuses_full_disk(*argv, "--steps", "5", out=tmp_path / "run")
     assert runtime.load_checkpoint(tmp_path / "run/last.pt", "patchddm")["step"] == 2
     assert patchddm.main([*argv, "--steps", "3"]) == 0
 
