@@ -56,8 +56,8 @@ Differs
     D12 images come scaled to [0, 1] by data_prep (fixed window for CT, percentiles for MR) instead of by their minimum
         and maximum after cropping; predict never crops.
     D13 the small presets: smaller network and batch, larger learning rate that falls until the last step.
-    D14 the small presets: the image is spread from [0, 1] to [-2.5, 2.5]. Beside noise of SD 1 it otherwise makes a
-        twentieth of what the first norm lets through, and the network spends its first minutes on getting it back.
+    D14 the small presets: the image is spread from [0, 1] to [-2.5, 2.5]. Beside noise of SD 1 it otherwise makes
+        a few per cent of what the first norm lets through, and training begins with getting it back.
 
 Usage
     python diffseg3d_recycle.py                    on phantoms: recycled, not recycled and U-net, trained and scored
@@ -96,7 +96,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from common import InputError, figures, loaders, metrics, runtime
-from common.runtime import Ranks, flag, say, seed_of
+from common.runtime import Ranks, flag, noise, say, seed_of
 from common.unet import GroupNorm, timestep_embedding
 
 SCRIPT = "diffseg3d_recycle"
@@ -650,14 +650,6 @@ class Sharded(Sampler):
             for k in range(self.config.accumulate):
                 first = step * self.config.batch + (self.ranks.rank * self.config.accumulate + k) * part
                 yield list(range(first, first + part))
-
-
-def noise(seed: int, name: str, ns: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
-    """[B, *shape] on the device, sample n from its own generator: equal on one process and on four."""
-    generator = torch.Generator(device)
-    return torch.stack(
-        [torch.randn(*shape, device=device, generator=generator.manual_seed(seed_of(seed, name, n))) for n in ns]
-    )
 
 
 # =====================================================================================================================
@@ -1272,21 +1264,6 @@ def checkpoint_path(config: Config) -> Path:
     return Path(config.checkpoint) if config.checkpoint else best if best.exists() else config.run_folder / "last.pt"
 
 
-def shared_batch(config: Config, given: dict[str, Any], ranks: Ranks) -> Config:
-    """A preset's batch that the processes cannot share is raised to the next one that they can."""
-    share = ranks.world * config.accumulate
-    if config.batch % share == 0:
-        return config
-    batch = -(-config.batch // share) * share
-    if "batch" in given:
-        raise InputError(
-            f"--batch {config.batch} cannot be shared by {ranks.world} processes x --accumulate {config.accumulate}; "
-            f"use a multiple of {share}, for example {batch}"
-        )
-    say(f"note: the preset's batch of {config.batch} becomes {batch}, so that all processes have work (--batch)", ranks)
-    return replace(config, batch=batch)
-
-
 def main(argv: Sequence[str]) -> int:
     verb, config, given = runtime.parse_flags(Config, argv, VERBS, PRESETS, (__doc__ or "").split("\n\n")[0])
     if verb in ("evaluate", "predict"):
@@ -1302,7 +1279,7 @@ def main(argv: Sequence[str]) -> int:
             code = predict(config, ranks)
         else:
             data = loaders.open_data(config.data)
-            config = shared_batch(replace(config, size=training_size(config, data)), given, ranks)
+            config = runtime.shared_batch(replace(config, size=training_size(config, data)), given, ranks)
             bare = verb == "" and config.data == "synthetic" and config.preset == "tiny"
             rows = STORY if bare and not {"method", "recycle", "init"} & given.keys() else {"": {}}
             runs = [replace(config, out=str(config.run_folder / name), **flags) for name, flags in rows.items()]

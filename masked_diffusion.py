@@ -88,6 +88,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -95,13 +96,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from common import InputError, figures, loaders, metrics, runtime
-from common.runtime import Ranks, flag, say, seed_of
+from common.runtime import Ranks, flag, noise, say, seed_of
 from common.unet import (
     AttentionBlock,
     EmbedSequential,
     GroupNorm,
     ResBlock,
     conv,
+    fast_layout,
     load_public,
     timestep_embedding,
     zero_module,
@@ -426,7 +428,8 @@ def positions(rows: int, columns: int, width: int, device: torch.device) -> Tens
 class Mae(nn.Module):
     """Masked autoencoder of He et al. 2022: a ViT encodes the visible tiles, a small one restores all of them.
 
-    Called as model(x, mask): x [B, 3, H, W] in [-1, 1], mask [B, h, w] bool, True = hidden, equally many in each image.
+    Called as model(x, mask, keep): x [B, 3, H, W] in [-1, 1], mask [B, h, w] bool, True = hidden; keep: how many tiles
+    of each image are not.
     Returns [B, L, p p 3]: the pixels of each tile, row-major, colours last. cls: a token without place, as published.
     """
 
@@ -470,15 +473,15 @@ class Mae(nn.Module):
             maps[k] = x[:, 1:].transpose(1, 2).unflatten(2, grid)
         return [maps[k] for k in blocks]
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, keep: int) -> Tensor:
         x, grid = self.tokens(x)
         order = mask.flatten(1).long().argsort(dim=1, stable=True)  # visible tiles first, in their own order
-        seen = order[:, : int((~mask[0]).sum())]  # [B, kept]
-        x = x.gather(1, seen[..., None].expand(-1, -1, x.shape[2]))  # [B, kept, width]
+        seen = order[:, :keep]  # [B, keep]
+        x = x.gather(1, seen[..., None].expand(-1, -1, x.shape[2]))  # [B, keep, width]
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks:
             x = self.run(block, x)
-        x = self.decoder_embed(self.norm(x))  # [B, 1 + kept, dec]
+        x = self.decoder_embed(self.norm(x))  # [B, 1 + keep, dec]
         full = self.mask_token.to(x.dtype).repeat(len(x), order.shape[1], 1)  # [B, L, dec]
         full = full.scatter(1, seen[..., None].expand(-1, -1, x.shape[2]), x[:, 1:])
         x = torch.cat([x[:, :1], full + positions(*grid, x.shape[2], x.device)], dim=1)
@@ -487,9 +490,16 @@ class Mae(nn.Module):
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]  # [B, L, p p 3]
 
 
+@cache
+def imagenet_values(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and SD of ImageNet's pixels, each [1, 3, 1, 1]."""
+    mean, sd = (torch.tensor(v, device=device).reshape(1, -1, 1, 1) for v in IMAGENET)
+    return mean, sd
+
+
 def imagenet(x: Tensor) -> Tensor:
     """[-1, 1] -> zero mean and unit SD of ImageNet's pixels, what published autoencoders are fed."""
-    mean, sd = (torch.tensor(v, device=x.device).reshape(1, -1, 1, 1) for v in IMAGENET)
+    mean, sd = imagenet_values(x.device)
     return ((x + 1) / 2 - mean) / sd
 
 
@@ -580,6 +590,11 @@ def kept(t: int, tiles: int) -> int:
     return tiles * (T - t) // T
 
 
+def mae_kept(config: Config) -> int:
+    """Visible tiles of a crop with --method mae."""
+    return int((config.crop // config.tile) ** 2 * (1 - (config.ratio or (0.75,))[0]))
+
+
 def draw_mask(rng: np.random.Generator, keep: int, grid: tuple[int, int]) -> np.ndarray:
     """[h, w] bool, True = hidden: all but the first `keep` tiles of a random permutation."""
     mask = np.zeros(grid[0] * grid[1], bool)
@@ -594,19 +609,19 @@ def hide(x: Tensor, mask: Tensor) -> Tensor:
 
 
 @cache
-def abar_table(schedule: str) -> np.ndarray:
+def abar_table(schedule: str, device: torch.device) -> Tensor:
     """abar[t] for t = 0..T-1 in float64."""
     if schedule == "linear":
         beta = np.linspace(1e-4, 0.02, T)
     else:  # Nichol & Dhariwal: abar follows a cosine, no beta is above 0.999
         curve = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
         beta = np.minimum(1 - curve[1:] / curve[:-1], 0.999)
-    return np.cumprod(1 - beta)
+    return torch.from_numpy(np.cumprod(1 - beta)).to(device)
 
 
 def roots(schedule: str, t: Tensor) -> tuple[Tensor, Tensor]:
     """sqrt(abar_t) and sqrt(1 - abar_t) for t [B], each [B, 1, 1, 1] in fp32."""
-    abar = torch.from_numpy(abar_table(schedule)).to(t.device)[t].reshape(-1, 1, 1, 1)
+    abar = abar_table(schedule, t.device)[t].reshape(-1, 1, 1, 1)
     return abar.sqrt().float(), (1 - abar).sqrt().float()
 
 
@@ -633,11 +648,11 @@ def restored(config: Config, output: Tensor, xt: Tensor, t: Tensor) -> Tensor:
 
 
 @cache
-def gaussian_window(side: int, sigma: float = 1.5) -> Tensor:
+def gaussian_window(side: int, device: torch.device, sigma: float = 1.5) -> Tensor:
     """[side, side] float64, of sum 1."""
     g = torch.exp(-((torch.arange(side, dtype=torch.float64) - side // 2) ** 2) / (2 * sigma**2))
     g = g / g.sum()
-    return g[:, None] * g[None, :]
+    return (g[:, None] * g[None, :]).to(device)
 
 
 def ssim_map(x: Tensor, y: Tensor, side: int = 5, span: float = 1.0) -> Tensor:
@@ -646,7 +661,7 @@ def ssim_map(x: Tensor, y: Tensor, side: int = 5, span: float = 1.0) -> Tensor:
     Zeros lie outside the image, as in the public code: near the border means and variances are too small.
     """
     c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
-    window = gaussian_window(side).to(x).expand(x.shape[1], 1, side, side)
+    window = gaussian_window(side, x.device).to(x.dtype).expand(x.shape[1], 1, side, side)
 
     def local(v: Tensor) -> Tensor:
         return F.conv2d(v, window, padding=side // 2, groups=x.shape[1])
@@ -684,7 +699,10 @@ def mae_loss(config: Config, output: Tensor, x0: Tensor, mask: Tensor) -> Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """x0 [B, 3, H, W]; label [B, H, W] (unet only, else 0); t [B]; mask [B, h, w]; n [B], the samples' numbers."""
+    """x0 [B, 3, H, W]; label [B, H, W] (unet only, else 0); t [B]; mask [B, h, w]; n [B], the samples' numbers.
+
+    n stays on the host, which asks for its values; the others are on the network's device.
+    """
 
     x0: Tensor
     label: Tensor
@@ -697,14 +715,14 @@ def training_loss(net: Any, config: Config, batch: Batch) -> Tensor:
     """The loss of each sample, [B] in fp32; the network computes in the number format around it, the loss in fp32."""
     x0, t = batch.x0, batch.t
     if config.method == "mae":
-        output = net(x0, batch.mask).float()
+        output = net(x0, batch.mask, mae_kept(config)).float()
         with torch.autocast(x0.device.type, enabled=False):
             return mae_loss(config, output, x0, batch.mask)
     if config.method == "unet":
         logits = net(x0, t).float()  # [B, classes, H, W]
         wrong = F.cross_entropy(logits, batch.label, ignore_index=255, reduction="none").flatten(1)  # eq. (5)
         return wrong.sum(1) / (batch.label != 255).flatten(1).sum(1).clamp(min=1)
-    eps = noise(config.seed, batch.n.tolist(), x0.shape[1:], x0.device) if config.method == "ddpm" else None
+    eps = noise(config.seed, "noise", batch.n.tolist(), x0.shape[1:], x0.device) if config.method == "ddpm" else None
     xt = corrupt(config, x0, t, batch.mask, eps)
     output = net(xt, t).float()
     target = eps if config.predicts == "eps" else x0
@@ -726,36 +744,8 @@ def open_images(config: Config) -> Any:
         return loaders.Tissue()
     for folder in (Path(config.data), Path("data") / config.data):
         if (folder / "batches.meta").exists():
-            return Cifar(folder)
+            return loaders.Cifar(folder)
     return loaders.open_data(config.data, axes=2)
-
-
-class Cifar:
-    """CIFAR-10 with the interface of prepared images, without labels of pixels: for pre-training and `probe`."""
-
-    def __init__(self, folder: Path):
-        self.content, self.name, self.ignore = loaders.read_cifar10(folder), "cifar10", None
-        self.channels, self.classes = ["red", "green", "blue"], {}  # type: list[str], dict[str, int]
-        self.splits = {s: [f"{s}_{i}" for i in range(len(self.content[f"{s}_images"]))] for s in ("train", "test")}
-        plain = {"label_values": {"0": 0}, "normalisation": {"kind": "none"}, "statistics": {}, "orientation": "YX"}
-        self.meta: dict[str, Any] = plain | {"name": self.name, "channels": self.channels, "classes": {}}
-        self.meta |= {
-            "spacing": None,
-            "splits": self.splits | {"pretrain": self.splits["train"]},
-        }  # not the test images
-
-    def cases(self, split: str, limit: int | None = None) -> list[str]:
-        return self.meta["splits"].get(split, [])[:limit]
-
-    def image(self, case: str) -> np.ndarray:
-        split, i = case.split("_")
-        return self.content[f"{split}_images"][int(i)]
-
-    def shape(self, case: str) -> tuple[int, ...]:
-        return self.image(case).shape[1:]
-
-    def has_label(self, case: str) -> bool:
-        return False
 
 
 def pretraining_cases(data: Any, config: Config) -> list[str]:
@@ -823,9 +813,7 @@ class Crops(Dataset):
         t = int(rng.integers(0, T)) if config.fixed_t < 0 else config.fixed_t
         t = t if config.method in ("mdm", "ddpm") else 0
         grid = side // config.tile, side // config.tile
-        keep = kept(t, grid[0] * grid[1])
-        if config.method == "mae":
-            keep = int(grid[0] * grid[1] * (1 - (config.ratio or (0.75,))[0]))
+        keep = mae_kept(config) if config.method == "mae" else kept(t, grid[0] * grid[1])
         return np.ascontiguousarray(x0), np.ascontiguousarray(label), t, draw_mask(rng, keep, grid), n
 
 
@@ -841,14 +829,6 @@ class Sharded(Sampler):
             for k in range(self.config.accumulate):
                 first = step * self.config.batch + (self.ranks.rank * self.config.accumulate + k) * part
                 yield list(range(first, first + part))
-
-
-def noise(seed: int, ns: Sequence[int | str], shape: Sequence[int], device: torch.device) -> Tensor:
-    """eps [B, *shape] on the device, sample n from its own generator: equal on one process and on four."""
-    generator = torch.Generator(device)
-    return torch.stack(
-        [torch.randn(*shape, device=device, generator=generator.manual_seed(seed_of(seed, "noise", n))) for n in ns]
-    )
 
 
 # =====================================================================================================================
@@ -880,12 +860,6 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, updates: int) -> 
     """ema <- d ema + (1 - d) model, d = min(decay, (1 + n) / (10 + n)): young averages forget their start."""
     d = min(decay, (1 + updates) / (10 + updates))  # D4
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
-
-
-def fast_layout(model: Any, compiled: bool = False) -> Any:
-    """Channels last on a CPU, where convolutions are quicker with it; torch.compile chooses by itself."""
-    on_cpu = next(model.parameters()).device.type == "cpu" and not compiled
-    return model.to(memory_format=torch.channels_last) if on_cpu else model
 
 
 def fresh(config: Config, record: Mapping[str, Any]) -> Any:
@@ -950,7 +924,9 @@ def train_step(
         group["lr"] = learning_rate(config, run.step)
     run.optimizer.zero_grad(set_to_none=True)
     for part in range(config.accumulate):
-        batch = Batch(*(v.to(device, non_blocking=True) for v in next(batches)))
+        *tensors, n = next(batches)
+        x0, label, t, mask = (v.to(device, non_blocking=True) for v in tensors)
+        batch = Batch(x0, label, t, mask, n)
         alone = ranks.world == 1 or part == config.accumulate - 1  # gradients travel with the last part only
         with nullcontext() if alone else net.no_sync():
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -1066,7 +1042,9 @@ def held_loss(run: Training, data: Any) -> float:
     crops = Crops(data, run.config, pretraining_cases(data, run.config), "held")
     losses = []
     for n in range(16):
-        batch = Batch(*(torch.as_tensor(v)[None].to(run.device) for v in crops[n]))
+        *values, number = (torch.as_tensor(v)[None] for v in crops[n])
+        x0, label, t, mask = (v.to(run.device) for v in values)
+        batch = Batch(x0, label, t, mask, number)
         with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
             losses.append(float(training_loss(run.ema.eval(), run.config, batch)))
     run.model.train()
@@ -1131,22 +1109,23 @@ class Stopping:
 
     def __init__(self, config: Config):
         self.config, self.best, self.missed, self.steps = config, math.inf, 0, 0
-        self.losses: list[float] = []  # of this epoch
+        self.losses: list[Tensor] = []  # of this epoch
 
-    def __call__(self, epoch: int, loss: float, ends: bool) -> bool:
+    def __call__(self, epoch: int, loss: Tensor, ends: bool) -> bool:
         config, rule = self.config, self.config.stops
         self.steps += 1
         if rule == "steps":
             return self.steps >= config.classifier_steps
-        self.losses.append(loss)
         if rule == "medical":
+            self.losses.append(loss)
             if not ends:
                 return False
-            loss = float(np.mean(self.losses)) if config.stop_loss == "epoch" else loss
-        self.losses = self.losses if not ends else []
+            loss = torch.stack(self.losses).double().mean() if config.stop_loss == "epoch" else loss
+            self.losses = []
         if epoch < (config.stop_epoch + 1 if rule == "medical" else 4):
             return False
-        self.best, self.missed = (loss, 0) if loss < self.best else (self.best, self.missed + 1)
+        value = float(loss)  # only here the device is waited for
+        self.best, self.missed = (value, 0) if value < self.best else (self.best, self.missed + 1)
         return self.missed > PATIENCE[rule]
 
 
@@ -1195,7 +1174,7 @@ def fit_medical(config: Config, net: "Backbone", data: Any, cases: Sequence[str]
         loss.backward()
         optimizer.step()
         bar.update()
-        if stopping(epoch, float(loss.detach()), ends):
+        if stopping(epoch, loss.detach(), ends):
             break
     bar.close()
     say(f"{name}: {stopping.steps} steps, {epoch + 1} epochs, last loss {float(loss.detach()):.4f}")
@@ -1276,7 +1255,7 @@ def fit_natural(config: Config, net: "Backbone", store: FeatureStore, classes: i
             loss.backward()
             optimizer.step()
             bar.update()
-            done = stopping(epoch, float(loss.detach()), i == count - 1)
+            done = stopping(epoch, loss.detach(), i == count - 1)
             if done:
                 break
         if done:
@@ -1361,7 +1340,8 @@ class Backbone:
         config, tile = self.config, self.config.tile
         if config.method == "ddpm":
             names = ["features"] if config.share_noise == "on" else [repr((*key, t))]
-            eps = noise(0, names, x0.shape[1:], torch.device("cpu")).to(x0.device)  # D3, the same on every device
+            eps = noise(0, "noise", names, x0.shape[1:], torch.device("cpu"))  # D3, the same on every device
+            eps = eps.to(x0.device)
             return q_sample(x0, eps, torch.tensor([t], device=x0.device), config.schedule)
         if config.method != "mdm" or config.feature_mask == "off":
             return x0
@@ -1403,13 +1383,14 @@ def reconstruct_window(net: Backbone, x0: Tensor, t: int, key: Sequence[int | st
     with torch.autocast(device.type, net.dtype, enabled=net.dtype is not None):
         if config.method == "mae":
             grid = x0.shape[2] // config.tile, x0.shape[3] // config.tile
-            mask = draw_mask(np.random.default_rng(seed_of(*key)), kept(t, grid[0] * grid[1]), grid)
+            keep = kept(t, grid[0] * grid[1])
+            mask = draw_mask(np.random.default_rng(seed_of(*key)), keep, grid)
             hidden = torch.from_numpy(mask)[None].to(device)
-            output = net.model(x0, hidden).float()
+            output = net.model(x0, hidden, keep).float()
             if config.loss_kind != "ssim":  # mean and SD of each tile are not restored: those of the truth, as usual
                 tiles = patchify(imagenet(x0), config.tile)
                 output = output * (tiles.var(2, keepdim=True) + 1e-6).sqrt() + tiles.mean(2, keepdim=True)
-                mean, sd = (torch.tensor(v, device=device) for v in IMAGENET)
+                mean, sd = (v.flatten() for v in imagenet_values(device))
                 output = ((output.unflatten(2, (-1, 3)) * sd + mean) * 2 - 1).flatten(2)
             return hide(x0, hidden), unpatchify(output, config.tile, grid)
         xt = replace(net, config=replace(config, feature_mask="on")).shown(x0, t, key)
@@ -1474,26 +1455,6 @@ def reconstruct(config: Config, data: Any, ranks: Ranks) -> int:
     return 0
 
 
-def k_means(points: np.ndarray, k: int, rng: np.random.Generator, rounds: int = 50) -> np.ndarray:
-    """Cluster numbers [N] of points [N, D]: k-means++ starts, then Lloyd's steps until nothing changes."""
-    centres = points[[rng.integers(len(points))]]  # [1, D]
-    nearest = ((points - centres[0]) ** 2).sum(1)
-    for _ in range(1, min(k, len(points))):
-        share = nearest / nearest.sum() if nearest.sum() > 0 else None
-        centres = np.vstack([centres, points[rng.choice(len(points), p=share)]])
-        nearest = np.minimum(nearest, ((points - centres[-1]) ** 2).sum(1))
-    square, labels = (points**2).sum(1, keepdims=True), np.full(len(points), -1)
-    for _ in range(rounds):
-        distance = square - 2 * points @ centres.T + (centres**2).sum(1)  # [N, k]
-        old, labels = labels, distance.argmin(1)
-        if (labels == old).all():
-            break
-        for j in range(len(centres)):
-            if (labels == j).any():  # a cluster that lost all its points stays where it was
-                centres[j] = points[labels == j].mean(0)
-    return labels
-
-
 def cluster(config: Config, data: Any, ranks: Ranks) -> int:
     """k-means of each block's map, image by image (figure 6): what the features see without any label."""
     net, out = load_backbone(config, data, ranks), config.run_folder
@@ -1504,7 +1465,8 @@ def cluster(config: Config, data: Any, ranks: Ranks) -> int:
         titles.append(case)
         for n, f in enumerate(net.features(x0, (config.seed, case, "cluster"))[0]):
             points = f[0].flatten(1).T.double().cpu().numpy()  # [h w, c]
-            labels = k_means(points, config.k, np.random.default_rng(seed_of(config.seed, "cluster", case, n)))
+            rng = np.random.default_rng(seed_of(config.seed, "cluster", case, n))
+            labels = kmeans2(points, config.k, iter=50, minit="++", seed=rng)[1]
             small = torch.from_numpy(labels).reshape(1, 1, *f.shape[2:]).float()
             large = F.interpolate(small, size=x0.shape[2:], mode="nearest")[0, 0].numpy().astype(int)
             images.append(np.array(colours, np.uint8)[large])
@@ -1918,7 +1880,7 @@ def probe(config: Config, data: Any, ranks: Ranks) -> int:
     A layer for each block and t of --feature-t learns on nine tenths of the training images (flip and crop, Adam 1e-3,
     cosine over 15 epochs, batch 128); the one that is best on the last tenth is tested, as it is.
     """
-    if not isinstance(data, Cifar):
+    if not isinstance(data, loaders.Cifar):
         raise InputError(f"probe needs CIFAR-10, --data {config.data} is none; name the folder cifar-10-batches-py")
     config = replace(config, feature_t=config.feature_t or (0, 50))
     net, content, epochs, size = load_backbone(config, data, ranks), data.content, 15, 128
@@ -2092,29 +2054,14 @@ def width_of(state: Any, path: Path, given: dict[str, Any]) -> dict[str, Any]:
         raise InputError(f"{path} has no {error}, so it is no U-Net of this kind; use another file") from error
 
 
-def shared_batch(config: Config, given: dict[str, Any], ranks: Ranks) -> Config:
-    """A preset's batch that the processes cannot share is raised to the next one that they can."""
-    share = ranks.world * config.accumulate
-    if config.batch % share == 0:
-        return config
-    batch = -(-config.batch // share) * share
-    if "batch" in given:
-        raise InputError(
-            f"--batch {config.batch} cannot be shared by {ranks.world} processes x --accumulate {config.accumulate}; "
-            f"use a multiple of {share}, for example {batch}"
-        )
-    say(f"note: the preset's batch of {config.batch} becomes {batch}, so that all processes have work (--batch)", ranks)
-    return replace(config, batch=batch)
-
-
 def resolve(verb: str, config: Config, given: dict[str, Any]) -> Config:
     """The settings of a verb: those of what it continues from, where there is something, changed by the given flags."""
     if verb in ("", "pretrain"):
         if config.method == "unet":
             raise InputError("--method unet learns from labels, there is nothing to pre-train; use the verb segment")
-        return replace(config, **width_of(runtime.load_tensors(Path(config.init)), Path(config.init), given)) if (
-            config.init
-        ) else config  # fmt: skip
+        if not config.init:
+            return config
+        return replace(config, **width_of(runtime.load_tensors(Path(config.init)), Path(config.init), given))
     if verb in ("evaluate", "predict"):
         path = classifier_path(config)
         found = runtime.trained_config(config, given, run_files(path)[0], SCRIPT, USE, ONCE)
@@ -2139,7 +2086,7 @@ def main(argv: Sequence[str]) -> int:
             stop.restore()
             code = predict(config, ranks)
         elif verb in ("", "pretrain", "segment"):
-            data, config = open_images(config), shared_batch(config, given, ranks)
+            data, config = open_images(config), runtime.shared_batch(config, given, ranks)
             code = train(config, data, ranks, stop) if verb != "segment" else 0
             if verb != "pretrain" and code == 0:
                 supervised = verb == "segment" and config.method == "unet"

@@ -85,7 +85,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from common import InputError, figures, loaders, metrics, runtime
-from common.runtime import Ranks, flag, say, seed_of
+from common.runtime import Ranks, flag, noise, say, seed_of
 from common.unet import (
     Downsample,
     EmbedSequential,
@@ -93,6 +93,7 @@ from common.unet import (
     ResBlock,
     Upsample,
     conv,
+    fast_layout,
     lean_forward,
     timestep_embedding,
     zero_module,
@@ -596,14 +597,6 @@ class Sharded(Sampler):
                 yield list(range(first, first + part))
 
 
-def noise(seed: int, ns: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
-    """eps [B, *shape] on the device, sample n from its own generator: equal on one process and on four."""
-    generator = torch.Generator(device)
-    return torch.stack(
-        [torch.randn(*shape, device=device, generator=generator.manual_seed(seed_of(seed, "noise", n))) for n in ns]
-    )
-
-
 # =====================================================================================================================
 # Train
 # =====================================================================================================================
@@ -623,12 +616,6 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, updates: int) -> 
     """ema <- d ema + (1 - d) model, d = min(decay, (1 + n) / (10 + n)): young averages forget their start."""
     d = min(decay, (1 + updates) / (10 + updates))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
-
-
-def fast_layout(model: UNet, compiled: bool = False) -> UNet:
-    """Channels last on a CPU: a step of the laptop preset takes a tenth less; torch.compile chooses by itself."""
-    on_cpu = next(model.parameters()).device.type == "cpu" and not compiled
-    return model.to(memory_format=torch.channels_last_3d) if on_cpu else model  # type: ignore[call-overload]
 
 
 class Training:
@@ -696,7 +683,7 @@ def train_step(
         x0 = label  # [B, K', *P] with --task generate, else made here
         if config.task == "segment":
             x0 = mask_to_x0(label, mask_channels(run.record), config.mask_range)  # [B, K', *P]
-        eps = noise(config.seed, n.tolist(), x0.shape[1:], device)
+        eps = noise(config.seed, "noise", n.tolist(), x0.shape[1:], device)
         alone = ranks.world == 1 or part == config.accumulate - 1  # gradients travel with the last part only
         with nullcontext() if alone else net.no_sync():
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -1365,21 +1352,6 @@ def checkpoint_path(config: Config) -> Path:
     return Path(config.checkpoint) if config.checkpoint else best if best.exists() else config.run_folder / "last.pt"
 
 
-def shared_batch(config: Config, given: dict[str, Any], ranks: Ranks) -> Config:
-    """A preset's batch that the processes cannot share (the paper's is 1) is raised to the next one that they can."""
-    share = ranks.world * config.accumulate
-    if config.batch % share == 0:
-        return config
-    batch = -(-config.batch // share) * share
-    if "batch" in given:
-        raise InputError(
-            f"--batch {config.batch} cannot be shared by {ranks.world} processes x --accumulate {config.accumulate}; "
-            f"use a multiple of {share}, for example {batch}"
-        )
-    say(f"note: the preset's batch of {config.batch} becomes {batch}, so that all processes have work (--batch)", ranks)
-    return replace(config, batch=batch)
-
-
 def main(argv: Sequence[str]) -> int:
     verb, config, given = runtime.parse_flags(Config, argv, VERBS, PRESETS, (__doc__ or "").split("\n\n")[0])
     for name in ("sampling_steps", "ensemble"):
@@ -1399,7 +1371,7 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"--split-devices is for one process, {ranks.world} run here; start without torchrun")
     try:
         if verb in ("", "train"):
-            data, config = loaders.open_data(config.data), shared_batch(config, given, ranks)
+            data, config = loaders.open_data(config.data), runtime.shared_batch(config, given, ranks)
             code = train(config, data, ranks, stop)
             stop.restore()  # from here on there is nothing to save
             if verb == "" and code == 0:

@@ -428,6 +428,34 @@ def read_cifar10(folder: str | os.PathLike) -> dict[str, Any]:
     }
 
 
+class Cifar:
+    """CIFAR-10 with the interface of prepared images, without labels of pixels: for pre-training and `probe`."""
+
+    def __init__(self, folder: Path):
+        self.content, self.name, self.ignore = read_cifar10(folder), "cifar10", None
+        self.channels, self.classes = ["red", "green", "blue"], {}  # type: list[str], dict[str, int]
+        self.splits = {s: [f"{s}_{i}" for i in range(len(self.content[f"{s}_images"]))] for s in ("train", "test")}
+        plain = {"label_values": {"0": 0}, "normalisation": {"kind": "none"}, "statistics": {}, "orientation": "YX"}
+        self.meta: dict[str, Any] = plain | {"name": self.name, "channels": self.channels, "classes": {}}
+        self.meta |= {
+            "spacing": None,
+            "splits": self.splits | {"pretrain": self.splits["train"]},
+        }  # not the test images
+
+    def cases(self, split: str, limit: int | None = None) -> list[str]:
+        return self.meta["splits"].get(split, [])[:limit]
+
+    def image(self, case: str) -> np.ndarray:
+        split, i = case.split("_")
+        return self.content[f"{split}_images"][int(i)]
+
+    def shape(self, case: str) -> tuple[int, ...]:
+        return self.image(case).shape[1:]
+
+    def has_label(self, case: str) -> bool:
+        return False
+
+
 def _cifar_batch(file: Path) -> tuple[np.ndarray, np.ndarray]:
     """(images uint8 [N, 3, 32, 32], labels int64 [N]) of one batch."""
     batch = _read_plain(file)

@@ -191,6 +191,14 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
+def noise(seed: int, name: str, ns: Sequence[int | str], shape: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Standard normal [B, *shape] on the device; each n has its own generator: equal on one process and on four."""
+    generator = torch.Generator(device)
+    return torch.stack(
+        [torch.randn(*shape, device=device, generator=generator.manual_seed(seed_of(seed, name, n))) for n in ns]
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Stopping and leaving
 # ---------------------------------------------------------------------------------------------------------------------
@@ -600,6 +608,21 @@ def parse_flags(
     synthetic = given.get("data", "synthetic") == "synthetic"
     preset = given.get("preset", "tiny" if synthetic else "paper")
     return verb, config(**{**presets[preset], "preset": preset, **given}), given
+
+
+def shared_batch(config: Any, given: Mapping[str, Any], ranks: Ranks) -> Any:
+    """The config with a batch that processes and accumulation can share: a preset's is raised, a given one refused."""
+    share = ranks.world * config.accumulate
+    if config.batch % share == 0:
+        return config
+    batch = -(-config.batch // share) * share
+    if "batch" in given:
+        raise InputError(
+            f"--batch {config.batch} cannot be shared by {ranks.world} processes x --accumulate {config.accumulate}; "
+            f"use a multiple of {share}, for example {batch}"
+        )
+    say(f"note: the preset's batch of {config.batch} becomes {batch}, so that all processes have work (--batch)", ranks)
+    return dataclasses.replace(config, batch=batch)
 
 
 def check_range(config: Any, name: str, low: float, high: float = math.inf, open_low: bool = False) -> None:

@@ -101,7 +101,7 @@ def whole_volume(device: torch.device, number: torch.dtype | None, repeats: int)
             of_plain = f"{name}, {alive / plain:.2f}"
             print(f"{'tensors alive at 256^3, fp32':<34}{of_plain:<28}{'':>12}{alive / 1e6:>11.0f} MB")
     net = patchddm.build_model(patchddm.Config(channel_mult=(1, 3, 4, 4)), 8, 1).to(device).eval()
-    net = patchddm.fast_layout(net)
+    net = unet.fast_layout(net)
     x, t = torch.randn(1, 8, 64, 128, 128, device=device), torch.zeros(1, device=device)
     results: dict[str, list[tuple[float, float]]] = {}
     for _ in range(1 + min(repeats, 3)):

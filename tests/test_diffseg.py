@@ -727,6 +727,22 @@ def test_volume_of_the_training_size_is_one_pass_and_a_smaller_one_is_padded():
     assert len(calls) == 5 and set(calls) == {(1, 4, 8, 8, 8)} and small[1].shape == (3, 5, 8, 7)
 
 
+def test_image_in_0_1_is_lost_beside_the_noise_before_the_first_norm_and_a_spread_one_is_not():
+    data = loaders.Phantoms(0, (2, 1, 1), shape=(32, 32, 32))
+    model = D.network_for(D.Config(**D.PRESETS["tiny"]), loaders.data_record(data))
+    image = torch.from_numpy(np.asarray(data.image(data.cases("train")[0]), np.float32))[None]
+    xk = torch.randn(1, 3, 32, 32, 32, generator=torch.Generator().manual_seed(0))
+    nothing = torch.zeros_like
+
+    def share(low, high):  # of the variance after the first convolution that comes from the image
+        spread = low + (high - low) * image
+        both = [torch.cat(v, 1) for v in ((spread, nothing(xk)), (nothing(image), xk))]
+        of_image, of_noise = (model.stem[0](v).detach().var(dim=(0, 2, 3, 4)) for v in both)
+        return float((of_image / (of_image + of_noise)).mean())
+
+    assert share(0, 1) < 0.03 and share(-2.5, 2.5) > 0.1
+
+
 def test_sampling_spreads_the_image_as_training_did():
     config, model, _ = two_modules()
     seen, image = [], torch.rand(1, 8, 8, 8)

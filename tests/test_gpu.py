@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import diffseg3d_recycle as diffseg
+import masked_diffusion
 import patchddm
 from common import loaders, metrics, runtime
 from common.unet import GroupNorm, lean_forward
@@ -88,6 +89,29 @@ def test_a_recycled_step_never_waits_for_the_gpu(flags):
         torch.cuda.set_sync_debug_mode("error" if number > 2 else "default")
         try:
             diffseg.train_step(run, run.model, run.model, batches, ranks, losses)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert run.skipped.tolist()[0] == 0
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize(
+    "flags", [{}, {"method": "ddpm", "amp": "fp16"}, {"method": "mae", "vit": "small"}, {"loss": "l1"}]
+)
+def test_a_masked_step_never_waits_for_the_gpu(flags):
+    small = {"num_channels": 32, "channel_mult": (1, 1), "num_res_blocks": 1, "attention_resolutions": (2,)}
+    small |= {"num_head_channels": 32, "crop": 32, "tile": 8, "batch": 2}
+    device, data = torch.device("cuda:0"), loaders.Tissue(0, (4, 2), (40, 56))
+    config = masked_diffusion.Config(**small, **flags)
+    ranks, dtype = runtime.Ranks(0, 1, 0, device), runtime.number_format(config.amp, device)[0]
+    run = masked_diffusion.Training(config, loaders.data_record(data), device, dtype)
+    crops = masked_diffusion.Crops(data, config, data.cases("train"))
+    batches, losses = iter(DataLoader(crops, 2, sampler=range(8), pin_memory=True)), runtime.LossByTime(1000, device)
+    for number in range(4):  # tables and the optimiser's state are made in the first
+        torch.cuda.set_sync_debug_mode("error" if number else "default")
+        try:
+            masked_diffusion.train_step(run, run.model, batches, ranks, losses)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert run.skipped.tolist()[0] == 0

@@ -192,7 +192,7 @@ def test_the_draws_are_the_specifications():
 
 
 def test_gaussian_window_has_the_public_weights():
-    g = M.gaussian_window(5).sum(0)
+    g = M.gaussian_window(5, CPU).sum(0)
     assert [round(float(v), 8) for v in g[:3]] == [0.12007838, 0.23388076, 0.29208172] and float(g.sum()) == 1
 
 
@@ -244,9 +244,9 @@ def test_flipped_share_counts_anti_correlated_blocks():
 
 def test_abar_equals_the_specifications_values():
     t = [50, 150, 250, 650]
-    assert M.abar_table("cosine")[t].round(6).tolist() == [0.991725, 0.940000, 0.845888, 0.267786]
-    assert M.abar_table("linear")[t].round(6).tolist() == [0.969951, 0.785887, 0.521423, 0.013590]
-    assert len(M.abar_table("cosine")) == 1000
+    assert M.abar_table("cosine", CPU)[t].numpy().round(6).tolist() == [0.991725, 0.940000, 0.845888, 0.267786]
+    assert M.abar_table("linear", CPU)[t].numpy().round(6).tolist() == [0.969951, 0.785887, 0.521423, 0.013590]
+    assert len(M.abar_table("cosine", CPU)) == 1000
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
@@ -254,7 +254,7 @@ def test_q_sample_mixes_image_and_noise(schedule):
     x, eps, t = image(2, 3, 4, 4), image(2, 3, 4, 4, seed=1), torch.tensor([0, 650])
     xt = M.q_sample(x, eps, t, schedule)
     for i in range(2):
-        a = M.abar_table(schedule)[int(t[i])]
+        a = M.abar_table(schedule, CPU)[int(t[i])]
         torch.testing.assert_close(xt[i], math.sqrt(a) * x[i] + math.sqrt(1 - a) * eps[i])
     config = replace(TINY, method="ddpm", schedule=schedule)
     torch.testing.assert_close(M.restored(config, eps, xt, t), x, atol=1e-4, rtol=1e-4)
@@ -268,7 +268,7 @@ def batch_of(config, n: int = 3):
 def test_ddpm_predicts_its_own_noise():
     config = replace(TWO, method="ddpm")
     batch = batch_of(config)
-    eps = M.noise(config.seed, [0, 1, 2], (3, 16, 16), CPU)
+    eps = M.noise(config.seed, "noise", [0, 1, 2], (3, 16, 16), CPU)
     seen = {}
 
     def net(xt, t):
@@ -480,7 +480,7 @@ def test_mae_does_not_see_hidden_tiles():
     mask = torch.from_numpy(np.stack([M.draw_mask(np.random.default_rng(i), 4, (4, 4)) for i in range(2)]))
     other = torch.where(mask.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None], image(2, 3, 16, 16, seed=5), x)
     with torch.no_grad():
-        a, b, c = model(x, mask), model(other, mask), model(other * 0.9, mask)
+        a, b, c = model(x, mask, 4), model(other, mask, 4), model(other * 0.9, mask, 4)
     assert a.shape == (2, 16, 48) and torch.equal(a, b) and not torch.allclose(a, c)
 
 
@@ -492,11 +492,11 @@ def test_mae_tokens_go_back_to_their_place():
     mask = torch.from_numpy(M.draw_mask(np.random.default_rng(1), 4, (4, 4)))[None]
     shown = mask.flatten().logical_not().nonzero().flatten().tolist()
     with torch.no_grad():
-        a = model(x, mask)
+        a = model(x, mask, 4)
         y = x.clone()
         row, column = divmod(shown[2], 4)
         y[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 0.3
-        changed = (model(y, mask) - a).abs().amax(2)[0].nonzero().flatten().tolist()
+        changed = (model(y, mask, 4) - a).abs().amax(2)[0].nonzero().flatten().tolist()
     assert changed == [shown[2]]
 
 
@@ -630,7 +630,7 @@ def test_ddpm_features_share_one_noise_image_unless_told_otherwise():
     config = replace(TWO, method="ddpm")
     net, x, eps = backbone(config), torch.zeros(1, 3, 16, 16), {}
     for t in (50, 250):
-        scale = math.sqrt(1 - M.abar_table("cosine")[t])
+        scale = math.sqrt(1 - M.abar_table("cosine", CPU)[t])
         eps[t] = net.shown(x, t, (0, "a")) / scale
         torch.testing.assert_close(eps[t], net.shown(x, t, (7, "b")) / scale)  # any run, any window
     torch.testing.assert_close(eps[50], eps[250])
@@ -673,7 +673,7 @@ def steps_until_done(config, losses, per_epoch: int) -> tuple[int, int]:
     stopping = M.Stopping(config)
     for step in range(10**6):
         epoch, place = divmod(step, per_epoch)
-        if stopping(epoch, losses(step), place == per_epoch - 1):
+        if stopping(epoch, torch.tensor(losses(step)), place == per_epoch - 1):
             return step + 1, epoch
     raise AssertionError
 
@@ -905,24 +905,21 @@ def test_mean_scores_average_images_and_convert_the_mean_dice():
     assert metrics.iou_from_dice(0.9195) == pytest.approx(0.850995, abs=1e-6)
 
 
-def test_colour_rule_finds_what_colour_tells_and_nothing_else():
+def test_colour_rule_finds_what_colour_tells():
     rng = np.random.default_rng(0)
     label = rng.integers(0, 2, (20, 20)).astype(np.uint8)
     told = np.stack([120 + 60 * label, 255 - 100 * label, rng.integers(0, 255, label.shape)]).astype(np.uint8)
     data = SimpleNamespace(image=lambda c: told, label=lambda c: label, classes={"gland": 1})
     assert np.array_equal(M.colour_rule(data, ["a"])(told), label)
-    shuffled = SimpleNamespace(image=lambda c: told, label=lambda c: rng.permutation(label.ravel()).reshape(20, 20),
-                               classes={"gland": 1})  # fmt: skip
-    assert (M.colour_rule(shuffled, ["a"])(told) == label).mean() < 0.75
 
 
-def test_k_means_finds_separate_clusters():
-    rng = np.random.default_rng(0)
-    points = np.concatenate([rng.normal(c, 0.1, (30, 2)) for c in ((0, 0), (5, 0), (0, 5))])
-    labels = M.k_means(points, 3, np.random.default_rng(1))
-    groups = labels.reshape(3, 30)
-    assert all(len(set(g)) == 1 for g in groups) and len({g[0] for g in groups}) == 3
-    assert len(set(M.k_means(np.zeros((4, 2)), 3, rng))) <= 3
+def test_colour_rule_guesses_where_colour_tells_nothing():
+    rng = np.random.default_rng(1)
+    images = {c: rng.integers(0, 255, (3, 60, 60)).astype(np.uint8) for c in "ab"}
+    labels = {c: rng.integers(0, 2, (60, 60)).astype(np.uint8) for c in "ab"}
+    data = SimpleNamespace(image=images.get, label=labels.get, classes={"gland": 1})
+    right = (M.colour_rule(data, ["a"])(images["b"]) == labels["b"]).mean()
+    assert abs(right - 0.5) < 0.04  # five standard deviations of a coin thrown 3600 times
 
 
 # --- fake tissue -----------------------------------------------------------------------------------------------------
