@@ -100,7 +100,9 @@ from common.runtime import Ranks, flag, noise, say, seed_of
 from common.unet import (
     AttentionBlock,
     EmbedSequential,
+    FeatureStore,
     GroupNorm,
+    PixelClassifier,
     ResBlock,
     conv,
     fast_layout,
@@ -512,43 +514,6 @@ def patchify(x: Tensor, p: int) -> Tensor:
 def unpatchify(x: Tensor, p: int, grid: Sequence[int]) -> Tensor:
     """The inverse of `patchify` for a grid of (rows, columns) tiles."""
     return x.reshape(len(x), *grid, p, p, -1).permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, grid[0] * p, grid[1] * p)
-
-
-class Classifier(nn.Module):
-    """Three layers on the feature vector of a pixel; ReLU, then batch norm, as the public code orders them.
-
-    widths: channels of each feature map, in order; D is their sum. classes: with background.
-    """
-
-    def __init__(self, widths: Sequence[int], classes: int):
-        super().__init__()
-        a, b = (128, 32) if classes < 30 else (256, 128)
-        self.widths = list(widths)
-        self.first = nn.Linear(sum(widths), a)
-        self.rest = nn.Sequential(
-            nn.ReLU(), nn.BatchNorm1d(a), nn.Linear(a, b), nn.ReLU(), nn.BatchNorm1d(b), nn.Linear(b, classes)
-        )
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.normal_(m.weight, std=0.02)
-                nn.init.zeros_(m.bias)
-
-    def enlarge(self, maps: Sequence[Tensor], norm: Tensor, size: Sequence[int], where: Tensor | None = None) -> Tensor:
-        """W up(f) / norm + b for all pixels of a window [H W, a], or for those in `where` [P, 2]: [P, a].
-
-        maps: [1, c, h, w] each. The layer works on the native maps, and only its few channels are enlarged.
-        """
-        total: Any = self.first.bias
-        for f, weight in zip(maps, self.first.weight.split(self.widths, dim=1)):
-            small = F.conv2d(f, (weight / norm)[..., None, None])  # [1, a, h, w]  # D7
-            if where is not None:
-                total = total + pixels_of(small, where, size)  # [P, a]
-            else:
-                total = total + up(small, size)[0].flatten(1).T  # [H W, a]
-        return total
-
-    def forward(self, maps: Sequence[Tensor], norm: Tensor, size: Sequence[int], where: Tensor | None = None) -> Tensor:
-        return self.rest(self.enlarge(maps, norm, size, where))  # [P, classes]
 
 
 def build_model(config: Config, in_channels: int, out_channels: int) -> Any:
@@ -1159,16 +1124,18 @@ def classifier_batches(
             yield epoch, i == len(groups) - 1, parts, torch.cat(labels)
 
 
-def fit_medical(config: Config, net: "Backbone", data: Any, cases: Sequence[str], seed: int, name: str) -> Classifier:
+def fit_medical(
+    config: Config, net: "Backbone", data: Any, cases: Sequence[str], seed: int, name: str
+) -> PixelClassifier:
     """One classifier on random crops: the paper's on GlaS and MoNuSeg. The last weights are kept, as in its code."""
     size = (config.crop, config.crop)
     torch.manual_seed(seed_of(seed, "classifier") % 2**32)
-    classifier = Classifier(net.widths(), len(data.classes) + 1).to(net.device).train()
+    classifier = PixelClassifier(net.widths(), len(data.classes) + 1).to(net.device).train()
     optimizer = torch.optim.Adam(classifier.parameters(), lr=config.classifier_lr, fused=True)
     stopping = Stopping(config)
     bar = tqdm(desc=name, unit="step", leave=False, disable=config.quiet or None)
     for epoch, ends, parts, label in classifier_batches(config, net, data, cases, seed):
-        first = torch.cat([classifier.enlarge(maps, norm, size, where) for maps, norm, where in parts])  # [P, a]
+        first = torch.cat([classifier.enlarge(maps, norm, size, where) for maps, norm, where in parts])  # [P, a]  # D7
         loss = F.cross_entropy(classifier.rest(first), label, ignore_index=255)  # eq. (5)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -1181,65 +1148,27 @@ def fit_medical(config: Config, net: "Backbone", data: Any, cases: Sequence[str]
     return classifier.eval()
 
 
-class FeatureStore:
-    """Natural: the native maps of all labelled images in one memory-mapped file, fp16, and their pixels by number.
-
-    A pixel's neighbours lie together on disk ([image, row, column, channel]), so that a batch of random pixels reads
-    little. Classes of 1 to 19 pixels in an image are not learned from, as in the public code.
-    """
-
-    def __init__(self, config: Config, net: "Backbone", data: Any, cases: Sequence[str], seed: int, file: Path):
-        labels, self.norms, at = [], [], 0
-        for i, case in enumerate(cases):
-            image = np.asarray(data.image(case))
-            if image.shape[1:] != (config.crop, config.crop):
-                raise InputError(f"{config.data}: {case} has {image.shape[1:]} pixels, expected {config.crop} x "
-                                 f"{config.crop} for --protocol natural; use --crop or --protocol medical")  # fmt: skip
-            maps, norm = net.features(torch.from_numpy(as_input(image))[None].to(net.device), (seed, case, 0, 0, 0))
-            if i == 0:
-                self.shapes = [m.shape[1:] for m in maps]  # [c, h, w]
-                total = sum(m.numel() for m in maps) * len(cases)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                self.values = np.lib.format.open_memmap(file, "w+", np.float16, (total,))
-                self.starts = []
-            for m in maps:
-                self.starts.append(at)
-                self.values[at : at + m.numel()] = m[0].permute(1, 2, 0).half().cpu().numpy().ravel()
-                at += m.numel()
-            label = np.array(data.label(case)).ravel()
-            counts = np.bincount(label, minlength=256)
-            label[np.isin(label, np.nonzero((counts > 0) & (counts < 20))[0])] = 255
-            labels.append(label)
-            self.norms.append(float(norm))
-        self.label, self.size = np.concatenate(labels), (config.crop, config.crop)
-        self.pixels = np.nonzero(self.label != 255)[0]
-
-    def gather(self, pixels: np.ndarray) -> np.ndarray:
-        """Feature vectors [P, D] fp32 of pixels (numbers over all images): bilinear between their four neighbours."""
-        image, inside = np.divmod(pixels, self.size[0] * self.size[1])
-        rows, columns = np.divmod(inside, self.size[1])
-        parts = []
-        for k, (c, h, w) in enumerate(self.shapes):
-            y, x = ((v + 0.5) * n / full - 0.5 for v, n, full in zip((rows, columns), (h, w), self.size))
-            y, x = np.clip(y, 0, h - 1), np.clip(x, 0, w - 1)
-            y0, x0 = np.floor(y).astype(int), np.floor(x).astype(int)
-            fy, fx = (y - y0).astype(np.float32)[:, None], (x - x0).astype(np.float32)[:, None]
-            first = np.array(self.starts)[image * len(self.shapes) + k]
-
-            def read(yy: np.ndarray, xx: np.ndarray) -> np.ndarray:
-                at = first + (np.minimum(yy, h - 1) * w + np.minimum(xx, w - 1)) * c  # noqa: B023  (used at once)
-                return self.values[at[:, None] + np.arange(c)].astype(np.float32)  # [P, c]  # noqa: B023
-
-            top = (1 - fx) * read(y0, x0) + fx * read(y0, x0 + 1)
-            bottom = (1 - fx) * read(y0 + 1, x0) + fx * read(y0 + 1, x0 + 1)
-            parts.append((1 - fy) * top + fy * bottom)
-        return np.concatenate(parts, axis=1) / np.array(self.norms, np.float32)[image][:, None]
+def store_features(
+    config: Config, net: "Backbone", data: Any, cases: Sequence[str], seed: int, file: Path
+) -> FeatureStore:
+    """Natural: the native maps of all labelled images in a file, read by pixel."""
+    store, size = FeatureStore(file, len(cases), (config.crop, config.crop)), (config.crop, config.crop)
+    for case in cases:
+        image = np.asarray(data.image(case))
+        if image.shape[1:] != size:
+            raise InputError(f"{config.data}: {case} has {image.shape[1:]} pixels, expected {size[0]} x {size[1]} for "
+                             "--protocol natural; use --crop or --protocol medical")  # fmt: skip
+        maps, norm = net.features(torch.from_numpy(as_input(image))[None].to(net.device), (seed, case, 0, 0, 0))
+        store.add(maps, float(norm), data.label(case))
+    return store
 
 
-def fit_natural(config: Config, net: "Backbone", store: FeatureStore, classes: int, seed: int, name: str) -> Classifier:
+def fit_natural(
+    config: Config, net: "Backbone", store: FeatureStore, classes: int, seed: int, name: str
+) -> PixelClassifier:
     """One member on single random pixels of all images: the paper's on FFHQ-34 and CelebA-19."""
     torch.manual_seed(seed_of(seed, "classifier") % 2**32)
-    classifier = Classifier(net.widths(), classes).to(net.device).train()
+    classifier = PixelClassifier(net.widths(), classes).to(net.device).train()
     optimizer = torch.optim.Adam(classifier.parameters(), lr=config.classifier_lr, fused=True)
     stopping, size, done = Stopping(config), config.pixels or 64, False
     bar = tqdm(desc=name, unit="step", leave=False, disable=config.quiet or None)
@@ -1271,11 +1200,11 @@ class Run:
 
     seed: int
     net: "Backbone"
-    classifiers: list[Classifier]
+    classifiers: list[PixelClassifier]
     untrained: bool = False  # the network kept its random weights
 
 
-def fit(config: Config, net: "Backbone", data: Any, seed: int, out: Path) -> list[Classifier]:
+def fit(config: Config, net: "Backbone", data: Any, seed: int, out: Path) -> list[PixelClassifier]:
     """The classifiers of one run."""
     cases, name = labelled_cases(data, config, seed), f"run of seed {seed}"
     if not config.natural:
@@ -1285,7 +1214,7 @@ def fit(config: Config, net: "Backbone", data: Any, seed: int, out: Path) -> lis
         ]
     file = out / f"features-{seed}.npy"
     try:
-        store = FeatureStore(config, net, data, cases, seed, file)
+        store = store_features(config, net, data, cases, seed, file)
         classes = len(data.classes) + 1
         members = range(config.members)
         return [fit_natural(config, net, store, classes, seed_of(seed, m), f"{name}, member {m}") for m in members]
@@ -1296,20 +1225,6 @@ def fit(config: Config, net: "Backbone", data: Any, seed: int, out: Path) -> lis
 # =====================================================================================================================
 # Sample: features of the frozen network, restored images, clusters
 # =====================================================================================================================
-
-
-def up(x: Tensor, size: Sequence[int]) -> Tensor:
-    """[B, c, h, w] -> [B, c, H, W], linearly between pixel centres, as features are enlarged."""
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
-
-
-def pixels_of(x: Tensor, where: Tensor, size: Sequence[int]) -> Tensor:
-    """The rows of up(x, size) at pixels `where` [P, 2] (row, column), without enlarging: [1, c, h, w] -> [P, c]."""
-    rows, columns = where[:, 0], where[:, 1]
-    at = torch.stack([(2 * columns + 1) / size[1] - 1, (2 * rows + 1) / size[0] - 1], dim=1)  # [P, 2], x first
-    # border, not zeros: centres of the outermost pixels lie outside those of the native map
-    found = F.grid_sample(x, at.to(x)[None, None], mode="bilinear", padding_mode="border", align_corners=False)
-    return found[0, :, 0].T
 
 
 @cache
@@ -1795,7 +1710,7 @@ def load_runs(config: Config, path: Path, ranks: Ranks) -> tuple[list[Run], dict
             net = shared
         members = []
         for weights in state["model"].values():
-            classifier = Classifier(state["widths"], len(record["classes"]) + 1)
+            classifier = PixelClassifier(state["widths"], len(record["classes"]) + 1)
             classifier.load_state_dict(weights)
             members.append(classifier.to(ranks.device).eval())
         runs.append(Run(seed, net, members, state["backbone"] == "random"))

@@ -7,8 +7,10 @@ tensors are [B, C, X, Y] or [B, C, X, Y, Z], the spatial sizes written as `*S` b
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -215,6 +217,121 @@ class EmbedSequential(nn.Sequential):
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features of single pixels
+# ---------------------------------------------------------------------------------------------------------------------
+# What few-shot classifiers of diffusion features share. A bilinear enlargement and a linear layer can change places,
+# W up(f) + b = up(W f) + b, so that the enlarged features, gigabytes an image, need never exist.
+
+
+def up(x: Tensor, size: Sequence[int]) -> Tensor:
+    """[B, c, h, w] -> [B, c, H, W], linearly between pixel centres, as features are enlarged."""
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def pixels_of(x: Tensor, where: Tensor, size: Sequence[int]) -> Tensor:
+    """The rows of up(x, size) at pixels `where` [P, 2] (row, column), without enlarging: [1, c, h, w] -> [P, c]."""
+    rows, columns = where[:, 0], where[:, 1]
+    at = torch.stack([(2 * columns + 1) / size[1] - 1, (2 * rows + 1) / size[0] - 1], dim=1)  # [P, 2], x first
+    # border, not zeros: centres of the outermost pixels lie outside those of the native map
+    found = F.grid_sample(x, at.to(x)[None, None], mode="bilinear", padding_mode="border", align_corners=False)
+    return found[0, :, 0].T
+
+
+class PixelClassifier(nn.Module):
+    """Three layers on the feature vector of a pixel; ReLU, then batch norm, as the public codes order them.
+
+    widths: channels of each feature map, in order; their sum is the vector's length. classes: with background.
+    Source: Baranchuk et al. 2022.
+    """
+
+    def __init__(self, widths: Sequence[int], classes: int):
+        super().__init__()
+        a, b = (128, 32) if classes < 30 else (256, 128)
+        self.widths = list(widths)
+        self.first = nn.Linear(sum(widths), a)
+        self.rest = nn.Sequential(
+            nn.ReLU(), nn.BatchNorm1d(a), nn.Linear(a, b), nn.ReLU(), nn.BatchNorm1d(b), nn.Linear(b, classes)
+        )
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.normal_(m.weight, std=0.02)
+                nn.init.zeros_(m.bias)
+
+    def enlarge(self, maps: Sequence[Tensor], norm: Tensor, size: Sequence[int], where: Tensor | None = None) -> Tensor:
+        """W up(f) / norm + b for all pixels of a window [H W, a], or for those in `where` [P, 2]: [P, a].
+
+        maps: [1, c, h, w] each. The layer works on the native maps, and only its few channels are enlarged.
+        """
+        total: Any = self.first.bias
+        for f, weight in zip(maps, self.first.weight.split(self.widths, dim=1)):
+            small = F.conv2d(f, (weight / norm)[..., None, None])  # [1, a, h, w]
+            if where is not None:
+                total = total + pixels_of(small, where, size)  # [P, a]
+            else:
+                total = total + up(small, size)[0].flatten(1).T  # [H W, a]
+        return total
+
+    def forward(self, maps: Sequence[Tensor], norm: Tensor, size: Sequence[int], where: Tensor | None = None) -> Tensor:
+        return self.rest(self.enlarge(maps, norm, size, where))  # [P, classes]
+
+
+class FeatureStore:
+    """Native maps of all labelled images in one memory-mapped file, fp16, and their pixels by number.
+
+    file: made anew, left to the caller to remove; count: of images; size: (rows, columns) of each. A pixel's neighbours
+    lie together on disk ([image, row, column, channel]), so that a batch of random pixels reads little. Classes of 1
+    to 19 pixels in an image are not learned from, as in the public codes, nor is the value 255.
+    """
+
+    def __init__(self, file: Path, count: int, size: tuple[int, int]):
+        self.file, self.count, self.size = file, count, size
+        self.shapes: list[tuple[int, ...]] = []  # [c, h, w] of each map
+        self.starts: list[int] = []  # in the file, of each map of each image
+        self.label, self.pixels = np.zeros(0, np.uint8), np.zeros(0, np.int64)
+        self.norms: list[float] = []
+
+    def add(self, maps: Sequence[Tensor], norm: float, label: np.ndarray) -> None:
+        """maps [1, c, h, w], what divides them, and the classes [rows, columns] of the next image."""
+        if not self.shapes:
+            self.shapes = [tuple(m.shape[1:]) for m in maps]
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            total = sum(m.numel() for m in maps) * self.count
+            self.values = np.lib.format.open_memmap(self.file, "w+", np.float16, (total,))
+        at = len(self.norms) * sum(m.numel() for m in maps)
+        for m in maps:
+            self.starts.append(at)
+            self.values[at : at + m.numel()] = m[0].permute(1, 2, 0).half().cpu().numpy().ravel()
+            at += m.numel()
+        label = np.array(label, np.uint8).ravel()
+        counts = np.bincount(label, minlength=256)
+        label[np.isin(label, np.nonzero((counts > 0) & (counts < 20))[0])] = 255
+        self.label = np.concatenate([self.label, label])
+        self.pixels = np.nonzero(self.label != 255)[0]
+        self.norms.append(norm)
+
+    def gather(self, pixels: np.ndarray) -> np.ndarray:
+        """Feature vectors [P, D] fp32 of pixels (numbers over all images): bilinear between their four neighbours."""
+        image, inside = np.divmod(pixels, self.size[0] * self.size[1])
+        rows, columns = np.divmod(inside, self.size[1])
+        parts = []
+        for k, (c, h, w) in enumerate(self.shapes):
+            y, x = ((v + 0.5) * n / full - 0.5 for v, n, full in zip((rows, columns), (h, w), self.size))
+            y, x = np.clip(y, 0, h - 1), np.clip(x, 0, w - 1)
+            y0, x0 = np.floor(y).astype(int), np.floor(x).astype(int)
+            fy, fx = (y - y0).astype(np.float32)[:, None], (x - x0).astype(np.float32)[:, None]
+            first = np.array(self.starts)[image * len(self.shapes) + k]
+
+            def read(yy: np.ndarray, xx: np.ndarray) -> np.ndarray:
+                at = first + (np.minimum(yy, h - 1) * w + np.minimum(xx, w - 1)) * c  # noqa: B023  (used at once)
+                return self.values[at[:, None] + np.arange(c)].astype(np.float32)  # [P, c]  # noqa: B023
+
+            top = (1 - fx) * read(y0, x0) + fx * read(y0, x0 + 1)
+            bottom = (1 - fx) * read(y0 + 1, x0) + fx * read(y0 + 1, x0 + 1)
+            parts.append((1 - fy) * top + fy * bottom)
+        return np.concatenate(parts, axis=1) / np.array(self.norms, np.float32)[image][:, None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import masked_diffusion as M
-from common import InputError, loaders, metrics
+from common import InputError, loaders, metrics, unet
 from common.runtime import Ranks
 
 CPU = torch.device("cpu")
@@ -564,21 +564,21 @@ def test_mae_learning_rate_warms_up_and_ends_at_zero():
 
 def test_enlarging_a_ramp_gives_the_specifications_values():
     ramp = torch.arange(4.0).reshape(1, 1, 1, 4)
-    assert M.up(ramp, (1, 8)).flatten().tolist() == [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]
+    assert unet.up(ramp, (1, 8)).flatten().tolist() == [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]
 
 
 def test_square_sum_is_exact_without_enlarging():
     x = torch.arange(16.0).reshape(1, 1, 4, 4)
     assert float(M.square_sum(x, (8, 8))) == pytest.approx(4807)
     x = image(1, 5, 3, 7)
-    assert float(M.square_sum(x, (12, 14))) == pytest.approx(float(M.up(x, (12, 14)).square().sum()), rel=1e-6)
+    assert float(M.square_sum(x, (12, 14))) == pytest.approx(float(unet.up(x, (12, 14)).square().sum()), rel=1e-6)
 
 
 def test_features_are_divided_by_the_frobenius_norm_of_the_whole_window():
     net = backbone()
     x = image(1, 3, 16, 16)
     maps, norm = net.features(x, ("k",))
-    large = torch.cat([M.up(m, (16, 16)) for m in maps], dim=1)
+    large = torch.cat([unet.up(m, (16, 16)) for m in maps], dim=1)
     assert float(norm) == pytest.approx(float(large.norm()), rel=1e-5)
     rms = replace(net, config=replace(TWO, feature_norm="rms")).features(x, ("k",))[1]
     assert float((large / rms).square().mean()) == pytest.approx(1, rel=1e-4)
@@ -590,8 +590,8 @@ def test_features_are_divided_by_the_frobenius_norm_of_the_whole_window():
 def test_pixels_by_grid_sample_equal_enlarge_then_index(size):
     x = image(1, 5, 4, 6)
     where = torch.tensor([(i, j) for i in range(size[0]) for j in range(size[1])])
-    expected = M.up(x, size)[0].flatten(1).T
-    torch.testing.assert_close(M.pixels_of(x, where, size), expected, atol=1e-6, rtol=0)
+    expected = unet.up(x, size)[0].flatten(1).T
+    torch.testing.assert_close(unet.pixels_of(x, where, size), expected, atol=1e-6, rtol=0)
     assert not torch.allclose(
         F.grid_sample(x, torch.tensor([[[[-0.99, -0.99]]]]), align_corners=False)[0, :, 0].T, expected[:1]
     )
@@ -601,10 +601,10 @@ def test_pixels_by_grid_sample_equal_enlarge_then_index(size):
 def test_first_layer_before_enlarging_equals_after(some):
     torch.manual_seed(0)
     maps, norm, size = [image(1, 3, 4, 4), image(1, 5, 8, 8, seed=1)], torch.tensor(2.5), (16, 16)
-    classifier = M.Classifier([3, 5], 2).eval()
+    classifier = M.PixelClassifier([3, 5], 2).eval()
     torch.nn.init.normal_(classifier.first.bias)
     where = torch.tensor([[0, 0], [15, 15], [3, 9], [8, 0]]) if some else None
-    features = torch.cat([M.up(m, size) for m in maps], dim=1) / norm  # [1, 8, 16, 16]
+    features = torch.cat([unet.up(m, size) for m in maps], dim=1) / norm  # [1, 8, 16, 16]
     flat = features[0].flatten(1).T
     flat = flat[where[:, 0] * 16 + where[:, 1]] if where is not None else flat
     torch.testing.assert_close(
@@ -657,12 +657,12 @@ def test_defaults_of_times_and_blocks_are_the_papers():
     "dimension, classes, parameters", [(1728, 2, 225_826), (288, 2, 41_506), (3264, 34, 873_890), (8448, 34, 2_200_994)]
 )
 def test_classifier_has_the_public_number_of_parameters(dimension, classes, parameters):
-    assert count(M.Classifier([dimension], classes)) == parameters
+    assert count(M.PixelClassifier([dimension], classes)) == parameters
 
 
 def test_classifier_has_batch_norm_after_relu_and_small_normal_weights():
     torch.manual_seed(0)
-    c = M.Classifier([1000], 2)
+    c = M.PixelClassifier([1000], 2)
     assert [type(m).__name__ for m in c.rest] == ["ReLU", "BatchNorm1d", "Linear", "ReLU", "BatchNorm1d", "Linear"]
     assert float(c.first.weight.detach().std()) == pytest.approx(0.02, rel=0.02) and not c.first.bias.any()
     assert c.rest[1].weight.eq(1).all()
@@ -757,7 +757,7 @@ def natural_store(tmp_path, norm="none", classes=3):
     labels["c"][0, :3] = 0  # a class of 3 pixels
     data = SimpleNamespace(image=images.get, label=labels.get, classes={"x": 1, "y": 2}, name="n")
     net = M.Backbone(config, awake(config), CPU, None)
-    return config, net, data, M.FeatureStore(config, net, data, "abc", 0, tmp_path / "features.npy")
+    return config, net, data, M.store_features(config, net, data, "abc", 0, tmp_path / "features.npy")
 
 
 @pytest.mark.parametrize("norm", ["none", "l2"])
@@ -765,7 +765,7 @@ def test_stored_features_of_single_pixels_equal_the_enlarged_ones(tmp_path, norm
     _, net, data, store = natural_store(tmp_path, norm)
     for i, case in enumerate("abc"):
         maps, size = net.features(torch.from_numpy(M.as_input(data.image(case)))[None], (0, case, 0, 0, 0))
-        large = torch.cat([M.up(m, (16, 16)) for m in maps], dim=1)[0].flatten(1).T / size  # [256, D]
+        large = torch.cat([unet.up(m, (16, 16)) for m in maps], dim=1)[0].flatten(1).T / size  # [256, D]
         pixels = np.array([0, 15, 240, 255, 17, 100])
         found = store.gather(i * 256 + pixels)
         np.testing.assert_allclose(found, large[pixels].numpy(), atol=2e-3 * float(large.abs().max()))
@@ -781,7 +781,7 @@ def test_classes_of_fewer_than_twenty_pixels_and_ignored_pixels_are_not_learned(
 def test_natural_members_learn_from_single_pixels(tmp_path):
     config, net, _, store = natural_store(tmp_path)
     member = M.fit_natural(config, net, store, 3, 0, "member")
-    assert count(member) == count(M.Classifier(net.widths(), 3)) and not member.training
+    assert count(member) == count(M.PixelClassifier(net.widths(), 3)) and not member.training
     other = M.fit_natural(config, net, store, 3, 1, "member")
     assert not torch.equal(member.first.weight, other.first.weight)
 

@@ -439,7 +439,7 @@ def test_memory_does_not_depend_on_the_number_of_labelled_images():
 def test_an_image_of_a_thousand_pixels_is_segmented_in_two_gigabytes():
     config = replace(M.Config(data="x", preset="laptop", **{**M.PRESETS["laptop"], "crop": 256}), quiet=True)
     net = M.frozen(config, M.fresh(config, {"channels": list("rgb")}), runtime.Ranks(0, 1, 0, torch.device("cpu")))
-    run_ = M.Run(0, net, [M.Classifier(net.widths(), 2).eval()])
+    run_ = M.Run(0, net, [M.PixelClassifier(net.widths(), 2).eval()])
     image = np.zeros((3, 1000, 1000), np.uint8)
     _, peak = runtime.measure(lambda: M.segment_image(run_, image, "x"), net.device)
     assert peak < 2, peak
