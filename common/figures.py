@@ -262,7 +262,7 @@ def _save(canvas: Image.Image, path: str | Path) -> Path:
 # --------------------------------------------------------------------------------------------------------- loss curve
 @dataclass(frozen=True)
 class _Curve:
-    """One line of a panel: x, y float [n] of any order, NaN where there is no value; width in pixels."""
+    """One line of a panel: x, y float [n] of any order, NaN where there is no value; width in pixels, 0: dots only."""
 
     name: str
     colour: Colour
@@ -311,8 +311,12 @@ def _panel(
     x_limits: tuple[float, float],
     y_limits: tuple[float, float],
     log: bool,
+    x_names: Mapping[float, str] | None = None,
 ) -> None:
-    """Axes with ticks and curves inside the box (left, top, right, bottom); what leaves the limits is cut off."""
+    """Axes with ticks and curves inside the box (left, top, right, bottom); what leaves the limits is cut off.
+
+    log: y is logarithmic; x_names: place on the x axis -> text of its tick, instead of whole numbers.
+    """
     left, top, right, bottom = box
     width, height, fine = right - left, bottom - top, 3  # drawn three times as large, then averaged: smooth lines
     scale = np.log10 if log else np.asarray
@@ -325,21 +329,21 @@ def _panel(
     decades = [10.0**k for k in range(math.floor(low), math.ceil(high) + 1)] if log else []
     y_ticks = [m * d for d in decades for m in ((1,) if high - low > 3 else (1, 2, 5))] or _ticks(*y_limits)
     y_ticks = [t for t in y_ticks if y_limits[0] * (1 - 1e-9) <= t <= y_limits[1] * (1 + 1e-9)]
-    x_ticks = [t for t in _ticks(*x_limits, 4) if abs(t - round(t)) < 1e-6]  # there is no half step
+    whole = {t: _number(t) for t in _ticks(*x_limits, 4) if abs(t - round(t)) < 1e-6}  # there is no half step
     layer = Image.new("RGB", (width * fine, height * fine), WHITE)
     draw = ImageDraw.Draw(layer)
     for tick in y_ticks:
         y = float(place(np.zeros(1), np.array([tick]))[1][0])
         draw.line((0, y * fine, width * fine, y * fine), RULE, fine)
         _write(canvas, (left - 8, top + y), [_number(tick)], anchor="rm")
-    for tick in x_ticks:
+    for tick, name in (x_names or whole).items():
         x = float(place(np.array([tick]), np.ones(1))[0][0])
         ImageDraw.Draw(canvas).line((left + x, bottom, left + x, bottom + 5), BLACK)
-        _write(canvas, (left + x, bottom + 8), [_number(tick)])
+        _write(canvas, (left + x, bottom + 8), [name])
     for curve in curves:
         use = np.isfinite(curve.x) & np.isfinite(curve.y) & ((curve.y > 0) | (not log))
         points = np.stack(place(curve.x[use], curve.y[use]), axis=1) * fine  # [m, 2]
-        if len(points):
+        if len(points) and curve.width:
             draw.line([(float(x), float(y)) for x, y in points], curve.colour, curve.width * fine, "curve")
         for x, y in points if curve.dots or len(points) == 1 else ():
             draw.ellipse((x - 4 * fine, y - 4 * fine, x + 4 * fine, y + 4 * fine), curve.colour)
@@ -435,16 +439,56 @@ def curves(
     ]
     if not any((np.isfinite(c.x) & np.isfinite(c.y)).any() for c in drawn):
         raise ValueError(f"curves: {len(lines)} lines without a finite point; expected at least one point")
+    return _chart(drawn, path, title, x_name, y_name)
+
+
+def scatter(
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    path: str | Path,
+    title: str = "",
+    x_name: str = "",
+    y_name: str = "",
+) -> Path:
+    """Dots name -> (x, y), x above 0, and a line through the mean y of each x; x is logarithmic, with ticks at these x.
+
+    Values that are not finite are left out. Returns the path. Raises ValueError where no point is left or x is not
+    above 0.
+    """
+    arrays = {name: np.array([x, y], float) for name, (x, y) in points.items()}  # [2, n]
+    arrays = {name: a[:, np.isfinite(a).all(axis=0)] for name, a in arrays.items()}
+    x_all = np.concatenate([np.empty(0), *(x for x, _ in arrays.values())])
+    if not (len(x_all) and x_all.min() > 0):
+        raise ValueError(f"scatter: {len(x_all)} finite points; expected one or more, each with x above 0")
+    lines, dots = [], []
+    for (name, (x, y)), colour in zip(arrays.items(), class_colours(len(arrays))):
+        places = np.unique(x)
+        if len(places) > 1:  # the mean of one place would look like one more point
+            lines.append(_Curve(name, colour, np.log10(places), np.array([y[x == place].mean() for place in places])))
+        dots.append(_Curve(name, colour, np.log10(x), y, width=0, dots=True))
+    ticks = {math.log10(place): _number(place) for place in np.unique(x_all)}
+    return _chart([*lines, *dots], path, title, x_name, y_name, ticks)
+
+
+def _chart(
+    drawn: list[_Curve],
+    path: str | Path,
+    title: str,
+    x_name: str,
+    y_name: str,
+    x_names: Mapping[float, str] | None = None,
+) -> Path:
+    """One panel with a legend, a line of it for each name, from the least to the greatest value of all curves."""
     limits = [_limits(np.concatenate([getattr(c, axis) for c in drawn])) for axis in ("x", "y")]
     x_limits, y_limits = ((low - 0.04 * (high - low), high + 0.04 * (high - low)) for low, high in limits)
-    key, heading = _legend([(c.name, c.colour) for c in drawn]), [title] * bool(title)
+    key, heading = _legend([*{c.name: c.colour for c in drawn}.items()]), [title] * bool(title)
     left, top, width, height = MARGIN + 70, MARGIN + (TITLE + 4 + GAP) * bool(title) + LINE + GAP, 620, 300
+    height = max(height, key.height)
     canvas = Image.new(
         "RGB", (left + width + 2 * GAP + key.width + MARGIN, top + height + 2 * LINE + 10 + MARGIN), WHITE
     )
     _write(canvas, (MARGIN, MARGIN), heading, TITLE, "la")
     _write(canvas, (left, top - LINE - GAP // 2), [y_name], anchor="la")
-    _panel(canvas, (left, top, left + width, top + height), drawn, x_limits, y_limits, False)
+    _panel(canvas, (left, top, left + width, top + height), drawn, x_limits, y_limits, False, x_names)
     _write(canvas, (left + width / 2, top + height + LINE + 10), [x_name])
     canvas.paste(key, (left + width + 2 * GAP, top))
     return _save(canvas, path)

@@ -1,4 +1,5 @@
-"""Segmentation metrics, their tables and their command line. The same for all four scripts; needs no torch.
+"""Segmentation metrics, their tables and their command line; metrics of generated images. For all four scripts; needs
+no torch.
 
 Masks are boolean arrays [X, Y, Z] or [Y, X]; spacing is the voxel size in mm, one number per axis, in axis order.
 P is the prediction, G the reference. What empty masks give:
@@ -17,6 +18,7 @@ no table here prints a distance without the missed and spurious counts beside it
     python -m common.metrics compare runs/a runs/b             paired tests
     python -m common.metrics compare 'runs/a-?' 'runs/b-?'     ... of the means over seeds
     python -m common.metrics calibration runs/a 'runs/b-?'     do they know where they are wrong
+    python -m common.metrics draws 'runs/ft-*' --plot d.png    what few labels suffice for, over draws of the labels
     python -m common.metrics score --pred DIR --true DIR       any two folders of NIfTI or PNG masks
     python -m common.metrics score ... --classes whole=1+2+4 core=1+4      unions of label values
     python -m common.metrics score ... --instances             values are object ids: AJI and object Dice too
@@ -47,6 +49,7 @@ from PIL import Image
 from scipy import ndimage
 from scipy.ndimage import distance_transform_edt
 from scipy.spatial import cKDTree
+from scipy.spatial.distance import cdist
 
 from common import InputError
 
@@ -457,6 +460,117 @@ def object_scores(pred: np.ndarray, true: np.ndarray) -> dict[str, float]:
     """All scores of two instance maps: dice and iou of the foregrounds, aji, object_dice. Empty maps: as each says."""
     p, g = np.asarray(pred) != 0, np.asarray(true) != 0
     return {"dice": dice(p, g), "iou": iou(p, g), "aji": aji(pred, true), "object_dice": object_dice(pred, true)}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Metrics of generated images: features [N, D], one row an image; only sets of one N and one kind of features compare
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _features(least: int, **sets: np.ndarray) -> list[np.ndarray]:
+    """The sets as float64 [N, D]. InputError unless all are finite, of one D >= 1 and of at least `least` images."""
+    arrays = [np.asarray(values, dtype=np.float64) for values in sets.values()]
+    for name, array in zip(sets, arrays):
+        if array.ndim != 2 or len(array) < least or array.shape[1:] != arrays[0].shape[1:] or not array.size:
+            raise InputError(
+                f"{name} has shape {array.shape}, {next(iter(sets))} has {arrays[0].shape}; expected [N, D] with N of "
+                f"at least {least} and one D for all sets; make more images, or compute all features in the same way"
+            )
+        if bad := np.count_nonzero(~np.isfinite(array).all(axis=1)):
+            raise InputError(
+                f"{bad} of {len(array)} rows of {name} are not finite; expected numbers; look at the images behind them"
+            )
+    return arrays
+
+
+def _frechet(mean_a: np.ndarray, a: np.ndarray, mean_b: np.ndarray, b: np.ndarray) -> float:
+    """The distance of means [D] and factors [n, D] with cov_a = a' a, cov_b = b' b."""
+    # tr (cov_a cov_b)^1/2 is the sum of the singular values of a b'. Nothing is squared on the way, so that this holds
+    # to rounding where a covariance is singular, as with fewer images than features; a root of eigenvalues would not.
+    cross = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    value = ((mean_a - mean_b) ** 2).sum() + (a**2).sum() + (b**2).sum() - 2 * cross
+    return max(0.0, float(value))  # equal sets give 0 up to rounding, of either sign
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """|mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^1/2) of features [N1, D] and [N2, D]; 0 or more.
+
+    Covariances over N - 1; in the squared unit of the features; called FID only of Inception's. It falls with N (two
+    sets from N(0, I): about D^2 / 2N), so that its floor is the distance of two sets of N real images.
+    Raises: InputError below 2 images, for features that are not finite or of different widths. Source: Heusel 2017.
+    """
+    a, b = _features(2, a=a, b=b)
+    factors = [(x - x.mean(axis=0)) / math.sqrt(len(x) - 1) for x in (a, b)]  # [N, D]
+    # R of QR has the same R' R in D rows, where there are more images than features.
+    factors = [np.linalg.qr(x, "r") if len(x) > x.shape[1] else x for x in factors]
+    return _frechet(a.mean(axis=0), factors[0], b.mean(axis=0), factors[1])
+
+
+def frechet_from_moments(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:
+    """frechet_distance from stored moments: means [D], covariances [D, D]. InputError for other shapes or NaN."""
+    mean_a, cov_a, mean_b, cov_b = _features(1, mean_a=mean_a[None], cov_a=cov_a, mean_b=mean_b[None], cov_b=cov_b)
+    if not len(cov_a) == len(cov_b) == cov_a.shape[1]:
+        raise InputError(
+            f"covariances have shapes {cov_a.shape} and {cov_b.shape}; expected [D, D]; store them with np.cov(x.T)"
+        )
+    factors = []
+    for values, vectors in (np.linalg.eigh(cov) for cov in (cov_a, cov_b)):
+        factors.append(np.sqrt(values.clip(0))[:, None] * vectors.T)  # [D, D]; rounding gives eigenvalues below 0
+    return _frechet(mean_a[0], factors[0], mean_b[0], factors[1])
+
+
+def _distance_blocks(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """(rows, Euclidean distances [rows, N2]) for 256 rows of a at a time, so that memory does not grow with N^2."""
+    for start in range(0, len(a), 256):
+        rows = slice(start, start + 256)
+        yield rows, cdist(a[rows], b)  # not by |a|^2 + |b|^2 - 2ab, which makes copies differ by rounding
+
+
+def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> dict[str, Any]:
+    """Precision and recall of generated features [N2, D] against real ones [N1, D] by balls around each point.
+
+    A ball reaches to its centre's k-th neighbour in its own set, itself left out. One outlier among the generated has a
+    ball that can hold all real images: recall 1 means little by itself.
+
+    Returns: precision: share of generated points inside any real ball; recall: share of real points inside any
+        generated ball; f1, 0 where both are 0; zero_radii: points of both sets with k copies, of which to warn.
+    Raises: InputError for k below 1, k images or fewer, what is not finite, other widths. Source: Kynkäänniemi 2019.
+    """
+    if k < 1:
+        raise InputError(f"k is {k}; expected 1 or more; 3 is usual")
+    real, fake = _features(k + 1, real=real, fake=fake)
+    radius_real, radius_fake = (  # the point itself is one of the k + 1 smallest distances, 0
+        np.concatenate([np.partition(d, k, axis=1)[:, k] for _, d in _distance_blocks(x, x)]) for x in (real, fake)
+    )
+    inside, covered = np.zeros(len(fake), bool), np.zeros(len(real), bool)
+    for rows, distance in _distance_blocks(fake, real):
+        inside[rows] = (distance <= radius_real).any(axis=1)
+        covered |= (distance <= radius_fake[rows, None]).any(axis=0)
+    p, r = float(inside.mean()), float(covered.mean())
+    zero = int((radius_real == 0).sum() + (radius_fake == 0).sum())
+    return {"precision": p, "recall": r, "f1": 2 * p * r / (p + r) if p + r else 0.0, "zero_radii": zero}
+
+
+def memorisation(generated: np.ndarray, train: np.ndarray, held: np.ndarray) -> dict[str, float]:
+    """Are generated images nearer to the training images than images of new patients are?
+
+    Args: features or flattened pixels [N, D] of generated, training and held-out real images (of other patients).
+    Returns: generated, held: median over the set of the distance to the nearest training image; ratio: the first over
+        the second. Near 1: as far from the training set as new patients; towards 0: copies. Blurred images are
+        nearer to all others in pixels, which lowers it too.
+    Raises: InputError for empty sets, what is not finite, different widths, or held-out images that are in train.
+    """
+    generated, train, held = _features(1, generated=generated, train=train, held=held)
+    new, real = (
+        float(np.median(np.concatenate([d.min(axis=1) for _, d in _distance_blocks(x, train)])))
+        for x in (generated, held)
+    )
+    if real == 0:
+        raise InputError(
+            "half of the held-out images are copies of training images; expected images of other patients; "
+            "check the split"
+        )
+    return {"ratio": new / real, "generated": new, "held": real}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1063,6 +1177,191 @@ def _calibration(args: argparse.Namespace) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Draws: what few labels suffice for, and how much of that hangs on which slices were drawn
+# --------------------------------------------------------------------------------------------------------------------
+
+# Ways to run one strategy: what of these differs between its runs of one setting becomes part of the method's name.
+VARIED = ("init", "t", "input", "lr", "steps")
+LOST = 0.01  # a class with a mean Dice below this is lost, the dash in tables: never found, or a few stray voxels of it
+
+
+def t_interval(values: Sequence[float]) -> dict[str, Any]:
+    """n, mean, sd (ddof 1), low and high of the mean's 95 % t-interval, positive: how many are above 0.
+
+    sd, low and high are NaN below 2 values. The interval takes the values for independent and near normal.
+    """
+    from scipy.stats import t  # here: importing it takes longer than all the rest of this module
+
+    x = np.asarray(values, np.float64)
+    n, mean, sd = len(x), float(x.mean()) if len(x) else NAN, float(x.std(ddof=1)) if len(x) > 1 else NAN
+    half = float(t.ppf(0.975, n - 1)) * sd / math.sqrt(n) if n > 1 else NAN
+    return {"n": n, "mean": mean, "sd": sd, "low": mean - half, "high": mean + half, "positive": int((x > 0).sum())}
+
+
+def over_classes(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Dice and IoU of a run: mean over cases, then over classes, so that a class weighs 1 however many cases hold it.
+
+    (`summarise` has the other order: each case weighs 1.) A class that is empty on both sides in all cases is left out.
+    A lost class (mean Dice below LOST) stays in with its 0; found_dice is the mean without lost classes.
+
+    Args: rows: of evaluate_case or read_metrics_csv. Returns: dice, iou, found_dice, NaN where no class is left; lost:
+        names. Raises: InputError unless there is one row per case and class.
+    """
+    _, names, values, _ = _array(rows)
+    d, i = (_nanmean(values[:, :, SCORES.index(score)], axis=0) for score in ("dice", "iou"))  # [class]
+    lost = d < LOST  # of NaN: no
+    means = {key: float(_nanmean(v, axis=0)) for key, v in (("dice", d), ("iou", i), ("found_dice", d[~lost]))}
+    return means | {"lost": [name for name, gone in zip(names, lost) if gone]}
+
+
+def _read_draw(path: str) -> dict[str, Any]:
+    """A fine-tuned run: n, percent and slices of its labels, setting, config, cases and classes, scores."""
+    files = [Path(path) / name for name in ("labels.json", "config.json")]
+    try:
+        labels, config = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+        if config["strategy"] == "scratch":  # its network knows no t and starts from nothing
+            config |= {"t": None, "init": None}
+        _ = [config[key] for key in ("strategy", "init", "t", "lr")]
+        run = {
+            "path": path,
+            "percent": float(labels["percent"]),
+            "slices": sorted((str(case), int(k)) for case, k in labels["slices"]),
+            "setting": (int(labels["n"]), str(config["dice"]), str(config["variant"])),
+            "draw": int(config["draw"]),
+            "config": config,
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: labels.json and config.json cannot be used ({type(error).__name__}: {error}); "
+            f"expected what finetune writes; name its run folders only"
+        ) from error
+    rows = read_metrics_csv(_source(path, "metrics.csv"))
+    return run | {"held": sorted({(r["case"], r["class"]) for r in rows}), "scores": over_classes(rows)}
+
+
+def _name_methods(runs: Sequence[dict[str, Any]]) -> None:
+    """Gives each run its method: the strategy, "random encoder" for init none, and what of VARIED tells runs apart."""
+    for run in runs:
+        run["method"] = run["config"]["strategy"] + ", random encoder" * (run["config"]["init"] == "none")
+    for strategy in {run["method"] for run in runs}:
+        alike = [run for run in runs if run["method"] == strategy]
+        settings = {run["setting"] for run in alike}
+        for key in VARIED:
+            if len({(run["setting"], str(run["config"].get(key))) for run in alike}) > len(settings):
+                for run in alike:
+                    run["method"] += f", {key}={run['config'].get(key)}"
+
+
+def _check_draws(runs: Sequence[dict[str, Any]]) -> None:
+    """InputError unless all runs were tested on the same cases, are told apart, and share the slices of their draw."""
+    drawn: dict[tuple, dict] = {}
+    for run in runs:
+        first = runs[0]
+        if run["held"] != first["held"]:
+            alone = sorted({*run["held"]} ^ {*first["held"]})
+            raise InputError(
+                f"{run['path']} and {first['path']} were tested on different cases or classes, such as "
+                f"{' '.join(alone[0])} in one only; expected one test set; evaluate all on one split"
+            )
+        n, draw, method = run["setting"][0], run["draw"], run["method"]
+        same = drawn.setdefault((run["setting"], method, draw), run)
+        if same is not run:
+            raise InputError(
+                f"{same['path']} and {run['path']} are both draw {draw} of {method} with {n} labels; "
+                f"expected one run a draw; leave one out"
+            )
+        same = drawn.setdefault((n, draw), run)
+        if same["slices"] != run["slices"]:
+            raise InputError(
+                f"{same['path']} and {run['path']} are both draw {draw} of {n} labels but hold different slices; "
+                f"expected the same for a paired difference; train both again on one version of the data"
+            )
+
+
+def draws(runs: Sequence[dict[str, Any]], against: str) -> list[dict[str, Any]]:
+    """A row a setting (labels, Dice loss, variant) and method, and its paired differences from `against`.
+
+    Args: runs: of _read_draw, named and checked; against: a method.
+    Returns: rows; dice, iou and found_dice are means over draws with their _sd, lost the mean number of lost classes;
+        diff_...: t_interval of the Dice minus that of `against` in the same setting, over the draws that both have.
+    """
+    groups: dict[tuple, dict[int, dict]] = {}
+    for run in runs:
+        groups.setdefault((*run["setting"], run["method"]), {})[run["draw"]] = run["scores"] | {"run": run}
+    rows = []
+    for (n, loss, variant, method), found in sorted(groups.items()):
+        percent = next(iter(found.values()))["run"]["percent"]
+        row = {"method": method, "labels": n, "percent": percent, "dice_loss": loss, "variant": variant}
+        row["draws"] = len(found)
+        for key in ("dice", "iou", "found_dice"):
+            stats = t_interval([scores[key] for scores in found.values() if not math.isnan(scores[key])])
+            row |= {key: stats["mean"], f"{key}_sd": stats["sd"]}
+        row["lost"] = sum(len(scores["lost"]) for scores in found.values()) / len(found)
+        base = groups.get((n, loss, variant, against), {}) if method != against else {}
+        differences = [found[draw]["dice"] - base[draw]["dice"] for draw in found if draw in base]
+        rows.append(row | {f"diff_{key}": value for key, value in t_interval(differences).items()})
+    return rows
+
+
+def _plot_draws(runs: Sequence[dict[str, Any]], path: str) -> None:
+    """Dice against the number of labels: a dot a run, a line through the means of a method."""
+    from common import figures
+
+    several = [len({run["setting"][k] for run in runs}) > 1 for k in (1, 2)]
+    points: dict[str, tuple[list[float], list[float]]] = {}
+    for run in sorted(runs, key=lambda r: (r["method"], r["setting"])):
+        name = ", ".join([run["method"], *(run["setting"][k] for k in (1, 2) if several[k - 1])])
+        x, y = points.setdefault(name, ([], []))
+        x.append(run["setting"][0])
+        y.append(run["scores"]["dice"])
+    print(figures.scatter(points, path, "", "labelled slices (logarithmic)", "Dice, mean over cases, then classes"))
+
+
+def _draws(args: argparse.Namespace) -> None:
+    """Means over draws of each method, and paired differences from --against; both also as CSV and as a picture."""
+    runs = [_read_draw(path) for pattern in args.runs for path in _matches(pattern)]
+    _name_methods(runs)
+    _check_draws(runs)
+    methods = sorted({run["method"] for run in runs})
+    if args.against not in methods:
+        raise InputError(
+            f"--against {args.against} is no method here; expected one of: {' | '.join(methods)}; name one"
+        )
+    rows = draws(runs, args.against)
+    table = [["method", "labels", "%", "Dice loss", "variant", "draws", "Dice", "IoU", "Dice without lost", "lost"]]
+    pairs = [
+        [f"minus {args.against}", "labels", "Dice loss", "variant", "draws", "Dice", "SD", "95 % interval", "above 0"]
+    ]
+    for r in rows:
+        setting = [r["method"], str(r["labels"]), f"{r['percent']:.3g}", r["dice_loss"], r["variant"]]
+        means = [_mean_sd({"mean": r[k], "sd": r[f"{k}_sd"]}, "dice") for k in ("dice", "iou", "found_dice")]
+        table.append([*setting, str(r["draws"]), *means, f"{r['lost']:.3g}"])
+        n = r["diff_n"]
+        interval = f"{r['diff_low']:+.3f} to {r['diff_high']:+.3f}" if n > 1 else "no interval"
+        if r["method"] != args.against:
+            numbers = [f"{r['diff_mean']:+.3f}" if n else "-", _number(r["diff_sd"], "dice"), interval]
+            pairs.append([*setting[:2], *setting[3:], str(n), *numbers, f"{r['diff_positive']}/{n}"])
+    gap = "\n" * args.markdown
+    print(_layout(table, args.markdown))
+    cases, names = (len({held[k] for held in runs[0]["held"]}) for k in (0, 1))
+    print(
+        f"{gap}mean±SD over draws of a run's mean over {cases} cases, then over {names} classes; lost: classes a draw "
+        f"with a Dice below {LOST}, which the first two means count"
+    )
+    if len(pairs) > 1:
+        print(f"\n{_layout(pairs, args.markdown)}")
+        print(f"{gap}paired over the draws that both have; 95 % t-interval over draws, not over cases")
+    if args.csv:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: "" if v != v else v for k, v in row.items()} for row in rows)
+        _write_text(args.csv, text.getvalue())
+    if args.plot:
+        _plot_draws(runs, args.plot)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Scoring of two folders of masks
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -1263,6 +1562,12 @@ def make_parser() -> argparse.ArgumentParser:
     sure.add_argument("--margin", type=float, default=3.0, metavar="MM", help="round the foreground, in mm (default 3)")
     sure.add_argument("--plot", default="", metavar="FILE", help="draw the share of errors by entropy, as PNG")
     sure.add_argument("--markdown", action="store_true", help="write the table as Markdown")
+    few = verbs.add_parser("draws", help="Dice by number of labels, mean±SD and paired differences over draws")
+    few.add_argument("runs", nargs="+", metavar="RUN", help="run folder of finetune, or 'runs/x-?' in quotes")
+    few.add_argument("--against", default="scratch", metavar="METHOD", help="of the differences (default scratch)")
+    few.add_argument("--plot", default="", metavar="FILE", help="draw Dice against labels with all points, as PNG")
+    few.add_argument("--csv", default="", metavar="FILE", help="write the rows of both tables with all digits")
+    few.add_argument("--markdown", action="store_true", help="write the tables as Markdown")
     for verb in (table, compare):
         verb.add_argument("--metric", nargs="+", choices=SCORES, default=["dice", "hd95_mm"], help="default: both")
     score = verbs.add_parser("score", help="score two folders of NIfTI or PNG masks, paired by file name")
@@ -1293,7 +1598,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; 0 done, 2 bad input (one line on stderr)."""
     try:
         args = make_parser().parse_args(argv)
-        {"table": _table, "compare": _compare, "score": _score, "calibration": _calibration}[args.verb](args)
+        verbs = {"table": _table, "compare": _compare, "score": _score, "calibration": _calibration, "draws": _draws}
+        verbs[args.verb](args)
     except (InputError, OSError) as error:
         print(f"metrics: {error}", file=sys.stderr)
         return 2
