@@ -8,6 +8,7 @@ Conventions, the same in the whole repository:
   affine       4 x 4 float64, voxel index -> millimetres, of voxel *centres*
   prepared     image float16 in [0, 1] (2D: uint8 as published), label uint8 with consecutive values 0..K (where
                dataset.json names one, a value `ignore` too), 2D also instances int32; all C-contiguous .npy files
+  slices       a prepared kind of their own, see there: volumes whose axial slices are squares, Fortran-contiguous
 """
 
 import contextlib
@@ -37,7 +38,7 @@ from common import InputError
 
 # Word in a folder's name -> the preparation to propose, the first that fits.
 TOOLS = {"corrupt": "corrupt", "celeba": "ffhq34", "ffhq": "ffhq34"}
-TOOLS |= {name: name for name in ("brats", "prostate", "amos", "glas", "monuseg")}
+TOOLS |= {name: name for name in ("brats", "prostate", "amos", "flare22", "glas", "monuseg")}
 FORMAT = 1  # of dataset.json; raised when an older reader could not read a newer folder
 GZIP_RATIO = 1032  # no deflate stream grows by more than this (zlib's documentation)
 CHUNK = 1 << 22  # bytes read at a time
@@ -739,15 +740,16 @@ class Prepared:
             raise InputError(f"{path}: not a readable array ({e}); remove its folder and prepare again") from e
 
 
-def open_prepared(path: str | os.PathLike) -> Prepared:
-    """Open a prepared folder and check each array's presence, shape and type (headers only).
+def open_prepared(path: str | os.PathLike, flags: str = "") -> Prepared:
+    """Open a prepared folder, or one of `Slices`, and check each array's presence, shape and type (headers only).
 
+    flags: more of the command that is proposed where nothing is prepared.
     Raises: InputError; where nothing is prepared it holds the command that prepares, else it lists all faults.
     """
     root = Path(path)
     file = root / "dataset.json"
     tool = next((tool for word, tool in TOOLS.items() if word in root.name), "msd")
-    command = f"prepare it first: python -m data_prep.{tool} --src DIR --dst {root}"
+    command = f"prepare it first: python -m data_prep.{tool} --src DIR --dst {root}{flags if tool == 'msd' else ''}"
     if not file.exists():
         what = "is empty" if root.is_dir() and not any(root.iterdir()) else "holds no dataset.json"
         if (root / "prepare.json").exists():
@@ -757,7 +759,7 @@ def open_prepared(path: str | os.PathLike) -> Prepared:
         meta = json.loads(file.read_text(encoding="utf-8"))
         if meta["format"] > FORMAT:
             raise InputError(f"{file}: format {meta['format']}, expected at most {FORMAT}; use newer code")
-        data = Prepared(root, meta)
+        data = (Slices if "slices" in meta else Prepared)(root, meta)
         for name, values in meta.get("regions", {}).items():
             if not values or not {*values} <= {*data.classes.values()}:
                 raise ValueError(f"region {name} is {values}, expected some of {[*data.classes.values()]}")
@@ -775,7 +777,8 @@ def _array_faults(data: Prepared, case: str, facts: dict) -> list[str]:
     """What is wrong with the arrays of one case, in words."""
     faults = []
     shape = tuple(facts["shape"])
-    stored = np.dtype(np.uint8 if len(shape) == 2 else np.float16)
+    ct_slices = isinstance(data, Slices) and data.meta["normalisation"]["kind"] == "hu"
+    stored = np.dtype(np.uint8 if len(shape) == 2 else np.int16 if ct_slices else np.float16)
     wanted: list[tuple[str, tuple, np.dtype]] = [("image.npy", (len(data.channels), *shape), stored)]
     if facts["labelled"]:
         wanted.append(("label.npy", shape, np.dtype(np.uint8)))
@@ -797,10 +800,10 @@ def data_record(data: Prepared) -> dict:
 
     spacing: the common target spacing in mm, or None where each case keeps its own. Only where the set names them:
     grid; regions, what validation scores (a network may be evaluated on data with others); channel_suffixes, see
-    `find_inputs`; ignore, the label value that nothing counts.
+    `find_inputs`; ignore, the label value that nothing counts; slices, {"side": pixels}.
     """
     keys = ("name", "channels", "classes", "label_values", "spacing", "orientation", "normalisation", "statistics")
-    more = [key for key in ("grid", "regions", "channel_suffixes", "ignore") if key in data.meta]
+    more = [key for key in ("grid", "regions", "channel_suffixes", "ignore", "slices") if key in data.meta]
     return json.loads(json.dumps({key: data.meta[key] for key in (*keys, *more)}))
 
 
@@ -1239,6 +1242,9 @@ def open_data(name: str, seed: int = 0, axes: int = 3) -> Prepared | Phantoms:
         return Phantoms(seed)
     folder = Path(name)
     data = open_prepared(folder if (folder / "dataset.json").exists() or folder.is_absolute() else Path("data") / name)
+    if isinstance(data, Slices):
+        wanted = {2: "images", 3: "volumes"}[axes]
+        raise InputError(f"{data.root}: holds slices, expected {wanted}; prepare without --as-slices to another folder")
     if data.axes != axes:
         kinds = {2: "images", 3: "volumes"}
         raise InputError(f"{data.root}: holds {kinds[data.axes]}, expected {kinds[axes]}; choose another --data")
@@ -1250,6 +1256,338 @@ def write_on_grid(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
     image = nib.Nifti1Image(np.zeros(array.shape, np.uint8), affine)
     spacing = tuple(float(v) for v in nib.affines.voxel_sizes(affine))
     write_nifti(path, array, Nifti(np.asarray(image.dataobj), affine, spacing, image.header, path), array.dtype)
+
+
+# --- slices ----------------------------------------------------------------------------------------------------------
+
+FOV_FLOOR = -1024  # HU; scanners fill what lies outside their field of view with -2000 or -3024
+
+
+def as_display(array: np.ndarray) -> np.ndarray:
+    """Axial RAS slice [X, Y, ...] -> [rows, columns, ...], a view: front on top, the patient's right on the left."""
+    return array.swapaxes(0, 1)[::-1, ::-1]
+
+
+def from_display(array: np.ndarray) -> np.ndarray:
+    """[rows, columns, ...] -> [X, Y, ...], the exact inverse of `as_display`. A view."""
+    return array[::-1, ::-1].swapaxes(0, 1)
+
+
+def linear_weights(n: int, m: int, ratio: float) -> np.ndarray:
+    """[m, n] float32: each row reads n samples at one of m places, linearly; ratio: new distance / old.
+
+    Outer edges are aligned (half-pixel centres: place i is (i + 1/2) ratio - 1/2), beyond the old centres the border
+    value holds, and nothing is smoothed before: torch's interpolate with align_corners=False, antialias=False.
+    """
+    at = np.clip((np.arange(m) + 0.5) * ratio - 0.5, 0, n - 1)
+    return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(n))).astype(np.float32)
+
+
+def nearest_index(n: int, m: int, ratio: float) -> np.ndarray:
+    """[m] integers: the nearest of n samples for each place of `linear_weights`."""
+    return np.clip(np.floor((np.arange(m) + 0.5) * ratio), 0, n - 1).astype(int)
+
+
+@dataclass(frozen=True)
+class SliceGrid:
+    """How one RAS volume becomes square slices, and back: padded to a square, resized, slices respaced.
+
+    shape: (X, Y, Z) of the volume. side: pixels. ratio: distance of the new slices / of the old ones, 1 keeps them.
+    """
+
+    shape: tuple[int, ...]
+    side: int
+    ratio: float = 1.0
+
+    @classmethod
+    def of(cls, shape: Sequence[int], affine: np.ndarray, side: int, spacing: Sequence[float] | None) -> "SliceGrid":
+        """spacing: mm, RAS order, of which only the distance of slices counts; within 1 % of it they are kept."""
+        ratio = spacing[2] / float(nib.affines.voxel_sizes(affine)[2]) if spacing else 1.0
+        return cls(tuple(shape), side, ratio if abs(ratio - 1) > 0.01 else 1.0)
+
+    @property
+    def depth(self) -> int:
+        """Number of slices."""
+        return max(1, round(self.shape[2] / self.ratio))
+
+    @property
+    def square(self) -> int:
+        """Pixels of the padded slice's side."""
+        return max(self.shape[:2])
+
+    @property
+    def front(self) -> tuple[int, ...]:
+        """Pixels of padding in front of x and y."""
+        return symmetric_pad(self.shape[:2], (self.square, self.square))
+
+    def affine(self, native: np.ndarray) -> np.ndarray:
+        """[4, 4] of the slices, from that of the volume."""
+        ratio = np.array([self.square / self.side, self.square / self.side, self.ratio])
+        step = np.diag([*ratio, 1.0])
+        step[:3, 3] = (ratio - 1) / 2 - [*self.front, 0]  # first centre, in old voxels
+        return np.asarray(native, np.float64) @ step
+
+    def image(self, volume: np.ndarray, fill: float, floor: float = -np.inf) -> np.ndarray:
+        """[X, Y, Z] -> float32 [side, side, depth], linearly; fill: of the padding; floor: lower values are raised."""
+        weights = linear_weights(self.square, self.side, self.square / self.side)
+        out = np.empty((self.side, self.side, self.shape[2]), np.float32)
+        start = [-f for f in self.front]
+        for k in range(self.shape[2]):  # slice by slice: a float copy of a whole CT is large
+            plane = np.maximum(volume[:, :, k].astype(np.float32), np.float32(floor))
+            out[:, :, k] = weights @ read_window(plane, start, (self.square, self.square), fill) @ weights.T
+        return out if self.ratio == 1 else out @ linear_weights(self.shape[2], self.depth, self.ratio).T
+
+    def label(self, volume: np.ndarray) -> np.ndarray:
+        """[X, Y, Z] -> [side, side, depth] of the same type, nearest; the padding is 0."""
+        plane = nearest_index(self.square, self.side, self.square / self.side)
+        padded = read_window(volume, [*(-f for f in self.front), 0], (self.square, self.square, self.shape[2]))
+        return padded[np.ix_(plane, plane, nearest_index(self.shape[2], self.depth, self.ratio))]
+
+    def classes(self, logits: np.ndarray) -> np.ndarray:
+        """Logits [depth, C, side, side] in display orientation -> uint8 [X, Y, Z] of the most likely classes.
+
+        Each slice is resized linearly before the maximum is taken, which keeps edges finer than a resized mask has;
+        a slice of the volume takes the nearest of `depth`. Needs memory for C slices of the volume.
+        """
+        weights = linear_weights(self.side, self.square, self.side / self.square)
+        x, y = (weights[f : f + n] for f, n in zip(self.front, self.shape))  # the padding is never computed
+        out = np.empty(self.shape, np.uint8)
+        source = nearest_index(self.depth, self.shape[2], 1 / self.ratio)
+        for k in np.unique(source):
+            plane = np.asarray(logits[k], np.float32)[:, ::-1, ::-1].swapaxes(1, 2)  # [C, side x, side y]
+            out[:, :, source == k] = (x @ plane @ y.T).argmax(0)[..., None]
+        return out
+
+
+def check_intensities(nifti: Nifti, ct: bool) -> None:
+    """Raise InputError where values cannot be Hounsfield units (ct), or counted as whole numbers of 16 bits."""
+    low, high = float(nifti.data.min()), float(nifti.data.max())
+    found = f"{nifti.path}: intensities from {low:g} to {high:g}"
+    if ct and low >= 0:
+        remedy = "name the modality MR, or subtract 1024"
+        raise InputError(f"{found}, expected Hounsfield units, which fall below 0; MR, a label, or HU + 1024? {remedy}")
+    if low < -32768 or high > 32767 or high - low < 100:
+        wanted = "Hounsfield units" if ct else "a range of 100 or more, of 16 bits"
+        remedy = "get the original values" if ct else "use --norm case"
+        raise InputError(f"{found}, expected {wanted}; {remedy}")
+
+
+def slices_of(volume: np.ndarray, grid: SliceGrid, rule: dict) -> np.ndarray:
+    """RAS [X, Y, Z] -> [side, side, depth] as it is stored; rule: dataset.json["normalisation"] of slices.
+
+    {"kind": "hu", "low", "high", "fov_pad"}: int16 HU, with "raise" nothing below -1024, padded with low.
+    {"kind": "percentile-slices", "lower", "upper"}: float16 in [-1, 1], between the two percentiles of this very volume
+      over all its voxels, or between the rule's own "low" and "high" where it has them (--norm corpus).
+    """
+    if rule["kind"] == "hu":
+        floor = FOV_FLOOR if rule["fov_pad"] == "raise" else -np.inf
+        return np.rint(grid.image(volume, rule["low"], floor)).astype(np.int16)
+    window = [rule["low"], rule["high"]] if "low" in rule else np.percentile(volume, [rule["lower"], rule["upper"]])
+    low, high = (float(v) for v in window)
+    return to_unit(grid.image(volume, low), low, high).astype(np.float16)
+
+
+def to_unit(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Clip to [low, high] and bring to float32 in [-1, 1]; all -1 where high = low (a constant volume)."""
+    return 2 * (np.clip(values, low, high).astype(np.float32) - low) / max(high - low, 1e-12) - 1
+
+
+def stored_to_unit(stored: np.ndarray, rule: dict) -> np.ndarray:
+    """What `slices_of` gave -> float32 in [-1, 1], what networks see."""
+    return to_unit(stored, rule["low"], rule["high"]) if rule["kind"] == "hu" else stored.astype(np.float32)
+
+
+class Slices(Prepared):
+    """A prepared folder of square axial slices; all else as `Prepared`.
+
+    image(case) [1, X, Y, Z], X = Y = side: int16 HU (CT) or float16 in [-1, 1]; label(case) [X, Y, Z] uint8. Both are
+    memory maps in Fortran order, so that a slice [..., k] lies in one piece on the disk.
+    """
+
+    @property
+    def side(self) -> int:
+        """Pixels."""
+        return int(self.meta["slices"]["side"])
+
+    def depth(self, case: str) -> int:
+        """Number of slices."""
+        return self.shape(case)[2]
+
+    def slice(self, case: str, k: int) -> np.ndarray:
+        """Slice k, counted from the feet -> float32 [side, side] in [-1, 1], as on a screen (`as_display`)."""
+        stored = as_display(self.image(case)[0, :, :, k])
+        return np.ascontiguousarray(stored_to_unit(stored, self.meta["normalisation"]))
+
+    def slice_label(self, case: str, k: int) -> np.ndarray:
+        """uint8 [side, side] of the same slice, as on a screen."""
+        return np.ascontiguousarray(as_display(self.label(case)[:, :, k]))
+
+
+@dataclass(frozen=True)
+class SliceRestore:
+    """The way back from slices to the grid of a user's file. like: that file."""
+
+    like: Nifti
+    undo: Orientation
+    grid: SliceGrid
+    label_values: dict[int, int]  # prepared -> published
+
+    def mask(self, logits: np.ndarray) -> np.ndarray:
+        """float32 [Z, C, side, side] -> [X, Y, Z] of the file with the published values (uint8 where they fit)."""
+        expected = (self.grid.depth, len(self.label_values), self.grid.side, self.grid.side)
+        if logits.shape != expected:
+            raise ValueError(f"logits {tuple(logits.shape)} of {self.like.path}, expected {expected}")
+        highest = max(self.label_values.values())
+        table = np.zeros(len(self.label_values), np.uint8 if highest < 256 else np.uint16)
+        for prepared, published in self.label_values.items():
+            table[prepared] = published
+        return np.ascontiguousarray(table[from_ras(self.grid.classes(logits), self.undo)])
+
+
+def load_slices_for_prediction(path: str | os.PathLike, record: dict) -> tuple[np.ndarray, SliceRestore]:
+    """One volume for a trained network: what the preparation of slices does, to a raw file.
+
+    record: `data_record` of slices. Returns: float32 [Z, side, side] in [-1, 1], display orientation, and the way back.
+    Raises: InputError for 2D, 4D, and where a CT is expected values that are no Hounsfield units.
+    """
+    file, rule = read_nifti(path), record["normalisation"]
+    image = stack_channels([file], record["channels"])
+    if rule["kind"] == "hu" or "low" in rule:
+        check_intensities(file, rule["kind"] == "hu")
+    volume, affine, undo = to_ras(image[0], file.affine)
+    grid = SliceGrid.of(volume.shape, affine, record["slices"]["side"], record["spacing"])
+    x = stored_to_unit(as_display(slices_of(volume, grid, rule)), rule)  # [side, side, Z]
+    values = {int(k): int(v) for k, v in record["label_values"].items()}
+    return np.ascontiguousarray(np.moveaxis(x, 2, 0)), SliceRestore(file, undo, grid, values)
+
+
+def open_slices(name: str, seed: int = 0, side: int = 32) -> "Slices | CtPhantoms":
+    """`--data` of a script that works on slices: as `open_data`. seed, side: of the synthetic ones.
+
+    Raises: InputError; where the folder holds volumes or images, with the command that makes slices.
+    """
+    if name == "synthetic":
+        return CtPhantoms(seed, side)
+    folder = Path(name)
+    folder = folder if (folder / "dataset.json").exists() or folder.is_absolute() else Path("data") / name
+    data = open_prepared(folder, " --as-slices")
+    if not isinstance(data, Slices):
+        kind = "volumes" if data.axes == 3 else "images"
+        command = f"python -m data_prep.msd --src DIR --dst {data.root}-slices --as-slices"
+        raise InputError(f"{data.root}: holds {kind}, expected slices; prepare them: {command}")
+    return data
+
+
+# --- fake bodies -----------------------------------------------------------------------------------------------------
+
+CT_ORGANS = ("liver", "spleen", "left kidney", "right kidney")
+CT_FIELD, CT_DEPTH = 320.0, 12  # mm across a slice; slices, 8 mm apart
+# Places of the organs in units of the body's half widths (x to the patient's right, y to the front) and of half the
+# scanned height (z to the head), and half axes in the same units.
+CT_PLACES = ((0.42, 0.12, 0.35), (-0.58, -0.38, 0.30), (-0.36, -0.42, -0.45), (0.36, -0.42, -0.55))
+CT_HALVES = ((0.40, 0.52, 0.75), (0.17, 0.26, 0.50), (0.16, 0.20, 0.50), (0.16, 0.20, 0.50))
+
+
+def ct_phantom(seed: int, index: int, side: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """Draw toy CT `index` -> HU int16 [side, side, 12], label uint8 of the same shape, values of CT_ORGANS from 1 on.
+
+    RAS, 320 / side mm in the plane, 8 mm slices; the same anatomy at every side. Skin, fat, muscle wall, spine, ribs,
+    lungs above, and in the fat of the belly four organs among bowel loops, vessels and a stomach of the same HU give or
+    take 20, under noise of SD 12: an organ is told by its place and shape. All depends on (seed, index) only.
+    """
+    rng = np.random.default_rng((seed, index, 4))
+    # 1. Anatomy, before any draw whose size depends on the pixels.
+    width = np.array([rng.uniform(125, 150), rng.uniform(90, 112), 8.0 * CT_DEPTH / 2])  # mm, half axes, half height
+    centre = rng.normal(0, (4, 4, 0)) - (0, 0, rng.uniform(-6, 6))  # the body's, mm from the middle of the scan
+    spots = np.array(CT_PLACES) + rng.normal(0, (0.04, 0.04, 0.12), (4, 3))
+    halves = np.array(CT_HALVES) * rng.uniform(0.82, 1.18, (4, 3))
+    loops = rng.integers(9, 14)  # stomach, bowel: anywhere in front of the spine, the organs lie over them
+    loop_spots = rng.uniform((-0.65, -0.35, -1.1), (0.65, 0.62, 0.9), (loops, 3))
+    loop_halves = rng.uniform(0.10, 0.24, (loops, 3)) * (1, 1.2, 2.0)
+    organ_hu = (58, 50, 44) + rng.normal(0, (7, 7, 5))  # liver, spleen, both kidneys
+    loop_hu, muscle, fat = rng.uniform(25, 75, loops), rng.uniform(48, 62), rng.uniform(-112, -92)
+    bumps = 1 + 0.10 * np.clip(_smooth_field(rng, (side, side, CT_DEPTH), (9, 9, 4)), -2, 2)
+    ribs, turn = rng.integers(7, 10), rng.uniform(0, 2 * np.pi)
+
+    # 2. Drawn from the back to the front; u: place in units of the body.
+    extent = np.array([CT_FIELD, CT_FIELD, 8.0 * CT_DEPTH])  # mm
+    at = [((np.arange(n) + 0.5) / n - 0.5) * e for n, e in zip((side, side, CT_DEPTH), extent)]
+    u = np.ix_(*(((a - c) / w).astype(np.float32) for a, c, w in zip(at, centre, width)))
+
+    def level(spot: Sequence[float], half: Sequence[float]) -> np.ndarray:
+        """[X, Y, Z]: 0 in the middle of a bent ellipsoid, below 1 inside."""
+        return np.sqrt(sum(np.square((x - s) / h) for x, s, h in zip(u, spot, half))) * bumps
+
+    radius = np.hypot(u[0], u[1])  # [X, Y, 1]
+    image = np.full((side, side, CT_DEPTH), -1000, np.float32)
+    label = np.zeros(image.shape, np.uint8)
+    for edge, value in ((1.0, fat), (0.88, muscle), (0.78, fat)):
+        image[np.broadcast_to(radius < edge, image.shape)] = value
+    rib = (np.abs(radius - 0.83) < 0.05) & (np.cos(ribs * np.arctan2(u[1], u[0]) + turn + 2 * u[2]) > 0.75)
+    image[rib] = 380
+    for spot, half, value in zip(loop_spots, loop_halves, loop_hu):
+        image[(level(spot, half) < 1) & (radius < 0.78)] = value
+    for organ, (spot, half) in enumerate(zip(spots, halves), 1):
+        inside = (level(spot, half) < 1) & (radius < 0.80)
+        image[inside], label[inside] = organ_hu[min(organ - 1, 2)], organ
+    for way in (-1, 1):  # lungs: their bases reach into the upper slices, over liver and spleen
+        lung = (level((0.42 * way, 0.0, 1.45), (0.36, 0.62, 0.85)) < 1) & (radius < 0.80)
+        image[lung], label[lung] = -850, 0
+    for spot, half, value in (((0, -0.62), 0.17, 420), ((-0.04, -0.33), 0.08, organ_hu[0] + 8)):  # spine, aorta
+        tube = np.broadcast_to(np.hypot(u[0] - spot[0], u[1] - spot[1]) < half, image.shape)
+        image[tube], label[tube] = value, 0
+
+    # 3. The scanner: a slight blur in the plane, noise.
+    image = ndimage.gaussian_filter(image, (0.5, 0.5, 0)) + 12 * rng.standard_normal(image.shape)
+    return np.rint(np.clip(image, FOV_FLOOR, 3071)).astype(np.int16), label
+
+
+class CtPhantoms(Slices):
+    """`--data synthetic` of scripts that work on slices: `Slices` over drawn CT, kept once drawn; no files.
+
+    48 cases without label for pre-training, and 12, 2 and 8 labelled ones in train, val and test.
+    """
+
+    def __init__(self, seed: int = 0, side: int = 32):
+        names = [f"ct_{i:03d}" for i in range(70)]
+        splits = {"train": names[:12], "val": names[12:14], "test": names[14:22], "unlabelled": names[22:]}
+        splits["pretrain"] = splits["unlabelled"] + splits["train"]
+        spacing = [CT_FIELD / side, CT_FIELD / side, 8.0]  # mm
+        facts = {"shape": [side, side, CT_DEPTH], "spacing_mm": spacing, "affine": np.diag([*spacing, 1.0]).tolist()}
+        meta: dict[str, Any] = {
+            "format": FORMAT,
+            "name": "synthetic",
+            "source": f"phantoms of seed {seed}",
+            "channels": ["CT"],
+            "classes": {name: value for value, name in enumerate(CT_ORGANS, 1)},
+            "label_values": {str(value): value for value in range(len(CT_ORGANS) + 1)},
+            "slices": {"side": side},
+            "spacing": spacing,
+            "orientation": "RAS",
+            "normalisation": {
+                "kind": "hu",
+                "low": -1000.0,
+                "high": 400.0,
+                "percentiles": [0.5, 99.5],
+                "fov_pad": "raise",
+            },
+            "statistics": {"slices": {split: CT_DEPTH * len(cases) for split, cases in splits.items()}},
+            "splits": splits,
+            "cases": {name: {**facts, "labelled": name not in splits["unlabelled"]} for name in names},
+        }
+        super().__init__(Path("."), meta)
+        self.seed = seed
+        self._kept: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def has_label(self, case: str) -> bool:
+        return self._case(case)["labelled"]
+
+    def _open(self, case: str, name: str) -> np.ndarray:
+        self._case(case)  # refuses unknown names
+        if case not in self._kept:
+            image, label = ct_phantom(self.seed, int(case.split("_")[1]), self.side)
+            self._kept[case] = np.asfortranarray(image[None]), np.asfortranarray(label)
+        return self._kept[case][name == "label.npy"]
 
 
 # --- fake tissue -----------------------------------------------------------------------------------------------------

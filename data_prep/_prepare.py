@@ -4,10 +4,12 @@ A preparation (`data_prep/msd.py` and its siblings) only knows its publisher's l
 `Source`, a plain list of cases. Everything from there to the prepared folder is done here, in two passes: the first
 reads every file and collects every fault before a byte is written, the second writes one case after the other. Sets of
 2D images bring a function that reads one case; a path may then lead into a zip archive, as in x.zip/folder/y.tif.
+Volumes may also become square slices, see the section on them.
 """
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import multiprocessing
@@ -35,10 +37,13 @@ from tqdm import tqdm
 from common import InputError
 from common.loaders import (
     FORMAT,
+    FOV_FLOOR,
     PERCENTILES,
     Nifti,
+    SliceGrid,
     as_volume,
     atomic_write,
+    check_intensities,
     check_same_grid,
     make_splits,
     natural_key,
@@ -46,6 +51,7 @@ from common.loaders import (
     orientation_name,
     read_nifti,
     resample,
+    slices_of,
     stack_channels,
     to_ras,
 )
@@ -105,11 +111,14 @@ class Source:
     read: Callable[..., Flat | None] | None = None  # 2D: (case, report) -> what is stored, or None with faults reported
     check: Callable[..., Any] | None = None  # 2D: what the first pass calls instead, where `read` takes long
     settings: dict[str, Any] = field(default_factory=dict)  # 2D: flags that change what is stored
+    slices: dict | None = None  # {"side", "spacing", "norm", "fov_pad"}: the volumes become slices, see slice_settings
+    pretrain: tuple[str, ...] = ()  # slices: cases to pre-train on; none: those without label, and train
+    published_slices: dict[str, int] = field(default_factory=dict)  # split -> slices in the paper
 
     @property
     def fits_window(self) -> bool:
-        """Whether a window of intensities has to be found from the training cases."""
-        return any(self.ct) and self.rules is None
+        """Whether a window of intensities has to be found from the foreground of the training cases."""
+        return any(self.ct) and self.rules is None and not self.slices
 
 
 @dataclass
@@ -307,6 +316,9 @@ def check_case(source: Source, case: Case, allow: bool) -> Report:
     if source.read:
         attempt(report, source.check or source.read, case, report)
         return report
+    if source.slices:
+        check_slices(source, case, allow, report)
+        return report
     loaded = load_case(source, case, allow, report)
     if loaded is not None:
         image, labels, _ = loaded
@@ -370,23 +382,34 @@ def volume_case(
     if (crop := recipe.get("crop", {"kind": "none"}))["kind"] != "none":
         image, labels, affine, outside["crop"] = cut(image, labels, affine, crop)
     arrays = {"image": np.ascontiguousarray(image, np.float16)}
-    facts = {
-        "shape": list(image.shape[1:]),
+    if labels is not None:
+        arrays["label"] = np.ascontiguousarray(labels, np.uint8)
+    return arrays, {**volume_facts(source, image.shape[1:], affine, labels, first), **outside}
+
+
+def volume_facts(
+    source: Source, shape: Sequence[int], affine: np.ndarray, labels: np.ndarray | None, first: Nifti
+) -> dict[str, Any]:
+    """What dataset.json says of a volume: its prepared grid, what it was before, its label."""
+    return {
+        "shape": list(shape),
         "spacing_mm": [round(float(np.linalg.norm(affine[:3, axis])), 6) for axis in range(3)],
         "affine": affine.tolist(),
         "labelled": labels is not None,
-        "original": {
-            "shape": list(first.data.shape[:3]),
-            "spacing_mm": [round(s, 6) for s in first.spacing],
-            "orientation": orientation_name(first.affine),
-        },
-        "label_voxels": None,
-        **outside,
+        "original": original_of(first),
+        "label_voxels": None
+        if labels is None
+        else np.bincount(labels.ravel(), minlength=max(source.label_values) + 1).tolist(),
     }
-    if labels is not None:
-        arrays["label"] = np.ascontiguousarray(labels, np.uint8)
-        facts["label_voxels"] = np.bincount(labels.ravel(), minlength=max(source.label_values) + 1).tolist()
-    return arrays, facts
+
+
+def original_of(first: Nifti) -> dict[str, Any]:
+    """Shape, spacing and orientation of a file as it was published."""
+    return {
+        "shape": list(first.data.shape[:3]),
+        "spacing_mm": [round(s, 6) for s in first.spacing],
+        "orientation": orientation_name(first.affine),
+    }
 
 
 def flat_case(source: Source, case: Case, report: Report) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
@@ -411,7 +434,10 @@ def prepare_case(source: Source, case: Case, recipe: dict, folder: Path) -> Repo
     """Second pass: write cases/ID with the arrays and case.json; the folder appears whole or not at all."""
     report = Report(case.id)
     sources = file_facts(case)  # before reading, so that a file that changes meanwhile counts as changed
-    made = flat_case(source, case, report) if source.read else volume_case(source, case, recipe, report)
+    if source.read:
+        made = flat_case(source, case, report)
+    else:
+        made = (slice_case if source.slices else volume_case)(source, case, recipe, report)
     if made is None:
         return report
     arrays, facts = made
@@ -434,13 +460,13 @@ def prepare_case(source: Source, case: Case, recipe: dict, folder: Path) -> Repo
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    """An .npy file of a C-contiguous array, on the disk when this returns. Raises: OSError.
+    """An .npy file of a C- or Fortran-contiguous array, on the disk when this returns. Raises: OSError.
 
     Not np.save: on a full disk it loses the last block without an error (numpy 2.4, tofile ignores fclose).
     """
     with open(path, "wb") as f:
         np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(array))
-        f.write(array.data)
+        f.write(array.data if array.flags.c_contiguous else array.T.data)
         f.flush()
         os.fsync(f.fileno())  # the rename that follows must not overtake the data
 
@@ -465,6 +491,227 @@ def finished(case: Case, folder: Path) -> dict | None:
         return record if record["facts"]["sources"] == file_facts(case) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+# --- slices ----------------------------------------------------------------------------------------------------------
+#
+# Volumes as squares of pixels, for networks of 2D images that are pre-trained on many unlabelled scans (Huang et al.,
+# arXiv 2402.15216). Order: RAS; the percentiles; padding to a square and resizing in the plane, respacing of slices;
+# CT is stored as int16 HU, clipped and scaled when it is read, so that other windows stay possible.
+
+CORPUS_PERCENTILES = (0.5, 99.5)
+
+
+def slice_settings(options: argparse.Namespace) -> dict:
+    """Source.slices of the flags of add_slice_flags, with their defaults."""
+    spacing = options.spacing or "rule"
+    return {
+        "side": options.side or 256,
+        "spacing": spacing if isinstance(spacing, str) else list(spacing),
+        "norm": getattr(options, "norm", None) or "case",
+        "fov_pad": options.fov_pad or "raise",
+    }
+
+
+def check_slices(source: Source, case: Case, allow: bool, report: Report) -> None:
+    """First pass of a case. facts: original; where a window is counted, histogram and raised, see `histogram`."""
+    loaded = load_case(source, case, allow, report)
+    if loaded is None:
+        return
+    image, _, first = loaded
+    assert source.slices
+    report.facts["original"] = original_of(first)
+    if not source.ct[0] and source.slices["norm"] == "case":
+        return
+    attempt(report, check_intensities, first, source.ct[0])
+    if not report.faults:
+        raises = source.ct[0] and source.slices["fov_pad"] == "raise"
+        report.facts["histogram"], report.facts["raised"] = histogram(image[0], FOV_FLOOR if raises else -32768)
+        if first.data.dtype.kind == "f" and (image != np.rint(image)).any():
+            report.notes.append("some intensities are no whole numbers; they are rounded before they are counted")
+
+
+def histogram(volume: np.ndarray, floor: int) -> tuple[np.ndarray, int]:
+    """int64 [65536], how often each whole number from -32768 on occurs in [X, Y, Z]; and how many lay below `floor`.
+
+    Those are counted as `floor`. The values must fit 16 bits.
+    """
+    counts, raised = np.zeros(65536, np.int64), 0
+    for k in range(volume.shape[2]):
+        values = np.rint(volume[:, :, k]).astype(np.int64)
+        raised += int((values < floor).sum())
+        counts += np.bincount(np.maximum(values, floor).ravel() + 32768, minlength=65536)
+    return counts, raised
+
+
+def percentile_of(counts: np.ndarray, q: float) -> float:
+    """What np.percentile gives for all the values that `histogram` counted."""
+    n = int(counts.sum())
+    rank = q / 100 * (n - 1)
+    first = math.floor(rank)
+    a, b = np.searchsorted(np.cumsum(counts), [first, min(first + 1, n - 1)], side="right") - 32768
+    return float(a + (rank - first) * (b - a))
+
+
+@dataclass
+class Corpus:
+    """The intensities of the volumes that a window is made from, in the memory of one histogram however many they are.
+
+    ids: those cases. lacks: of them, whose histogram is still to come. window: low, high, voxels, raised, once known;
+    it is kept in window.json beside `key`, which tells whether settings or files have changed since.
+    """
+
+    rule: dict  # normalisation without the window
+    ids: set[str]
+    file: Path
+    key: str
+    window: dict | None = None
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(65536, np.int64))
+    raised: int = 0
+
+    def __post_init__(self) -> None:
+        self.lacks = set() if self.window else set(self.ids)
+
+    def take(self, report: Report) -> None:
+        """Add a report's histogram, and drop it there."""
+        own = report.facts.pop("histogram", None)
+        if own is not None and report.id in self.lacks:
+            self.lacks.remove(report.id)
+            self.counts += own
+            self.raised += report.facts["raised"]
+
+    def normalisation(self) -> dict:
+        """dataset.json["normalisation"]. Raises: InputError where all voxels are the same."""
+        if not self.ids:
+            return self.rule
+        if self.window is None:
+            assert not self.lacks
+            low, high = (percentile_of(self.counts, q) for q in CORPUS_PERCENTILES)
+            self.window = {"low": low, "high": high, "voxels": int(self.counts.sum()), "raised": self.raised}
+        low, high = self.window["low"], self.window["high"]
+        if high <= low:
+            raise InputError(f"{self.file.parent}: percentiles 0.5 and 99.5 of all voxels are both {low:g}, expected "
+                             "a range; check the images")  # fmt: skip
+        return {**self.rule, "low": low, "high": high}
+
+    def save(self) -> None:
+        if self.window:
+            atomic_write(self.file, json.dumps({"key": self.key, **self.window}).encode())
+
+
+def corpus_of(source: Source, splits: dict[str, list[str]], dst: Path) -> Corpus:
+    """What the window is made from: the unlabelled cases of pre-training, or, where there are none, train.
+
+    It also adds the split `pretrain`. Nothing is counted for MR with --norm case.
+    """
+    assert source.slices
+    splits["pretrain"] = list(source.pretrain) or splits["unlabelled"] + splits["train"]
+    ids = set(splits["pretrain"]) & set(splits["unlabelled"]) or set(splits["train"])
+    low, high = CORPUS_PERCENTILES
+    rule: dict[str, Any] = {"kind": "percentile-slices", "lower": low, "upper": high}
+    if source.ct[0]:
+        rule = {"kind": "hu", "percentiles": [low, high], "fov_pad": source.slices["fov_pad"]}
+    elif source.slices["norm"] == "case":
+        ids = set()
+    files = [file_facts(case) for case in source.cases if case.id in ids]
+    key = hashlib.sha256(json.dumps([rule, files]).encode()).hexdigest()
+    file = dst / "window.json"
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        window = {name: saved[name] for name in ("low", "high", "voxels", "raised")} if saved["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        window = None
+    return Corpus(rule, ids, file, key, window)
+
+
+def target_spacing(shapes: Sequence[Sequence[int]], spacings: Sequence[Sequence[float]]) -> list[float]:
+    """nnU-Net's rule, mm, RAS order: the median of each axis over the cases; of one that is much coarser, less.
+
+    Where the largest median is more than 3 times the next, and that axis has less than a third of the voxels of the
+    others (medians), its 10th percentile is taken, but not less than the next.
+    """
+    target, size = np.median(spacings, axis=0), np.median(shapes, axis=0)
+    worst = int(target.argmax())
+    others = [axis for axis in range(3) if axis != worst]
+    if target[worst] > 3 * target[others].max() and size[worst] * 3 < size[others].min():
+        target[worst] = max(np.percentile(np.array(spacings)[:, worst], 10), target[others].max())
+    return [round(float(s), 6) for s in target]
+
+
+def slice_spacing(source: Source, reports: dict[str, Report], done: dict[str, dict]) -> dict[str, list[float] | None]:
+    """Spacing of the labelled and of the other cases, by --spacing; None: each keeps its own."""
+    assert source.slices
+    wanted, out = source.slices["spacing"], {}
+    for part, labelled in (("labelled", True), ("unlabelled", False)):
+        cases = [case.id for case in source.cases if (case.label is not None) == labelled]
+        found = [(reports[c].facts if c in reports else done[c]["facts"])["original"] for c in cases]
+        out[part] = None if wanted == "native" or not cases else wanted
+        if wanted == "rule" and cases:
+            shapes, spacings = zip(*map(_ras_geometry, found))
+            out[part] = target_spacing(shapes, spacings)
+    return out
+
+
+def _ras_geometry(original: dict) -> tuple[list[int], list[float]]:
+    """Shape and spacing of a file, in RAS order."""
+    order = [next(i for i, way in enumerate(original["orientation"]) if way in ends) for ends in ("LR", "PA", "IS")]
+    return [original["shape"][i] for i in order], [original["spacing_mm"][i] for i in order]
+
+
+def slice_case(
+    source: Source, case: Case, recipe: dict, report: Report
+) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    """As volume_case: image [1, side, side, Z] as loaders.slices_of gives it, label [side, side, Z], Fortran order."""
+    loaded = load_case(source, case, recipe["allow_affine_mismatch"], report)
+    if loaded is None:
+        return None
+    image, labels, first = loaded
+    volume, native, _ = to_ras(image[0], first.affine)
+    spacing = recipe["spacing"]["labelled" if case.label else "unlabelled"]
+    grid = SliceGrid.of(volume.shape, native, recipe["slices"]["side"], spacing)
+    stored = slices_of(volume, grid, recipe["normalisation"])
+    arrays = {"image": np.asfortranarray(stored[None])}
+    if labels is not None:
+        labels = grid.label(to_ras(labels, first.affine)[0])
+        arrays["label"] = np.asfortranarray(labels)
+    return arrays, volume_facts(source, stored.shape, grid.affine(native), labels, first)
+
+
+def slice_entries(source: Source, recipe: dict) -> dict[str, Any]:
+    """More of dataset.json; spacing: what `predict` respaces to, so that of the labelled cases where there are any."""
+    spacing = recipe["spacing"]
+    return {
+        "slices": {"side": recipe["slices"]["side"]},
+        "spacing": spacing["labelled" if any(case.label for case in source.cases) else "unlabelled"],
+        **({"published_slices": source.published_slices} if source.published_slices else {}),
+    }
+
+
+def slice_statistics(recipe: dict, splits: dict, records: dict, corpus: Corpus) -> dict[str, Any]:
+    """More of the statistics: slices of each split, the spacing asked for, and what the window was made from."""
+    slices = {split: sum(records[case]["shape"][2] for case in ids) for split, ids in splits.items()}
+    out: dict[str, Any] = {"slices": slices, "target_spacing_mm": recipe["spacing"]}
+    if corpus.window:
+        out |= {"window_cases": len(corpus.ids), "voxels": corpus.window["voxels"], "raised": corpus.window["raised"]}
+    return out
+
+
+def slices_text(meta: dict) -> list[str]:
+    """Lines of the manifest: slices of each split beside the paper's, their distance, the window and its voxels."""
+    if "slices" not in meta:
+        return []
+    s, published = meta["statistics"], meta.get("published_slices", {})
+    beside = {split: f" (paper {n:,})" for split, n in published.items()}
+    parts = [f"{split} {n:,}{beside.get(split, '')}" for split, n in s["slices"].items()]
+    targets = [f"{part} {v[2]:g} mm" for part, v in s["target_spacing_mm"].items() if v]
+    lines = [f"  slices       {', '.join(parts)}", f"  distance     {', '.join(targets) or 'of each file'}"]
+    rule = meta["normalisation"]
+    if "voxels" in s:
+        unit = " HU" if rule["kind"] == "hu" else ""
+        what = f"{rule['low']:g} to {rule['high']:g}{unit}, percentiles 0.5 and 99.5 of {s['voxels']:,} voxels"
+        raised = f"; {s['raised']:,} of them raised to {FOV_FLOOR}" if rule.get("fov_pad") == "raise" else ""
+        lines.append(f"  window       {what} of {s['window_cases']} cases{raised}")
+    return lines
 
 
 # --- many cases ------------------------------------------------------------------------------------------------------
@@ -629,7 +876,7 @@ def manifest(meta: dict, root: Path) -> str:
             f"max {row(s['spacing_max_mm'])}",
             f"  orientation  {', '.join(orientations)} -> {meta['orientation']}",
         ]
-    lines += [*objects_text(meta), *crop_text(meta), *counts_text(meta.get("counts", {}))]
+    lines += [*objects_text(meta), *crop_text(meta), *counts_text(meta.get("counts", {})), *slices_text(meta)]
     for name, value in [("background", 0), *meta["classes"].items()]:
         n = s["label_voxels"][name]
         published = meta["label_values"][str(value)]
@@ -651,11 +898,20 @@ class Faults(InputError):
         self.faults = faults
 
 
-def check_all(source: Source, todo: list[Case], options: argparse.Namespace) -> dict[str, Report]:
-    """Read every file of the cases; returns a report for each. Raises: InputError, Faults with all that was found."""
+def check_all(
+    source: Source, todo: list[Case], options: argparse.Namespace, corpus: "Corpus | None" = None
+) -> dict[str, Report]:
+    """Read every file of the cases; returns a report for each. Raises: InputError, Faults with all that was found.
+
+    corpus: takes the histograms out of the reports as they come in, so that they do not pile up.
+    """
     lean = replace(source, cases=())  # travels with each job
     jobs = [(lean, case, options.allow_affine_mismatch) for case in todo]
-    reports = {r.id: r for r in over_cases(check_case, jobs, options.workers, "check", options.quiet)}
+    reports = {}
+    for report in over_cases(check_case, jobs, options.workers, "check", options.quiet):
+        if corpus:
+            corpus.take(report)
+        reports[report.id] = report
     faults = list(source.faults) + [fault for case in todo for fault in reports[case.id].faults]
     bad = sum(bool(r.faults) for r in reports.values())
     if len(faults) == 1:
@@ -673,10 +929,11 @@ def setup_of(source: Source, options: argparse.Namespace, tool: str) -> dict:
         "source": str(Path(options.src).resolve()),
         "channels": list(source.channels),
         "label_map": {str(k): v for k, v in source.label_map.items()},
-        "spacing": list(options.spacing) if options.spacing else None,
+        "spacing": list(options.spacing) if options.spacing and not source.slices else None,
         "allow_affine_mismatch": options.allow_affine_mismatch,
         **({"crop": source.crop} if source.crop else {}),
         **({"settings": source.settings} if source.settings else {}),
+        **({"slices": source.slices} if source.slices else {}),
     }
 
 
@@ -720,7 +977,11 @@ def prepare(source: Source, options: argparse.Namespace, tool: str) -> str:
         check_destination(dst, setup)
     folder = dst / "cases"
     done = {} if options.check else {c.id: r for c in source.cases if (r := finished(c, folder))}
-    reports = check_all(source, [c for c in source.cases if c.id not in done], options)
+    # where cases are at fault, or only checked, their number may be another: faults come first
+    splits = splits_of(source, None if source.faults or options.check else options.split_sizes)
+    splits["unlabelled"] = sorted((case.id for case in source.cases if not case.label), key=natural_key)
+    corpus = corpus_of(source, splits, dst) if source.slices else None
+    reports = check_all(source, [c for c in source.cases if c.id not in done], options, corpus)
     notes = [r.notes for r in reports.values()] + [r["notes"] for r in done.values()]
     for note in dict.fromkeys([*source.notes, *(n for own in notes for n in own)]):
         print(f"{tool}: note: {note}", file=sys.stderr)
@@ -728,19 +989,23 @@ def prepare(source: Source, options: argparse.Namespace, tool: str) -> str:
         done_text = f"{tool}: {len(reports)} cases checked, no faults; nothing was written"
         return "\n".join([done_text, *counts_text(counts_of(source))])
 
-    splits = splits_of(source, options.split_sizes)
-    splits["unlabelled"] = sorted((case.id for case in source.cases if not case.label), key=natural_key)
-    if source.fits_window:  # finished cases are read again: their window is made from all training cases
-        missing = [c for c in source.cases if c.id in done and c.id in set(splits["train"])]
-        reports |= check_all(source, missing, options)
-    quantiles = {r.id: r.facts.get("quantiles") for r in reports.values()}
+    # finished cases are read again where a window is made from all of them
+    fitted = set(splits["train"]) if source.fits_window else corpus.lacks if corpus else set()
+    if fitted & done.keys():
+        reports |= check_all(source, [c for c in source.cases if c.id in done and c.id in fitted], options, corpus)
+    if corpus:
+        normalisation, spacing = corpus.normalisation(), slice_spacing(source, reports, done)
+    else:
+        quantiles = {r.id: r.facts.get("quantiles") for r in reports.values()}
+        normalisation, spacing = normalisation_of(source, splits.get("train", []), quantiles), setup["spacing"]
     recipe = {
-        "normalisation": normalisation_of(source, splits.get("train", []), quantiles),
-        "spacing": setup["spacing"],
+        "normalisation": normalisation,
+        "spacing": spacing,
         "allow_affine_mismatch": options.allow_affine_mismatch,
         "label_map": setup["label_map"],
         **({"crop": source.crop} if source.crop else {}),
         **({"settings": source.settings} if source.settings else {}),
+        **({"slices": source.slices} if source.slices else {}),
     }
     records = {case: record["facts"] for case, record in done.items() if record["recipe"] == recipe}
     todo = [case for case in source.cases if case.id not in records]
@@ -749,15 +1014,19 @@ def prepare(source: Source, options: argparse.Namespace, tool: str) -> str:
     if todo:
         (dst / "dataset.json").unlink(missing_ok=True)  # it would describe cases that are about to change
     atomic_write(dst / "prepare.json", json.dumps(setup, indent=1).encode())
+    if corpus:
+        corpus.save()
     jobs = [(replace(source, cases=()), case, recipe, folder) for case in todo]
     for report in over_cases(prepare_case, jobs, options.workers, "prepare", options.quiet):
         if report.faults:
             raise Faults(report.faults, f"{report.id} changed while it was read; run again")
         records[report.id] = report.facts
-    return _finish(source, dst, setup, recipe, splits, records)
+    return _finish(source, dst, setup, recipe, splits, records, corpus)
 
 
-def _finish(source: Source, dst: Path, setup: dict, recipe: dict, splits: dict, records: dict) -> str:
+def _finish(
+    source: Source, dst: Path, setup: dict, recipe: dict, splits: dict, records: dict, corpus: "Corpus | None"
+) -> str:
     """Write dataset.json, after which the folder counts as prepared. Returns the manifest."""
     records = {case.id: records[case.id] for case in source.cases}  # the same bytes whatever the order of work
     shapes = {tuple(facts["shape"]) for facts in records.values()}
@@ -772,11 +1041,15 @@ def _finish(source: Source, dst: Path, setup: dict, recipe: dict, splits: dict, 
         "classes": source.classes,
         "label_values": {str(k): v for k, v in source.label_values.items()},
         "spacing": setup["spacing"],
+        **(slice_entries(source, recipe) if source.slices else {}),
         **({"grid": list(grid)} if grid else {}),
         **({"crop": source.crop} if source.crop else {}),
         "orientation": "YX" if source.read else "RAS",
         "normalisation": recipe["normalisation"],
-        "statistics": statistics_of(records, source.classes),
+        "statistics": {
+            **statistics_of(records, source.classes),
+            **(slice_statistics(recipe, splits, records, corpus) if corpus else {}),
+        },
         **({"counts": counts_of(source)} if source.counts else {}),
         **({"settings": source.settings} if source.settings else {}),
         **source.entries,
@@ -831,6 +1104,39 @@ def add_window_flags(parser: Parser, spacing: tuple[float, ...]) -> None:
     )
 
 
+def add_slice_flags(parser: Parser, norm: bool = True) -> None:
+    """The flags of sets that become slices; norm: where they may be MR."""
+    parser.add_argument("--side", type=parse_side, metavar="N", help="pixels of a slice's side (default 256)")
+    parser.add_argument(
+        "--spacing",
+        type=parse_slice_spacing,
+        metavar="rule|native|X,Y,Z",
+        help="mm, RAS order; of slices only Z counts, each is resized to N x N whatever its field of view (default "
+        "rule: nnU-Net's, for labelled and other cases by themselves); native keeps the slices",
+    )
+    parser.add_argument(
+        "--fov-pad",
+        choices=("raise", "keep"),
+        help="CT below -1024 HU is what a scanner writes outside its field of view: raised to -1024 (default), or kept",
+    )
+    if norm:
+        parser.add_argument(
+            "--norm", choices=("case", "corpus"), help="MR: percentiles of each case (default), or the same for all"
+        )
+
+
+def parse_side(text: str) -> int:
+    """Pixels: networks halve a slice up to five times."""
+    if not text.isdigit() or int(text) % 32 or not 32 <= int(text) <= 1024:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of 32 from 32 to 1024")
+    return int(text)
+
+
+def parse_slice_spacing(text: str) -> str | tuple[float, ...]:
+    """rule, native, or mm."""
+    return text if text in ("rule", "native") else parse_spacing(text)
+
+
 def window_of(spacing: Sequence[float], published: Sequence[float], size: Sequence[int]) -> list[int]:
     """`size` voxels of the published spacing, in voxels of another: the nearest multiple of 16, at least 16."""
     return [max(16, 16 * round(n * old / new / 16)) for n, old, new in zip(size, published, spacing)]
@@ -851,7 +1157,12 @@ def add_volume_flags(p: Parser) -> None:
 
 def parser_of(tool: str, description: str, layouts: tuple[str, ...], flat: bool = False) -> Parser:
     """The flags that all preparations have; flat: without those that only volumes need."""
-    p = Parser(prog=f"python -m data_prep.{tool}", description=description, allow_abbrev=False)
+    p = Parser(
+        prog=f"python -m data_prep.{tool}",
+        description=description,
+        allow_abbrev=False,
+        conflict_handler="resolve",  # add_slice_flags gives --spacing more values
+    )
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument("--src", metavar="DIR", help="the publisher's folder")
     p.add_argument("--dst", metavar="DIR", help="the prepared folder, data/NAME; the same command again continues")

@@ -3,16 +3,25 @@
   python -m data_prep.msd --src Task04_Hippocampus --dst data/hippocampus
   python -m data_prep.msd --src Task04_Hippocampus --check          list all faults, write nothing
   python -m data_prep.msd --make-fake /tmp/fake --layout nnunet     a tiny legal copy of the layout
+  python -m data_prep.msd --src Task09_Spleen --dst data/spleen --as-slices --unlabelled MORE_CT
 
 Both kinds of dataset.json are read: the Decathlon's (labels number -> name, lists `training` and `test`) and nnU-Net's
 (labels name -> number, files found by their names, one file `CASE_0000.nii.gz` for each channel). A 4D image has its
 channels last. A channel named CT gets one intensity window for all cases, every other one percentiles of its own
-volume. Names that begin with . or _ (left by a Mac's archiver) are never read.
+volume. Names that begin with . or _ (left by a Mac's archiver) are never read. BTCV as published, which has no
+dataset.json, is read as well: RawData/Training/img/img0001.nii.gz, label/label0001.nii.gz.
+
+--as-slices makes square axial slices of --side pixels, what ddpm_pretrain_finetune trains on: of CT int16 HU, with one
+window for all (percentiles 0.5 and 99.5 of all voxels of the cases without label, or of train where all have one), of
+MR values in [-1, 1] by the same two percentiles of each case. --unlabelled is a folder of further volumes to pre-train
+on, of any names; the split `pretrain` is these, those of imagesTs, and train.
 """
 
+import argparse
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +34,83 @@ from data_prep import _prepare
 from data_prep._prepare import Case, Source
 
 LAYOUTS = ("msd", "nnunet")
+BTCV = (
+    "spleen",
+    "right kidney",
+    "left kidney",
+    "gallbladder",
+    "esophagus",
+    "liver",
+    "stomach",
+    "aorta",
+    "inferior vena cava",
+    "portal and splenic veins",
+    "pancreas",
+    "right adrenal gland",
+    "left adrenal gland",
+)
 
 
-def read_source(src: Path) -> Source:
-    """List a publisher's folder; faults of single cases are collected, not raised.
+def read_source(src: Path, options: argparse.Namespace) -> Source:
+    """List a folder, and that of --unlabelled; faults of single cases are collected, not raised.
 
-    Raises: InputError where dataset.json itself is missing or cannot be understood.
+    Raises: InputError where dataset.json is missing or cannot be understood, or the flags do not fit.
     """
+    btcv = (src / "RawData" / "Training" / "img").is_dir()
+    source = read_btcv(src / "RawData") if btcv else read_labelled(src)
+    if options.unlabelled:
+        source = add_unlabelled(source, Path(options.unlabelled))
+    if options.as_slices:
+        if len(source.channels) > 1:
+            names = ", ".join(source.channels)
+            raise InputError(f"{src}: has the channels {names}, expected one for --as-slices; leave that out")
+        return replace(source, slices=_prepare.slice_settings(options))
+    lost = [flag for flag in ("side", "fov_pad", "norm") if getattr(options, flag)]
+    if lost or options.spacing == "rule":
+        flag = f"--{lost[0].replace('_', '-')}" if lost else "--spacing rule"
+        raise InputError(f"{flag} is for slices only; add --as-slices, or leave it out")
+    options.spacing = None if options.spacing == "native" else options.spacing
+    return source
+
+
+def add_unlabelled(source: Source, folder: Path) -> Source:
+    """With every NIfTI below the folder as one more case without label, x_0000.nii.gz as case x."""
+    faults, known, cases = list(source.faults), {case.id.lower() for case in source.cases}, list(source.cases)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder, expected NIfTI volumes; check --unlabelled")
+    for _, name, file in _prepare.nifti_files(folder, faults):
+        case = re.sub(r"_0000$", "", nifti_stem(Path(name)))
+        if not _prepare.is_case_name(case):
+            faults.append(f"{file}: case name {case!r}, expected letters, digits, - and _; rename it")
+        elif case.lower() in known:
+            faults.append(f"{file}: there is a case {case} already, expected names of their own; rename or remove it")
+        else:
+            cases.append(Case(case, (file,)))
+        known.add(case.lower())
+    if len(cases) == len(source.cases) and faults == list(source.faults):
+        raise InputError(f"{folder}: holds no .nii or .nii.gz file, expected volumes; check --unlabelled")
+    return replace(source, cases=tuple(sorted(cases, key=lambda c: natural_key(c.id))), faults=tuple(faults))
+
+
+def read_btcv(raw: Path) -> Source:
+    """The CT of BTCV as published: Training with 13 organs, Testing without labels, where it is there."""
+    labels = {f.name.replace("label", "img"): f for f in volumes(raw / "Training" / "label")}
+    cases, faults = [], []
+    for file in volumes(raw / "Training" / "img"):
+        if label := labels.pop(file.name, None):
+            cases.append(Case(nifti_stem(file), (file,), label))
+        else:
+            wanted = raw / "Training" / "label" / file.name.replace("img", "label")
+            faults.append(f"{wanted}: missing, {file.name} of Training needs it; copy it")
+    faults += [f"{f}: a label without {image} in Training/img; copy it or remove it" for image, f in labels.items()]
+    cases += [Case(nifti_stem(f), (f,)) for f in volumes(raw / "Testing" / "img")]
+    values = {value: value for value in range(len(BTCV) + 1)}
+    classes = {name: value for value, name in enumerate(BTCV, 1)}
+    return Source("BTCV", ("CT",), (True,), classes, values, values, tuple(cases), tuple(faults))
+
+
+def read_labelled(src: Path) -> Source:
+    """A folder with dataset.json. Raises: as read_source."""
     file = src / "dataset.json"
     if not file.is_file():
         what = "holds no dataset.json" if src.is_dir() else "no such folder"
@@ -248,9 +327,15 @@ def make_fake(root: Path, layout: str) -> None:
     (root / "dataset.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
+def add_flags(parser: _prepare.Parser) -> None:
+    parser.add_argument("--unlabelled", metavar="DIR", help="a folder of further volumes without labels")
+    parser.add_argument("--as-slices", action="store_true", help="square axial slices instead of volumes, see above")
+    _prepare.add_slice_flags(parser)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Returns: the exit code."""
-    return _prepare.main(argv, "msd", __doc__ or "", read_source, make_fake, LAYOUTS)
+    return _prepare.main(argv, "msd", __doc__ or "", read_source, make_fake, LAYOUTS, add_flags)
 
 
 if __name__ == "__main__":
