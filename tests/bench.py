@@ -22,6 +22,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import test_lean
 
+import ddpm_pretrain_finetune as ddpm
 import diffseg3d_recycle as diffseg
 import patchddm
 from common import loaders, metrics, runtime, unet
@@ -151,6 +152,46 @@ def recycled_steps(
     return calls
 
 
+def slices(device: torch.device, number: torch.dtype | None, repeats: int) -> None:
+    """ddpm_pretrain_finetune.py, laptop preset: steps, 64 samples, features' distance, DDPM-Seg with more slices."""
+    config = ddpm.Config(**ddpm.PRESETS["laptop"])
+    data, ranks = loaders.CtPhantoms(0, side=config.size), runtime.Ranks(0, 1, 0, device)
+    record, losses = loaders.data_record(data), runtime.LossByTime(1000, device)
+    calls: dict[str, Callable[[], object]] = {}
+    rows = {"pre-training, batch 16": ("pretrain", {}), "decoder, batch 4": ("finetune", {"batch": 4, "ema": 0.0})}
+    rows["scratch, batch 4"] = ("finetune", {"batch": 4, "ema": 0.0, "strategy": "scratch"})
+    for name, (stage, flags) in rows.items():
+        run = ddpm.Training(stage, replace(config, **flags), record, device, number)
+        b, side = run.config.batch, config.size
+        label = torch.randint(0, 5, (b, side, side))
+        batch = (torch.rand(b, 1, side, side), label, torch.randint(0, 1000, (b,)), torch.arange(b))
+        calls[name] = partial(ddpm.train_step, run, run.model.train(), repeat(batch), ranks, losses)
+    for name, s in interleaved(calls, repeats).items():
+        print(f"{'slices of 64^2, laptop network':<34}{name:<28}{1000 * s:>9.0f} ms")
+    net = ddpm.Network(replace(config, sampling_steps=5), ddpm.build_model(config, 1, 1).to(device), device, number)
+    seconds = runtime.measure(lambda: ddpm.generate(net, range(64)), device)[0]
+    print(f"{'64 samples':<34}{'5 of 50 steps of DDIM':<28}{seconds:>9.1f} s")
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 2000, 768))
+    for name, s in interleaved({"2000 x 768": lambda: metrics.frechet_distance(a, b)}, repeats).items():
+        print(f"{'Fréchet distance':<34}{name:<28}{s:>9.2f} s")
+    ensemble = ddpm.PixelEnsemble(replace(config, epochs=1, members=1, quiet=True), 1, 5).to(device).eval()
+    x = torch.rand(1, 1, config.size, config.size, device=device)
+    for count in (4, 40):
+
+        def fit(count: int = count) -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                store = ddpm.FeatureStore(Path(folder) / "features.npy", count, (config.size, config.size))
+                for _ in range(count):
+                    with torch.no_grad():
+                        store.add(ensemble.maps(x), 1.0, np.random.default_rng(0).integers(0, 5, x.shape[2:]))
+                store.pixels = store.pixels[::8]
+                ddpm.fit_member(ensemble.config, store, 5, 0)
+
+        memory = 1000 * runtime.measure(fit, device)[1]
+        print(f"{'DDPM-Seg, one member':<34}{f'{count} slices, pages of file':<28}{memory:>23.0f} MB")
+
+
 class BratsSize(loaders.Phantoms):
     """One prepared case as large as BraTS: four channels and a label, memory-mapped, padded to 256^3 when read."""
 
@@ -215,6 +256,7 @@ def main() -> None:
             print(f"{title:<34}{name:<28}{1000 * times[name]:>9.0f} ms{memory:>11.0f} MB")
         del calls_of
 
+    slices(device, number, args.repeats)
     whole_volume(device, number, args.repeats)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "image.npy"

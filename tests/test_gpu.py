@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import ddpm_pretrain_finetune as ddpm
 import diffseg3d_recycle as diffseg
 import masked_diffusion
 import patchddm
@@ -112,6 +113,37 @@ def test_a_masked_step_never_waits_for_the_gpu(flags):
         torch.cuda.set_sync_debug_mode("error" if number else "default")
         try:
             masked_diffusion.train_step(run, run.model, batches, ranks, losses)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert run.skipped.tolist()[0] == 0
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize(
+    "stage, flags",
+    [
+        ("pretrain", {}),
+        ("pretrain", {"amp": "fp16", "arch": "ddpm"}),
+        ("finetune", {}),
+        ("finetune", {"strategy": "scratch", "dice": "per-class"}),
+    ],
+)
+def test_a_step_on_slices_never_waits_for_the_gpu(stage, flags):
+    small = {"num_channels": 32, "channel_mult": (1, 1), "num_res_blocks": 1, "num_head_channels": 32, "size": 16}
+    device, data = torch.device("cuda:0"), loaders.CtPhantoms(0, side=16)
+    config = ddpm.Config(**small, batch=2, blocks=(1,), **flags)
+    ranks, dtype = runtime.Ranks(0, 1, 0, device), runtime.number_format(config.amp, device)[0]
+    run = ddpm.Training(stage, config, loaders.data_record(data), device, dtype)
+    slices = ddpm.Slices(data, config, ddpm.pretraining_slices(data), stage == "finetune")
+    if stage == "finetune":
+        slices.slices = ddpm.labelled_slices(data, config)[0]
+    batches, losses = iter(DataLoader(slices, 2, sampler=range(8), pin_memory=True)), runtime.LossByTime(1000, device)
+    run.model.train()
+    for number in range(4):  # tables and the optimiser's state are made in the first
+        torch.cuda.set_sync_debug_mode("error" if number else "default")
+        try:
+            ddpm.train_step(run, run.model, batches, ranks, losses)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert run.skipped.tolist()[0] == 0

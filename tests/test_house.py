@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = ("patchddm", "diffseg3d_recycle", "masked_diffusion", "ddpm_pretrain_finetune")
 SCRIPTS = [ROOT / f"{name}.py" for name in NAMES if (ROOT / f"{name}.py").exists()]
 BANNERS = ["Config", "Model", "Diffusion", "Data", "Train", "Sample", "Evaluate", "Predict", "Command line"]
-LESSON = ["DistributedDataParallel", "no_sync", "GradScaler", "clip_grad_norm_", "optim.AdamW", ".backward("]
+LESSON = ["DistributedDataParallel", "no_sync", "GradScaler", "clip_grad_norm_", "optim.Adam", ".backward("]
 HEADINGS = ["Paper", "Idea", "Symbols", "Equations", "Differs", "Usage", "Expect"]
 LONGEST = 80  # lines of a function; only the training loop of a script may be longer
 PACKAGES = {"torch", "numpy", "nibabel", "PIL", "scipy", "tqdm"}
@@ -159,9 +159,17 @@ def test_script_can_be_taken_away_with_common(script, tmp_path):
     assert done.returncode == 0 and "--data" in done.stdout, done.stderr
 
 
+def with_loops(text: str) -> str:
+    """A shell file with the first value of each `for NAME in ...`, or a default, in the place of $NAME."""
+    first = dict(re.findall(r"\$\{(\w+):-([^\s}]+)", text)) | dict(re.findall(r"for (\w+) in ([^\s;$]+)", text))
+    first.pop("PYTHON", None)
+    return re.sub(r"\$(\w+)\b", lambda found: first.get(found[1], found[0]), text)
+
+
 def commands() -> list[str]:
     """Every command of README.md, of the scripts' docstrings and of results/*.sh, one a line."""
-    text = (ROOT / "README.md").read_text() + "".join(f.read_text() for f in (ROOT / "results").glob("*.sh"))
+    text = (ROOT / "README.md").read_text()
+    text += "".join(with_loops(f.read_text()) for f in sorted((ROOT / "results").glob("*.sh")))
     text += "".join(ast.get_docstring(ast.parse(s.read_text())) or "" for s in SCRIPTS)
     parts = [part.strip() for line in text.replace("\\\n", " ").splitlines() for part in line.split("&&")]
     return [part for part in parts if re.match(r"(python|torchrun|\$PYTHON) ", part)]

@@ -1,0 +1,1720 @@
+"""DDPM pre-training on unlabelled CT slices, then a multi-organ segmentation network from a few labelled ones.
+
+Paper
+    Y. Huang et al.: Label-efficient multi-organ segmentation with a diffusion model. arXiv 2402.15216v2, 2025.
+    No code of the authors is known; the network is guided-diffusion's, the rival DDPM-Seg is Baranchuk et al. 2022.
+
+Idea
+    A network that takes noise out of CT slices has to know anatomy, and it learns from scans without labels. Its U-Net
+    is then turned into a segmentation network: the time t is fixed, the last layer is exchanged for a small head, and
+    a part of it is trained on very few labelled slices: the head alone (`linear`), the decoder and the head
+    (`decoder`, the paper's choice), all of it (`full`), or the same network from random weights (`scratch`, without
+    all that belongs to t). Whether pre-training pays is the difference decoder - scratch on the same slices, over
+    several draws of them.
+
+Symbols
+    x_0       x0      [B, 1, H, W]   slice in [-1, 1]: 2 (HU - p_lo) / (p_hi - p_lo) - 1, clipped
+    t         t       [B]            0..T-1 here (the paper counts from 1)
+    beta_t    beta    [T]            variance added at t; alpha = 1 - beta, abar their product for 0..t
+    eps       eps     [B, 1, H, W]   standard normal noise; eps_theta = model(xt, t)
+    g         onehot  [B, C, H, W]   truth; y = prob, the softmax; C = organs + 1, background is class 0
+    c, h      num_channels, hidden   width of the first level; of the head
+    w         0.5                    weight of cross-entropy beside Dice
+
+Equations
+    (1) q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)
+    (2) q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I)
+    (3) p(x_{t-1} | x_t) = N(mu(x_t, t), sigma_t^2 I)
+    (4) mu = (x_t - beta_t / sqrt(1 - abar_t) eps) / sqrt(alpha_t), written by way of x_0, which is clipped
+    (5) L_noise = mean of (eps - eps_theta)^2 over batch and pixels
+    (6) L_seg = w L_CE + (1 - w) L_Dice
+    (7) L_CE = - mean over pixels of log y of the true class
+    (8) L_Dice = 1 - (2 sum g y + e) / (sum g + sum y + e), the sums over classes and pixels, e = 1e-5
+
+Differs
+    D1  betas: linear from 1e-4 to 0.02. The paper gives these ends and a `cosine annealing scheduler`; the two
+        readings of it are --schedule cosine and cosine-anneal.
+    D2  network: guided-diffusion's for 256 x 256 (attention at sides 32, 16, 8); the paper only says U-Net. --arch ddpm
+        is Ho et al.'s. Variance fixed (--variance), not learned.
+    D3  the average of the weights warms up, d = min(ema, (1 + n) / (10 + n)); else a short run keeps its start.
+    D4  eq. (8) over a softmax with background is 1 - mean of the true class' probability: a mean absolute error that
+        does not see imbalance (--dice joint, the paper preset). The small presets use `per-class`: the mean over
+        the organs present in the batch. joint-fg: eq. (8) without background.
+    D5  base learning rate 1e-4, falling to a tenth; head ten times that (paper: ten times, base unknown).
+    D6  the labelled slices are drawn so that the first four show every organ (paper: chosen by hand); larger subsets
+        contain them (paper: random).
+    D7  scores: Dice per case and organ in 3D, an organ never found counts 0; of slices beside it. Paper: unclear.
+    D8  no Inception weights: the distances come from a fixed random network (fd_rand) or from one you name.
+    D9  --strategy full and --init none are not in the paper: they tell weights from architecture.
+    D10 t = 0 (linear: 200), fixed beforehand; the paper takes the best t on its test set. t = 1000 was never trained.
+    D11 ddpmseg keeps the maps at their own size and works on them before enlarging: the same numbers, 20 times
+        less memory.
+    D12 the small presets: narrow network, small slices, EMA 0.999, fewer steps, DDIM.
+
+Usage
+    python ddpm_pretrain_finetune.py                              all of it on CT phantoms
+    python -m data_prep.flare22 --src FLARE22 --dst data/flare22
+    torchrun --nproc_per_node=4 ddpm_pretrain_finetune.py pretrain --data flare22
+    python ddpm_pretrain_finetune.py finetune --data flare22 --labels 4 --strategy decoder
+    python ddpm_pretrain_finetune.py finetune --data flare22 --labels 4 --strategy scratch
+    python ddpm_pretrain_finetune.py ddpmseg --data flare22 --labels 4
+    python ddpm_pretrain_finetune.py sample --data flare22 --sampler ddim --sampling-steps 50
+    python ddpm_pretrain_finetune.py score --data flare22
+    python ddpm_pretrain_finetune.py evaluate --checkpoint RUN/finetune-4-decoder-per-class-draw0/last.pt --split test
+    python ddpm_pretrain_finetune.py predict --checkpoint FILE --image ct.nii.gz --output mask.nii.gz
+    python -m common.metrics draws runs/ddpm_pretrain_finetune-flare22-paper/finetune-*
+
+Expect
+    EXPECT
+"""
+
+import copy
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from hashlib import sha256
+from io import BytesIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+from common import InputError, figures, loaders, metrics, runtime
+from common.runtime import Ranks, flag, noise, say, seed_of
+from common.unet import (
+    AttentionBlock,
+    Downsample,
+    EmbedSequential,
+    FeatureStore,
+    GroupNorm,
+    PixelClassifier,
+    ResBlock,
+    Upsample,
+    conv,
+    fast_layout,
+    load_public,
+    timestep_embedding,
+    zero_module,
+)
+
+SCRIPT = "ddpm_pretrain_finetune"
+T = 1000  # noise levels; t = 0..T-1 throughout this file
+LOG_EVERY = 50  # steps
+GROUPS = 32  # of every group norm
+AT_ONCE = 16  # slices in one forward pass without gradient
+MEMORY = 20_000  # pre-training slices among which the nearest to a sample is looked for
+PROBES = (50, 100, 300, 500)  # levels at which slices that are held out are denoised during pre-training
+WINDOWS = {"lung": (-500, 1400), "abdomen": (40, 350)}  # level and width in HU
+
+# =====================================================================================================================
+# Config
+# =====================================================================================================================
+
+
+@dataclass(frozen=True)
+class Config:
+    """All flags. The defaults are the paper's pre-training with c = 128 (`--preset paper`); see FINETUNE below."""
+
+    # fmt: off
+    data: str = flag("synthetic", "`synthetic`, a name below data/, or a prepared folder of slices")
+    preset: Literal["tiny", "laptop", "paper"] = flag("paper", "defaults of all other flags; tiny for synthetic data")
+    out: str = flag("", "run folder of the pre-training; empty: runs/ddpm_pretrain_finetune-DATA-PRESET")
+    init: str = flag("", "start weights, ours or public; finetune, ddpmseg: empty is OUT/last.pt, or `none`")
+    init_weights: Literal["ema", "raw"] = flag("ema", "of --init: averaged or last weights")
+    overwrite: bool = flag(False, "throw the run folder's old contents away")
+    quiet: bool = flag(False, "no progress bars; one line at each evaluation")
+    seed: int = flag(0, "of weights, order, noise")
+    device: str = flag("auto", "auto | cpu | cuda | cuda:N")
+    amp: Literal["auto", "bf16", "fp16", "off"] = flag("auto", "number format of convolutions")
+    compile: bool = flag(False, "torch.compile the training network")
+    recompute: bool = flag(False, "keep block inputs only for backward: less memory, x 4/3 time")
+    workers: int = flag(4, "processes that load slices, per rank; 0: in the training process")
+    # network (guided-diffusion's)
+    arch: Literal["adm", "ddpm"] = flag("adm", "ddpm: additive time, conv up/down, attention at 16, one head (D2)")
+    size: int = flag(256, "side of the slices in pixels; that of the prepared data (paper: 256)")
+    num_channels: int = flag(128, "width c of the first level (paper: 128 or 256)")
+    channel_mult: tuple[int, ...] = flag((1, 1, 2, 2, 4, 4), "width of each level in units of c")
+    num_res_blocks: int = flag(2, "residual blocks a level")
+    num_head_channels: int = flag(64, "channels of an attention head (adm)")
+    attention_resolutions: tuple[int, ...] = flag((32, 16, 8), "sides of maps with attention (adm), in pixels")
+    # diffusion
+    schedule: Literal["linear", "cosine", "cosine-anneal"] = flag("linear", "betas (D1)")
+    flip: Literal["on", "off"] = flag("on", "pretrain: mirror left and right with p = 0.5 (paper: on)")
+    # training
+    steps: int = flag(300_000, "optimisation steps (paper: 300,000; finetune 30,000 all, 10,000 fewer, 1,000 4 labels)")
+    minutes: float = flag(0.0, "stop after so many minutes of training; 0: no limit")
+    batch: int = flag(32, "slices a step, over all processes and accumulation (paper: not stated; finetune 4)")
+    accumulate: int = flag(1, "pretrain: split the batch into so many parts, one after the other")
+    lr: float = flag(2e-4, "learning rate (paper: 2e-4, linearly to 2e-5; finetune 1e-4, to a tenth)")
+    lr_steps: int = flag(0, "steps over which the rate falls; 0: --steps")
+    lr_schedule: Literal["linear", "const"] = flag("linear", "course of the learning rate")
+    ema: float = flag(0.9999, "pretrain: decay of the averaged weights; 0: off (paper: 0.9999)")
+    eval_every: int = flag(5000, "steps between looks at held-out slices")
+    save_every: int = flag(1000, "steps between saves")
+    # fine-tuning
+    strategy: Literal["decoder", "linear", "full", "scratch", "ddpmseg"] = flag("decoder", "what is trained")
+    labels: str = flag("4", "labelled slices: a number, `all`, or a share such as 1%% (paper: 4, 39, 388, all)")
+    draw: int = flag(0, "which slices these are: seed of the draw")
+    t: int = flag(-1, "time of the frozen network, 0..1000; -1: 0, linear 200 (paper: best on its test set)")
+    input: Literal["clean", "noised"] = flag("clean", "of the network: the slice, or with noise of level t (a control)")
+    variant: Literal["S", "M", "L"] = flag("S", "width: S c = h = 128, M h = 2 c, L c = h = 256")
+    dice: Literal["joint", "joint-fg", "per-class"] = flag("joint", "the Dice term (D4)")
+    select: Literal["last", "val"] = flag("last", "weights that count: the last, or the best on validation cases")
+    # ddpmseg
+    blocks: tuple[int, ...] = flag((5, 6, 7, 8, 12), "decoder blocks whose outputs are features")
+    t_list: tuple[int, ...] = flag((50, 150, 250), "times of the features")
+    members: int = flag(10, "classifiers that vote")
+    epochs: int = flag(100, "of a classifier, at most, over all labelled pixels")
+    # sampling and scores of samples
+    sampler: Literal["ddpm", "ddim"] = flag("ddpm", "reverse process")
+    sampling_steps: int = flag(0, "steps of it; 0: all 1000")
+    eta: float = flag(0.0, "ddim: 0 deterministic .. 1")
+    variance: Literal["small", "large"] = flag("small", "ddpm: posterior variance, or beta")
+    num_samples: int = flag(64, "sample: slices to generate (paper: 2000)")
+    features: str = flag("rand", "score: rand, encoder:CHECKPOINT, or inception:TORCHSCRIPT")
+    # evaluation and use
+    checkpoint: str = flag("", "sample: pre-trained weights; evaluate, predict: fine-tuned ones")
+    split: str = flag("test", "which cases: a split's name")
+    limit: int = flag(0, "at most so many cases; 0: all")
+    image: tuple[str, ...] = flag((), "predict: CT or MR volumes, NIfTI")
+    output: str = flag("", "predict: file (for one image) or folder; score: the samples, empty: OUT/samples.npy")
+    # fmt: on
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.out or f"runs/{SCRIPT}-{Path(self.data).name}-{self.preset}")
+
+    @property
+    def finetune_folder(self) -> Path:
+        """Below the pre-training's; its name holds what differs between the runs that one compares."""
+        parts = ["finetune", self.labels.replace("%", "pc"), self.strategy, self.dice]
+        parts += ["random"] * (self.init == "none" and self.strategy != "scratch")
+        parts += [f"t{self.time}"] * (self.time != replace(self, t=-1).time) + [self.variant] * (self.variant != "S")
+        parts += ["noised"] * (self.input == "noised")
+        default = FINETUNE[self.preset]
+        parts += [f"lr{self.lr:g}"] * (self.lr != default["lr"]) + [f"seed{self.seed}"] * (self.seed != 0)
+        return self.run_folder / "-".join([*parts, f"draw{self.draw}"])
+
+    @property
+    def ddpmseg_folder(self) -> Path:
+        return self.run_folder / f"ddpmseg-{self.labels.replace('%', 'pc')}-draw{self.draw}"
+
+    @property
+    def time(self) -> int:
+        return self.t if self.t >= 0 else 200 if self.strategy == "linear" else 0  # D10
+
+    @property
+    def hidden(self) -> int:
+        """Width h of the head."""
+        return self.num_channels * (2 if self.variant == "M" else 1)
+
+    @property
+    def attends(self) -> tuple[int, ...]:
+        return (16,) if self.arch == "ddpm" else self.attention_resolutions
+
+    def __post_init__(self) -> None:
+        """Ranges and the rules between flags; InputError names the flag."""
+        for name in ("num_channels", "num_res_blocks", "num_head_channels", "batch", "accumulate", "steps", "members"):
+            runtime.check_range(self, name, 1)
+        for name in ("eval_every", "save_every", "num_samples", "epochs"):
+            runtime.check_range(self, name, 1)
+        for name in ("minutes", "workers", "limit", "seed", "draw", "lr_steps"):
+            runtime.check_range(self, name, 0)
+        for name, high in (("ema", 0.999999), ("eta", 1), ("sampling_steps", T), ("t_list", T - 1)):
+            runtime.check_range(self, name, 0, high)
+        runtime.check_range(self, "lr", 0, 1, open_low=True)
+        runtime.check_range(self, "t", -1, T)
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise InputError(f"--device is {self.device}, expected auto, cpu, cuda or cuda:N; correct the flag")
+        if not re.fullmatch(r"all|[1-9]\d*|\d*\.?\d+%", self.labels):
+            raise InputError(f"--labels is {self.labels}, expected a number, `all` or a share such as 1%; correct it")
+        if self.input == "noised" and self.t == T:
+            raise InputError(f"--input noised has no level t = {T}, the last is {T - 1}; lower --t")
+        if not re.fullmatch(r"rand|(encoder|inception):.+", self.features):
+            raise InputError(f"--features is {self.features}, expected rand, encoder:FILE or inception:FILE")
+        if not self.channel_mult or min(self.channel_mult) < 1:
+            raise InputError(f"--channel-mult is {self.channel_mult}, expected whole numbers of 1 or more")
+        if self.num_channels % GROUPS:
+            raise InputError(f"--num-channels is {self.num_channels}, expected a multiple of {GROUPS}, the groups of "
+                             f"its norms; use {-(-self.num_channels // GROUPS) * GROUPS}")  # fmt: skip
+        step = 2 ** (len(self.channel_mult) - 1)
+        if self.size < step or self.size % step:
+            raise InputError(f"--size {self.size} is not a multiple of {step}, which {len(self.channel_mult)} levels "
+                             "ask for; change --size or --channel-mult")  # fmt: skip
+        for i, m in enumerate(self.channel_mult):
+            attends = self.arch == "adm" and (self.size >> i in self.attends or i == len(self.channel_mult) - 1)
+            if attends and self.num_channels * m % self.num_head_channels:
+                raise InputError(f"--num-head-channels {self.num_head_channels} does not divide the "
+                                 f"{self.num_channels * m} channels of an attention; choose a divisor")  # fmt: skip
+        count = len(self.channel_mult) * (self.num_res_blocks + 1)
+        if self.blocks and not (0 <= min(self.blocks) <= max(self.blocks) < count):
+            raise InputError(f"--blocks is {self.blocks}, this network has blocks 0 to {count - 1}; correct the flag")
+
+
+SMALL: dict[str, Any] = {
+    "num_channels": 32,
+    "num_res_blocks": 1,
+    "num_head_channels": 32,
+    "attention_resolutions": (8,),
+}
+SMALL |= {"ema": 0.999, "workers": 0, "batch": 16, "dice": "per-class", "sampler": "ddim", "sampling_steps": 50}  # D12
+LAPTOP: dict[str, Any] = {"size": 64, "channel_mult": (1, 2, 2, 4), "steps": 20_000, "eval_every": 1000}
+LAPTOP |= {"channel_mult": (1, 1, 2, 4), "save_every": 100, "blocks": (1, 3, 5)}
+TINY: dict[str, Any] = {"size": 32, "channel_mult": (1, 2, 2), "steps": 600, "eval_every": 200, "save_every": 200}
+TINY |= {"blocks": (1, 3), "num_samples": 16, "members": 3, "epochs": 4, "sampling_steps": 25}
+PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "laptop": SMALL | LAPTOP, "tiny": SMALL | TINY}
+# What fine-tuning has instead, where the flag is not given; steps: see fine_steps.
+FINE: dict[str, Any] = {"batch": 4, "lr": 1e-4, "lr_steps": 0, "accumulate": 1, "ema": 0.0}  # D5
+FINETUNE: dict[str, dict[str, Any]] = {
+    "paper": FINE,
+    "laptop": FINE | {"lr": 3e-4, "eval_every": 200},
+    "tiny": FINE | {"lr": 1e-3, "eval_every": 100},
+}
+
+
+def fine_steps(preset: str, labels: int, total: int) -> int:
+    """Steps of fine-tuning with `labels` of `total` slices: the paper's, and a fixed number in the small presets."""
+    if preset != "paper":
+        return {"laptop": 600, "tiny": 200}[preset]
+    return 30_000 if labels == total else 1000 if labels <= 4 else 10_000
+
+
+# =====================================================================================================================
+# Model
+# =====================================================================================================================
+
+
+class UNet(nn.Module):
+    """guided-diffusion's U-Net: residual blocks, attention at coarse maps, concatenated skips.
+
+    Called as model(x, t): x [B, C_in, H, W], t [B] in 0..T-1; returns [B, C_out, H, W]. time=False leaves out all that
+    belongs to t (`scratch`); t is then ignored. Parameter names are the public code's.
+    """
+
+    def __init__(self, config: Config, in_channels: int, out_channels: int, time: bool = True):
+        super().__init__()
+        c, adm = config.num_channels, config.arch == "adm"  # D2
+        self.width, self.recompute, self.time = c, config.recompute, time
+        if time:
+            self.time_embed = nn.Sequential(nn.Linear(c, 4 * c), nn.SiLU(), nn.Linear(4 * c, 4 * c))
+
+        def block(a: int, b: int, resample: Literal["up", "down"] | None = None) -> ResBlock:
+            return ResBlock(2, a, b, 4 * c if time else None, GROUPS, scale_shift=adm, resample=resample)
+
+        def attention(width: int) -> AttentionBlock:
+            return AttentionBlock(width, config.num_head_channels if adm else width, GROUPS)
+
+        def down(width: int) -> nn.Module:
+            return block(width, width, "down") if adm else Downsample(2, width)
+
+        def up(width: int) -> nn.Module:
+            return block(width, width, "up") if adm else Upsample(2, width)
+
+        # Encoder. Every block's output is a skip; each level but the last ends with a block that halves the map.
+        self.input_blocks = nn.ModuleList([EmbedSequential(conv(2, in_channels, c))])
+        skips, width = [c], c  # widths
+        for level, m in enumerate(config.channel_mult):
+            for _ in range(config.num_res_blocks):
+                layers: list[nn.Module] = [block(width, c * m)]
+                if config.size >> level in config.attends:
+                    layers.append(attention(c * m))
+                self.input_blocks.append(EmbedSequential(*layers))
+                width = c * m
+                skips.append(width)
+            if level < len(config.channel_mult) - 1:
+                self.input_blocks.append(EmbedSequential(down(width)))
+                skips.append(width)
+        self.middle_block = EmbedSequential(block(width, width), attention(width), block(width, width))
+
+        # Decoder: block k = output_blocks[k]; the last of a level doubles the map.
+        self.output_blocks = nn.ModuleList()
+        for level, m in reversed(list(enumerate(config.channel_mult))):
+            for i in range(config.num_res_blocks + 1):
+                layers = [block(width + skips.pop(), c * m)]
+                width = c * m
+                if config.size >> level in config.attends:
+                    layers.append(attention(width))
+                if level > 0 and i == config.num_res_blocks:
+                    layers.append(up(width))
+                self.output_blocks.append(EmbedSequential(*layers))
+        self.out = nn.Sequential(GroupNorm(GROUPS, width), nn.SiLU(), zero_module(conv(2, width, out_channels)))
+
+    def run(self, block: nn.Module, x: Tensor, emb: Tensor | None) -> Tensor:
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(block, x, emb, use_reentrant=False, preserve_rng_state=False)  # no dropout here
+        return block(x, emb)
+
+    def encode(self, x: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """The middle block's output, the skips from fine to coarse, and the embedded time."""
+        emb = self.time_embed(timestep_embedding(t, self.width)) if self.time else None  # [B, 4c]
+        skips = []
+        for block in self.input_blocks:
+            x = self.run(block, x, emb)  # [B, c m, H / 2^level, W / 2^level]
+            skips.append(x)
+        return self.run(self.middle_block, x, emb), skips, emb
+
+    def decode(self, x: Tensor, skips: list[Tensor], emb: Tensor | None, blocks: Sequence[int] = ()) -> list[Tensor]:
+        """Outputs of `blocks`, stopping after the last of them; of the last block [B, c, H, W] where none is named."""
+        maps = {}
+        for k, block in enumerate(self.output_blocks):
+            x = self.run(block, torch.cat([x, skips.pop()], dim=1), emb)
+            if k in blocks:
+                maps[k] = x
+                if k == max(blocks):
+                    break
+        return [maps[k] for k in blocks] if blocks else [x]
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.out(self.decode(*self.encode(x, t))[0])
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; each of them gets the gradient of all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+def over_processes(x: Tensor) -> Tensor:
+    return SumOverProcesses.apply(x) if dist.is_initialized() else x
+
+
+class SyncedNorm(nn.BatchNorm2d):
+    """Batch norm over the batches of all processes, so that four GPUs do what one does; PyTorch's own needs GPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        wide = x.float()
+        count = wide.numel() // wide.shape[1] * dist.get_world_size()
+        mean, square = over_processes(torch.stack([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))])) / count
+        var = square - mean.square()
+        with torch.no_grad():
+            assert (
+                self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+            )
+            self.running_mean.lerp_(mean, self.momentum or 0.1)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum or 0.1)
+            self.num_batches_tracked += 1
+        scale = self.weight * (var + self.eps).rsqrt()
+        return (wide - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]
+
+
+class Segmenter(nn.Module):
+    """The pre-trained U-Net at a fixed time with a new head: model(x) -> logits [B, C, H, W] of x [B, 1, H, W].
+
+    The head replaces all of the network's `out` and reads the last decoder block's raw output. What the strategy does
+    not train runs without gradient and stays in eval mode.
+    """
+
+    def __init__(self, config: Config, in_channels: int, classes: int):
+        super().__init__()
+        c, h = config.num_channels, config.hidden
+        self.strategy, self.t, self.config = config.strategy, config.time, config
+        # The head first, so that it starts alike with every strategy.
+        self.head = nn.Sequential(
+            nn.Conv2d(c, h, 3, padding=1), SyncedNorm(h), nn.ReLU(),
+            nn.Conv2d(h, h, 3, padding=1), SyncedNorm(h), nn.ReLU(),
+            nn.Conv2d(h, classes, 1),
+        )  # fmt: skip
+        self.net = UNet(config, in_channels, in_channels, time=config.strategy != "scratch")
+        self.net.out = nn.Sequential()
+        encoder: list[nn.Module] = [self.net.input_blocks, self.net.middle_block]
+        encoder += [self.net.time_embed] if self.net.time else []
+        frozen: dict[str, list[nn.Module]] = {"linear": [self.net], "decoder": encoder}  # full: none, D9
+        self.frozen = frozen.get(config.strategy, [])  # a plain list: these modules are registered above
+        for module in self.frozen:
+            module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Segmenter":
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
+
+    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        learn = torch.is_grad_enabled()
+        t = torch.full((len(x),), self.t, device=x.device) if t is None else t
+        if self.config.input == "noised":
+            eps = noise(0, "input", ["shared"], x.shape[1:], torch.device("cpu")).to(x.device)
+            x = q_sample(x, eps, t, self.config.schedule)
+        with torch.set_grad_enabled(learn and self.strategy in ("full", "scratch")):
+            h, skips, emb = self.net.encode(x, t)
+        with torch.set_grad_enabled(learn and self.strategy != "linear"):
+            h = self.net.decode(h, skips, emb)[0]  # [B, c, H, W]
+        return self.head(h)
+
+
+class PixelEnsemble(nn.Module):
+    """DDPM-Seg: the frozen U-Net's maps at several times, and classifiers of single pixels that vote.
+
+    Called as model(x): x [B, 1, H, W] in [-1, 1]; returns the share of votes for each class, [B, C, H, W].
+    """
+
+    def __init__(self, config: Config, in_channels: int, classes: int):
+        super().__init__()
+        self.config, self.classes = config, classes
+        self.net = UNet(config, in_channels, in_channels).requires_grad_(False)
+        with torch.device("meta"):
+            x = torch.empty(1, in_channels, config.size, config.size)
+            probe = UNet(config, in_channels, in_channels)
+            self.shapes = [m.shape[1:] for m in probe.decode(*probe.encode(x, torch.zeros(1)), config.blocks)]
+        self.shapes = self.shapes * len(config.t_list)  # [c, h, w] of each map, times outer
+        self.members = nn.ModuleList(
+            PixelClassifier([int(s[0]) for s in self.shapes], classes) for _ in range(config.members)
+        )
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """Native maps [B, c, h, w], times outer and blocks inner; one noise image for all slices and times."""
+        eps = noise(0, "ddpmseg", ["shared"], x.shape[1:], torch.device("cpu")).to(x.device)
+        found = []
+        for t in self.config.t_list:
+            tt = torch.full((len(x),), t, device=x.device)
+            xt = q_sample(x, eps, tt, self.config.schedule)
+            found += [m.float() for m in self.net.decode(*self.net.encode(xt, tt), self.config.blocks)]
+        return found
+
+    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        maps, one, size = self.maps(x), torch.ones((), device=x.device), x.shape[2:]
+        votes = torch.zeros(len(x), self.classes, size[0] * size[1], device=x.device)
+        for i in range(len(x)):  # slice by slice: all of its pixels at once are enough
+            for member in self.members:
+                chosen = member([m[i : i + 1] for m in maps], one, size).argmax(1)  # [H W]  # D11
+                votes[i].scatter_add_(0, chosen[None], torch.ones_like(votes[i, :1]))
+        return votes.unflatten(2, tuple(size)) / len(self.members)
+
+
+def build_model(config: Config, in_channels: int, out_channels: int) -> Any:
+    """The noise predictor: out_channels is in_channels, 1 for CT."""
+    return UNet(config, in_channels, out_channels)
+
+
+STAGES: dict[str, Any] = {"pretrain": build_model, "finetune": Segmenter, "ddpmseg": PixelEnsemble}
+
+
+def network_for(stage: str, config: Config, record: Mapping[str, Any]) -> Any:
+    """The network of a stage for data that `record` describes, with the random weights of --seed."""
+    torch.manual_seed(seed_of(config.seed, "weights", stage) % 2**32)
+    n = len(record["channels"])
+    return STAGES[stage](config, n, n if stage == "pretrain" else len(record["classes"]) + 1)
+
+
+# =====================================================================================================================
+# Diffusion: schedules, q, losses
+# =====================================================================================================================
+
+
+@cache
+def betas(schedule: str, steps: int = T) -> np.ndarray:
+    """beta [steps] float64 of --schedule; eq. (1)."""  # D1
+    i, first, last = np.arange(steps), 1e-4, 0.02
+    if schedule == "linear":
+        return np.linspace(first, last, steps) * (1000 / steps)  # eq. (1)
+    if schedule == "cosine-anneal":
+        return last + 0.5 * (first - last) * (1 + np.cos(np.pi * i / (steps - 1)))
+    curve = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - curve[1:] / curve[:-1], 0.999)
+
+
+@cache
+def abar_table(schedule: str, device: torch.device) -> Tensor:
+    """abar[t] for t = 0..T-1 in float64."""
+    return torch.from_numpy(np.cumprod(1 - betas(schedule))).to(device)
+
+
+def q_sample(x0: Tensor, eps: Tensor, t: Tensor, schedule: str) -> Tensor:
+    """x_t from x_0 in one step; t: [B]."""
+    abar = abar_table(schedule, t.device)[t].reshape(-1, 1, 1, 1)
+    return abar.sqrt().float() * x0 + (1 - abar).sqrt().float() * eps  # eq. (2)
+
+
+def noise_loss(net: Any, x0: Tensor, eps: Tensor, t: Tensor, schedule: str) -> Tensor:
+    """The squared error of the noise, mean over pixels, of each sample: [B]."""
+    found = net(q_sample(x0, eps, t, schedule), t).float()
+    return (eps - found).square().flatten(1).mean(1)  # eq. (5)
+
+
+def dice_loss(prob: Tensor, onehot: Tensor, kind: str, e: float = 1e-5) -> Tensor:
+    """Dice of softmax and truth, both [B, C, H, W], over all pixels of the batch on all processes."""
+    sums = torch.stack([(prob * onehot).sum((0, 2, 3)), onehot.sum((0, 2, 3)), prob.sum((0, 2, 3))])
+    both, truth, found = over_processes(sums)  # each [C]
+    if kind == "joint":
+        return 1 - (2 * both.sum() + e) / (truth.sum() + found.sum() + e)  # eq. (8)
+    both, truth, found = both[1:], truth[1:], found[1:]
+    if kind == "joint-fg":
+        return 1 - (2 * both.sum() + e) / (truth.sum() + found.sum() + e)  # D4
+    present = (truth > 0).float()  # an organ that the batch does not show has nothing to overlap with
+    return ((1 - (2 * both + e) / (truth + found + e)) * present).sum() / present.sum().clamp(min=1)  # D4
+
+
+def segmentation_loss(logits: Tensor, label: Tensor, kind: str, w: float = 0.5) -> Tensor:
+    """logits [B, C, H, W], label [B, H, W] -> scalar, in fp32."""
+    logits = logits.float()
+    ce = F.cross_entropy(logits, label)  # eq. (7)
+    onehot = F.one_hot(label, logits.shape[1]).movedim(3, 1).float()
+    return w * ce + (1 - w) * dice_loss(logits.softmax(1), onehot, kind)  # eq. (6)
+
+
+# =====================================================================================================================
+# Data: slices, and which of them have labels
+# =====================================================================================================================
+
+Slice = tuple[str, int]  # case, index along z
+
+
+def open_slices(config: Config) -> Any:
+    """--data: CT phantoms or prepared slices. InputError where their side is not --size."""
+    data = loaders.open_slices(config.data, side=config.size)
+    if data.side != config.size:
+        raise InputError(f"{config.data} holds slices of side {data.side}, --size is {config.size}; prepare it with "
+                         f"--side {config.size}, or use --size {data.side}")  # fmt: skip
+    return data
+
+
+def slices_of(data: Any, cases: Sequence[str]) -> list[Slice]:
+    return [(case, k) for case in cases for k in range(data.depth(case))]
+
+
+def pretraining_slices(data: Any) -> list[Slice]:
+    """All slices of the split `pretrain`: scans without labels, and training scans whose labels are not looked at."""
+    splits = data.meta["splits"]
+    found = slices_of(data, splits.get("pretrain") or splits.get("unlabelled") or splits["train"])
+    if not found:
+        raise InputError(f"{data.name} has no scan to pre-train on; prepare one with --unlabelled, or training cases")
+    return found
+
+
+def label_count(text: str, total: int) -> int:
+    """--labels as a number of slices: N, all, or x% = floor(x total / 100 + 0.5), at least 1."""
+    if text == "all":
+        return total
+    n = max(1, math.floor(float(text[:-1]) * total / 100 + 0.5)) if text.endswith("%") else int(text)
+    if n > total:
+        raise InputError(f"--labels {text}: there are {total} labelled training slices; lower it, or use `all`")
+    return n
+
+
+def cover(counts: np.ndarray, size: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    """`size` slices in which every class is seen, and the classes that are not, of counts [slices, classes] in pixels.
+
+    Random sets until each class has 20 pixels in a slice of one; then 1 pixel; then greedily. A class that no slice
+    has does not count.
+    """
+    wanted = np.nonzero(counts.any(0))[0]
+    size = min(size, len(counts))
+    for least, tries in ((20, 100_000), (1, 100_000)):
+        good = counts[:, wanted] >= least
+        if not good.any(0).all():
+            continue
+        for _ in range(tries):
+            found = rng.choice(len(counts), size, replace=False)
+            if good[found].any(0).all():
+                return found.tolist(), []
+    missing, chosen = set(wanted.tolist()), []  # type: set[int], list[int]
+    while len(chosen) < size:
+        gain = (counts[:, sorted(missing)] > 0).sum(1) if missing else np.zeros(len(counts))
+        gain[chosen] = -1
+        chosen.append(int(rng.choice(np.nonzero(gain == gain.max())[0])))
+        missing -= set(np.nonzero(counts[chosen[-1]])[0].tolist())
+    return chosen, sorted(missing)
+
+
+def labelled_slices(data: Any, config: Config) -> tuple[list[Slice], int, list[str]]:
+    """The --labels slices of --draw, how many there are in all, and what is to be warned of.
+
+    One order a draw, the covering four and then a permutation of the rest: subsets are nested, and the same for all
+    strategies.
+    """
+    cases = [case for case in data.cases("train") if data.has_label(case)]
+    every, names, warnings = slices_of(data, cases), list(data.classes), []
+    n = label_count(config.labels, len(every)) if every else 0
+    if not n:
+        raise InputError(f"{data.name} has no labelled training slice; prepare it with labels")
+    counts = np.stack(
+        [np.bincount(data.slice_label(*at).ravel(), minlength=len(names) + 1)[1 : len(names) + 1] for at in every]
+    )  # [slices, organs]
+    if absent := [name for name, n_slices in zip(names, (counts > 0).sum(0)) if not n_slices]:
+        warnings.append(f"no training slice holds {', '.join(absent)}; it will not be learnt")
+    rng = np.random.default_rng(config.draw)
+    first, missing = cover(counts, 4, rng)  # D6
+    if missing and n >= 4:
+        raise InputError(f"no 4 slices of {data.name} show all organs, {', '.join(names[c] for c in missing)} would be "
+                         "left out; merge or drop organs, or use more than one scan")  # fmt: skip
+    rest = rng.permutation([i for i in range(len(every)) if i not in set(first)])
+    chosen = [*first, *rest.tolist()][:n]
+    if unseen := [name for name, there in zip(names, (counts[chosen] > 0).sum(0)) if not there and name not in absent]:
+        warnings.append(f"{n} slices do not show {', '.join(unseen)}")
+    return [every[i] for i in chosen], len(every), warnings
+
+
+def write_labels(out: Path, slices: Sequence[Slice], total: int) -> None:
+    share = {"n": len(slices), "of": total, "percent": 100 * len(slices) / total}
+    runtime.write_json(out / "labels.json", share | {"slices": [list(at) for at in slices]})
+
+
+class Slices(Dataset):
+    """Sample n = 0, 1, 2, ... of the training: which slice, its flip and t are a function of (seed, n).
+
+    n counts over the global batches, so the number of processes, workers and restarts changes nothing; it runs through
+    one permutation of the slices after the other.
+    """
+
+    def __init__(self, data: Any, config: Config, slices: Sequence[Slice], labelled: bool):
+        self.data, self.config, self.slices, self.labelled = data, config, list(slices), labelled
+        self.epoch, self.order = -1, np.zeros(0, int)
+
+    def __getitem__(self, n: int) -> tuple[np.ndarray, np.ndarray | int, int, int]:
+        """Slice [1, H, W] fp32, its label [H, W] int64 (else 0), t, n."""
+        config = self.config
+        epoch, place = divmod(n, len(self.slices))
+        if epoch != self.epoch:
+            rng = np.random.default_rng(seed_of(config.seed, "order", epoch))
+            self.epoch, self.order = epoch, rng.permutation(len(self.slices))
+        at = self.slices[self.order[place]]
+        x0 = self.data.slice(*at)[None]
+        if self.labelled:
+            return x0, self.data.slice_label(*at).astype(np.int64), 0, n
+        rng = np.random.default_rng(seed_of(config.seed, "sample", n))
+        t, mirror = int(rng.integers(0, T)), bool(rng.random() < 0.5)
+        if mirror and config.flip == "on":
+            x0 = np.ascontiguousarray(x0[..., ::-1])
+        return x0, 0, t, n
+
+
+class Sharded(Sampler):
+    """Index lists of this process, one a forward pass: step s has samples s B .. s B + B - 1 of all processes."""
+
+    def __init__(self, config: Config, ranks: Ranks, step: int):
+        self.config, self.ranks, self.step = config, ranks, step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        part = self.config.batch // (self.ranks.world * self.config.accumulate)
+        for step in range(self.step, self.config.steps):
+            for k in range(self.config.accumulate):
+                first = step * self.config.batch + (self.ranks.rank * self.config.accumulate + k) * part
+                yield list(range(first, first + part))
+
+
+# =====================================================================================================================
+# Train
+# =====================================================================================================================
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """From --lr linearly to a tenth of it over --lr-steps, where it stays; step: updates done."""
+    if config.lr_schedule == "const":
+        return config.lr
+    return config.lr * (1 - 0.9 * min(step / (config.lr_steps or config.steps), 1.0))
+
+
+def make_optimizer(stage: str, config: Config, model: Any) -> torch.optim.Optimizer:
+    """Adam. Fine-tuning: the head learns ten times as fast, and decays; a frozen weight is in no group, or it would
+    decay as well. `scale` is what the learning rate of a group is multiplied by."""
+    if stage == "pretrain":
+        groups = [{"params": list(model.parameters()), "weight_decay": 0.0, "scale": 1.0}]
+    else:
+        rest = [p for p in model.net.parameters() if p.requires_grad]
+        groups = [{"params": list(model.head.parameters()), "weight_decay": 1e-3, "scale": 10.0}]  # D5
+        groups += [{"params": rest, "weight_decay": 1e-4, "scale": 1.0}] if rest else []
+    return torch.optim.Adam(groups, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, updates: int) -> None:
+    """ema <- d ema + (1 - d) model, d = min(decay, (1 + n) / (10 + n)) with n updates before: forgets its start."""
+    d = min(decay, (1 + updates) / (10 + updates))  # D3
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
+
+
+class Training:
+    """What training changes, which is what a checkpoint holds: saved, restored, and nothing else."""
+
+    def __init__(
+        self, stage: str, config: Config, record: dict[str, Any], device: torch.device, dtype: torch.dtype | None
+    ):
+        self.stage, self.config, self.record, self.device, self.dtype = stage, config, record, device, dtype
+        self.out = config.run_folder if stage == "pretrain" else config.finetune_folder
+        self.model = fast_layout(network_for(stage, config, record).to(device), config.compile)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False) if config.ema else self.model
+        self.optimizer = make_optimizer(stage, config, self.model)
+        # The scaler also finds gradients that are not finite, and a fused optimiser then leaves the weights alone
+        # without the host having to ask; so it stays on, with scale 1, where the numbers need no scaling.
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if dtype == torch.float16 else 1.0)
+        self.step, self.seconds = 0, 0.0
+        self.skipped = torch.zeros(3, device=device)  # steps without a finite gradient: all, in a row, most in a row
+        self.best = {"dice": -1.0, "step": 0, "seen": 0}  # seen: the newest step that was looked at
+
+    def save(self, name: str = "last.pt") -> None:
+        contents = {
+            "format": runtime.FORMAT,
+            "script": SCRIPT,
+            "stage": self.stage,
+            "config": asdict(self.config),
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict() if self.config.ema else {},
+            "optimizer": self.optimizer.state_dict() if name == "last.pt" else {},
+            "scaler": self.scaler.state_dict() if self.dtype == torch.float16 else {},
+            "step": self.step,
+            "seconds": self.seconds,  # of training, over all restarts
+            "skipped": self.skipped.tolist(),
+            "best": self.best,
+            "data": self.record,
+        }
+        runtime.save_checkpoint(self.out / name, contents, self.out / "last.prev.pt" if name == "last.pt" else None)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        if self.config.ema:
+            self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.dtype == torch.float16 and state["scaler"]:  # not where --amp changed meanwhile
+            self.scaler.load_state_dict(state["scaler"])
+        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+        self.skipped.copy_(torch.tensor(state["skipped"]))
+
+
+def train_step(
+    run: Training, net: Any, batches: Iterator[Any], ranks: Ranks, losses_by_t: runtime.LossByTime
+) -> Tensor:
+    """One optimisation step of the global batch; returns the gradient norm.
+
+    net: run.model, wrapped for DDP and torch.compile. A step without a finite gradient changes no weight.
+    """
+    config, device, dtype = run.config, run.device, run.dtype
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["scale"] * learning_rate(config, run.step)
+    run.optimizer.zero_grad(set_to_none=True)
+    for part in range(config.accumulate):
+        *tensors, n = next(batches)
+        x0, label, t = (v.to(device, non_blocking=True) for v in tensors)  # [B, 1, H, W], [B, H, W] or 0, [B]
+        alone = ranks.world == 1 or part == config.accumulate - 1  # gradients travel with the last part only
+        with nullcontext() if alone else net.no_sync():
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                if run.stage == "pretrain":
+                    eps = noise(config.seed, "noise", n.tolist(), x0.shape[1:], device)
+                    losses = noise_loss(net, x0, eps, t, config.schedule)  # [B]
+                else:
+                    losses = segmentation_loss(net(x0), label, config.dice).expand(len(x0))
+            run.scaler.scale(losses.mean() / config.accumulate).backward()
+        losses_by_t.add(t + 1, losses.detach())
+    run.scaler.unscale_(run.optimizer)
+    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)  # for the log: the paper does not clip (nn.utils.clip_grad_norm_)
+    run.scaler.step(run.optimizer)  # does nothing where the norm is not finite, on all processes alike
+    run.scaler.update(None if dtype == torch.float16 else 1.0)
+    bad, (total, row, most) = (~torch.isfinite(norm)).float(), run.skipped.unbind()
+    row = (row + 1) * bad
+    run.skipped = torch.stack([total + bad, row, torch.maximum(most, row)])  # stays on the device
+    run.step += 1
+    if config.ema:
+        update_ema(run.ema, run.model, config.ema, run.step - 1)
+    return norm
+
+
+def train(stage: str, config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> int:
+    """Pre-training or fine-tuning. Returns 0, or 130 / 143 after a signal, with everything saved."""
+    device, record = ranks.device, loaders.data_record(data)
+    dtype, reason = runtime.number_format(config.amp, device)
+
+    # 1. what is needed, and the checkpoint to continue from; nothing is written or thrown away before all is there
+    fine = stage == "finetune"
+    slices, total, warnings = labelled_slices(data, config) if fine else (pretraining_slices(data), 0, [])
+    check_memory(stage, config, record, ranks)
+    run = Training(stage, config, record, device, dtype)
+    out = run.out
+    state = None if config.overwrite else runtime.find_run(out, SCRIPT, asdict(config), MAY_DIFFER, record, ranks)
+    if state is not None:
+        run.restore(state)
+    elif config.init not in ("", "none") and config.strategy != "scratch":
+        load_start(config, run.model.net if fine else run.model, record if fine else None)
+        if config.ema:
+            run.ema.load_state_dict(run.model.state_dict())
+    runtime.make_run(out, asdict(config), config.overwrite, ranks)
+    runtime.check_same_weights(run.model, ranks, "at the start")
+    if fine and ranks.first:
+        write_labels(out, slices, total)
+    print_header(run, data, len(slices), ranks, reason, warnings)
+
+    # 2. all processes work on parts of one global batch; DDP averages their gradients
+    look: Any = torch.compile(run.model) if config.compile else run.model
+    net: Any = DistributedDataParallel(look, broadcast_buffers=False) if ranks.world > 1 else look
+    net.train()
+    loader = DataLoader(
+        Slices(data, config, slices, fine),
+        batch_sampler=Sharded(config, ranks, run.step),
+        num_workers=config.workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=runtime.ignore_signals,
+    )
+    columns = FINE_COLUMNS if fine else COLUMNS
+    log = runtime.Log(out / "log.csv", columns, run.step, ranks.first)
+    batches, losses_by_t, clock = iter(loader), runtime.LossByTime(T, device), (run.step, run.seconds)
+    limit, time_up, signal = 60 * config.minutes or math.inf, False, 0
+    bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=config.quiet or not ranks.first or None)
+
+    while True:
+        # 3. look at held-out slices when it is due; a run stopped before it did so does it first when continued
+        finished = run.step >= config.steps or time_up or run.seconds >= limit
+        due = (run.step % config.eval_every == 0 or finished) and run.step > run.best["seen"]
+        if due and data.cases("val") and (not fine or config.select == "val"):
+            look_at_held(run, data, ranks, log)
+        if finished or signal:
+            break
+
+        # 4. one step
+        begin = time.perf_counter()
+        norm = train_step(run, net, batches, ranks, losses_by_t)
+        run.seconds += time.perf_counter() - begin
+        bar.update()
+
+        # 5. log, save, stop
+        if (device.type == "cpu" or run.step % LOG_EVERY == 0) and run.skipped[2] >= 20:  # a GPU is not asked each step
+            raise InputError(f"no finite gradient in 20 steps before step {run.step}; lower --lr, or use --amp off")
+        signal, time_up = stop.agreed(ranks, run.seconds >= limit)
+        if run.step % LOG_EVERY == 0 or run.step in (10, config.steps):
+            rate = (run.step - clock[0]) / (run.seconds - clock[1])  # steps a second
+            row = {"step": run.step, "seconds": run.seconds, "lr": learning_rate(config, run.step - 1)}
+            row |= {"grad_norm": float(norm), "skipped": int(run.skipped[0])}
+            row |= {"memory_gb": runtime.peak_memory_gb(device)}
+            row |= {"samples_per_s": rate * config.batch, "left_s": (config.steps - run.step) / rate}
+            log.row(row | losses_by_t.row(ranks), silent=config.quiet)
+            clock = (run.step, run.seconds)
+        if ranks.first and (run.step % config.save_every == 0 or signal or time_up or run.step == config.steps):
+            run.save()
+    bar.close()
+    runtime.check_same_weights(run.model, ranks, "at the end")
+    if signal:
+        say(f"stopped by signal {signal}; step {run.step} is saved in {out}, the same command continues", ranks)
+        return 128 + signal
+    if ranks.first and run.step:
+        figures.loss_curve(out / "log.csv", out / "loss.png", title=f"{stage}, {Path(config.data).name}")
+    return 0
+
+
+FINE_COLUMNS = ["step", "seconds", "loss", "lr", "grad_norm", "samples_per_s", "memory_gb", "left_s", "skipped"]
+COLUMNS = [*FINE_COLUMNS[:3], *(f"loss_q{i}" for i in range(1, 5)), *FINE_COLUMNS[3:]]
+COLUMNS += ["val_loss", *(f"val_loss_t{t}" for t in PROBES)]
+FINE_COLUMNS += ["val_dice"]
+
+
+def look_at_held(run: Training, data: Any, ranks: Ranks, log: runtime.Log) -> None:
+    """Pre-training: error of the noise in 16 held-out slices, the same noise each time; when it rises while the loss
+    falls, scans are being memorised. Fine-tuning with --select val: Dice of the validation cases, the best kept."""
+    config = run.config
+    run.best["seen"] = run.step
+    row: dict[str, float] = {"step": run.step, "seconds": run.seconds}
+    better = False
+    if run.stage == "pretrain":
+        row |= held_losses(run, data)
+    else:
+        rows = score_cases(Network(config, run.model.eval(), run.device, run.dtype), data, data.cases("val"), ranks)[0]
+        dice = metrics.summarise(rows)["mean"]["dice"]["mean"]
+        better = dice >= run.best["dice"]
+        run.best |= {"dice": dice, "step": run.step} if better else {}
+        row["val_dice"] = dice
+        run.model.train()
+    if ranks.first:
+        log.row(row)
+        for name in ["best.pt"] * better + ["last.pt"]:
+            run.save(name)
+
+
+@torch.no_grad()
+def held_losses(run: Training, data: Any) -> dict[str, float]:
+    """val_loss and val_loss_t50 ..: eq. (5) of the averaged weights on validation slices, at the levels PROBES."""
+    every = slices_of(data, data.cases("val"))
+    chosen = [every[i] for i in np.linspace(0, len(every) - 1, 16).round().astype(int)]
+    x0 = torch.from_numpy(np.stack([data.slice(*at) for at in chosen]))[:, None].to(run.device)
+    eps = noise(0, "held", range(len(x0)), x0.shape[1:], torch.device("cpu")).to(run.device)
+    losses = {}
+    for t in PROBES:
+        tt = torch.full((len(x0),), t, device=run.device)
+        with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
+            losses[f"val_loss_t{t}"] = float(noise_loss(run.ema.eval(), x0, eps, tt, run.config.schedule).mean())
+    run.model.train()
+    return losses | {"val_loss": float(np.mean(list(losses.values())))}
+
+
+def yardstick(data: Any, schedule: str) -> str:
+    """What the best guess from each pixel alone reaches at PROBES: below it, something of the anatomy is known."""
+    slices = slices_of(data, data.cases("val"))
+    v = float(np.var(np.stack([data.slice(*at) for at in slices[:: max(1, len(slices) // 64)]])))
+    abar = np.cumprod(1 - betas(schedule))[list(PROBES)]
+    best = abar * v / (abar * v + 1 - abar)  # of linear predictors, for pixels of variance v
+    return ", ".join(f"{e:.4f} at t {t}" for t, e in zip(PROBES, best))
+
+
+def check_memory(stage: str, config: Config, record: Mapping[str, Any], ranks: Ranks) -> None:
+    """InputError where a step needs more memory than is free: counted on tensors without storage."""
+    dtype, batch = runtime.number_format(config.amp, ranks.device)[0] or torch.float32, config.batch // ranks.world
+    if config.recompute:
+        return
+    batch = batch // config.accumulate
+    with torch.device("meta"):
+        model = STAGES["pretrain"](config, 1, 1).to(dtype).train()
+        x = torch.empty(batch, len(record["channels"]), config.size, config.size, dtype=dtype)
+        needed = runtime.kept_for_backward_gb(lambda: model(x, torch.zeros(batch)))
+    free = runtime.free_memory_gb(ranks.device)
+    if needed > free:
+        parts = "" if stage == "finetune" else f"--accumulate {2 * math.ceil(needed / free)}, "
+        raise InputError(f"{batch} slices of {config.size} x {config.size} need about {needed:.1f} GB to train on, "
+                         f"{ranks.device} has {free:.1f} GB free; try {parts}--recompute or fewer slices")  # fmt: skip
+
+
+def print_header(run: Training, data: Any, count: int, ranks: Ranks, reason: str, warnings: Sequence[str]) -> None:
+    """What this run is, before it starts."""
+    config, fine = run.config, run.stage == "finetune"
+    share = f"{ranks.world} processes x {config.accumulate} parts x {config.batch // (ranks.world * config.accumulate)}"
+    notes = ["D2"] + ["D1"] * (config.schedule == "linear") + ["D12"] * (config.preset != "paper")
+    notes += ["D3"] * bool(config.ema) + ["D8"] * (not fine)
+    if fine:
+        notes += ["D5", "D6", "D7", "D10"] + ["D4"] * (config.dice != "joint")
+        notes += ["D9"] * (config.strategy == "full" or (config.init == "none" and config.strategy != "scratch"))
+    learn = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    lines = [f"DDPM pre-training, few labels (Huang et al. 2025), {run.stage} -> {run.out}"]
+    if fine:
+        total = len(slices_of(data, [c for c in data.cases("train") if data.has_label(c)]))
+        what = f"{count} of {total} labelled slices ({100 * count / total:.3g} %), draw {config.draw}"
+        how = f"{config.strategy}, t = {config.time}, Dice {config.dice}, start {config.init or 'random'}"
+        if config.strategy == "scratch":
+            how = f"scratch (plain network, random weights), Dice {config.dice}"
+        lines += [f"  method    {how}"]
+    else:
+        what = f"{count} slices of {len({c for c, _ in pretraining_slices(data)})} scans, labels not used"
+    lines += [f"  data      {config.data}: {what}; side {config.size}; {', '.join(data.channels)}"]
+    lines += [f"  warning   {text}" for text in warnings]
+    lines += [f"  network   {sum(p.numel() for p in run.model.parameters()):,} parameters, {learn:,} of them trained"]
+    lines += [f"  training  step {run.step} to {config.steps}, batch {config.batch} = {share}, rate {config.lr:g}"]
+    if not fine and data.cases("val"):
+        lines += [f"  yardstick error of the noise from single pixels alone: {yardstick(data, config.schedule)}"]
+    if config.time == T and fine:
+        lines += ["  note      t = 1000 is one beyond the last trained level, 999"]
+    lines += [f"  device    {ranks.device}, {'fp32' if run.dtype is None else str(run.dtype)[6:]} ({reason})"]
+    lines += [f"  differs   {' '.join(sorted(notes, key=lambda d: int(d[1:])))} (see the top of {SCRIPT}.py)"]
+    say("\n".join(lines), ranks)
+
+
+def load_start(config: Config, net: UNet, record: Mapping[str, Any] | None) -> None:
+    """--init: weights of a pre-trained noise predictor, ours or public, strictly; the last layer where there is one.
+
+    record: of the labelled data, which must be scaled as those of the pre-training. Raises: InputError.
+    """
+    path = Path(config.init)
+    state = runtime.load_tensors(path)
+    if isinstance(state, dict) and "format" in state:
+        state = runtime.load_checkpoint(path, SCRIPT)
+        check_stage(state, path, "pretrain", "--init needs a pre-trained network")
+        for key in ("normalisation", "slices", "channels"):
+            if record is not None and state["data"][key] != record[key]:
+                raise InputError(f"{path} was pre-trained on data with {key} {state['data'][key]}, {config.data} has "
+                                 f"{record[key]}; prepare both together (--unlabelled)")  # fmt: skip
+        state = state["ema"] if state["ema"] and config.init_weights == "ema" else state["model"]
+    if not isinstance(state, dict):
+        raise InputError(f"{path} holds a {type(state).__name__}, expected a state dict; use another file")
+    state = {k.removeprefix("module."): v for k, v in state.items()}
+    ends = {"input_blocks.0.0.weight": 1, "out.2.weight": 0}  # name: the axis of its image channels
+    found = {k: tuple(state[k].shape) for k in ends if k in state}
+    if any(shape[ends[k]] != 1 for k, shape in found.items()):
+        raise InputError(f"--init {path} is not a network of one channel in and out: {found}; RGB weights do not fit, "
+                         "pre-train on slices instead")  # fmt: skip
+    if record is not None:  # `out` gives way to the head
+        state = {k: v for k, v in state.items() if not k.startswith("out.")}
+    try:
+        load_public(net, state)
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"--init {path} does not fit: {error}") from error
+
+
+def check_stage(state: Mapping[str, Any], path: Path, wanted: str, need: str) -> None:
+    """Raises InputError where a checkpoint is of another stage than `wanted` (words, separated by |)."""
+    if state.get("stage") not in wanted.split("|"):
+        raise InputError(f"{path} is a checkpoint of `{state.get('stage')}`, {need}; choose another file")
+
+
+# --- DDPM-Seg: frozen features, classifiers of single pixels ---
+
+
+def fit_member(config: Config, store: FeatureStore, classes: int, member: int) -> PixelClassifier:
+    """One classifier on random pixels of all labelled slices, as its code does it.
+
+    64 pixels a step; from the fifth epoch on it is done when 50 steps in a row were not better than the best.
+    """
+    torch.manual_seed(seed_of(config.seed, "member", member) % 2**32)
+    classifier = PixelClassifier([s[0] for s in store.shapes], classes).train()
+    optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-3, fused=True)
+    best, missed, size = math.inf, 0, 64
+    bar = tqdm(desc=f"member {member}", unit="step", leave=False, disable=config.quiet or None)
+    for epoch in range(config.epochs):
+        order = np.random.default_rng(seed_of(config.seed, "pixels", member, epoch)).permutation(store.pixels)
+        for i in range(len(order) // size):
+            pixels = order[i * size : (i + 1) * size]
+            vectors = torch.from_numpy(store.gather(pixels))  # [64, D]
+            label = torch.from_numpy(store.label[pixels].astype(np.int64))
+            loss = F.cross_entropy(classifier.rest(classifier.first(vectors)), label)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            bar.update()
+            if epoch > 3:
+                value = float(loss.detach())
+                best, missed = (value, 0) if value < best else (best, missed + 1)
+                if missed > 50:
+                    break
+        if missed > 50:
+            break
+    bar.close()
+    return classifier.eval()
+
+
+def ddpmseg(config: Config, data: Any, ranks: Ranks) -> int:
+    """The baseline of Baranchuk et al.: features of the frozen network, an ensemble of pixel classifiers, scores.
+
+    The features lie in a file, so memory does not grow with the number of slices (D11). Finished members stay.
+    """
+    out, record = config.ddpmseg_folder, loaders.data_record(data)
+    cases_of(config, data)  # before the work: is there something to score
+    slices, total, warnings = labelled_slices(data, config)
+    state = None if config.overwrite else runtime.find_run(out, SCRIPT, asdict(config), MAY_DIFFER, record, ranks)
+    model: PixelEnsemble = network_for("ddpmseg", config, record)
+    done = 0
+    if state is not None:
+        model.load_state_dict(state["model"])
+        done = state["step"]
+    elif config.init not in ("", "none"):
+        model.net.out = nn.Sequential()
+        load_start(config, model.net, record)
+        model.net.out = network_for("pretrain", config, record).out  # unused; keeps the parts of a checkpoint alike
+    runtime.make_run(out, asdict(config), config.overwrite, ranks)
+    dims = sum(s[0] for s in model.shapes)
+    say(f"DDPM-Seg (Baranchuk et al.) on {len(slices)} of {total} labelled slices, draw {config.draw} -> {out}\n"
+        f"  {dims} features: blocks {config.blocks}, t {config.t_list}; {config.members} members", ranks)  # fmt: skip
+    for text in warnings:
+        say(f"  warning   {text}", ranks)
+    model.to(ranks.device).eval()
+    dtype = runtime.number_format(config.amp, ranks.device)[0]
+    if ranks.first:
+        write_labels(out, slices, total)
+    if ranks.first and done < config.members:
+        file = out / "features.npy"
+        try:
+            store = FeatureStore(file, len(slices), (config.size, config.size))
+            for at in tqdm(slices, desc="features", leave=False, disable=config.quiet or None):
+                x = torch.from_numpy(data.slice(*at))[None, None].to(ranks.device)
+                with torch.no_grad(), torch.autocast(ranks.device.type, dtype, enabled=dtype is not None):
+                    store.add(model.maps(x), 1.0, data.slice_label(*at))
+            for i in range(done, config.members):
+                model.members[i].load_state_dict(fit_member(config, store, len(data.classes) + 1, i).state_dict())
+                save_ensemble(model, config, record, out, i + 1)
+        finally:
+            file.unlink(missing_ok=True)
+    runtime.gather(None, ranks)
+    return evaluate(replace(config, checkpoint=str(out / "last.pt")), data, ranks, out)
+
+
+def save_ensemble(model: PixelEnsemble, config: Config, record: dict[str, Any], out: Path, done: int) -> None:
+    state = {"format": runtime.FORMAT, "script": SCRIPT, "stage": "ddpmseg", "config": asdict(config), "step": done}
+    state |= {"model": model.state_dict(), "ema": {}, "optimizer": {}, "scaler": {}, "best": {}, "data": record}
+    runtime.save_checkpoint(out / "last.pt", state)
+
+
+# =====================================================================================================================
+# Sample: new slices, and how far they are from real ones
+# =====================================================================================================================
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The levels that a sampler visits, each [S]: t as trained, betas between them, abar, abar one level below."""
+
+    t: np.ndarray
+    beta: np.ndarray
+    abar: np.ndarray
+    below: np.ndarray
+
+
+def respaced(schedule: str, count: int) -> Steps:
+    """`count` of the T levels, from 0 to T - 1 (one: T - 1), evenly; halves are rounded to even. 0: all."""
+    abar = np.cumprod(1 - betas(schedule))
+    count = count or T
+    t = np.rint(np.arange(count) * (T - 1) / (count - 1)).astype(int) if count > 1 else np.array([T - 1])
+    abar = abar[t]
+    below = np.append(1.0, abar[:-1])
+    return Steps(t, 1 - abar / below, abar, below)
+
+
+def predicted(s: Steps, i: int, xt: Tensor, eps: Tensor) -> Tensor:
+    """The clean slice that noise `eps` in x_t means, clipped to the range of the data."""
+    return (xt / math.sqrt(s.abar[i]) - math.sqrt(1 / s.abar[i] - 1) * eps).clamp(-1, 1)
+
+
+def ddpm_step(s: Steps, i: int, xt: Tensor, eps: Tensor, variance: str, z: Tensor) -> Tensor:
+    """From level i to i - 1; variance: small (posterior) or large (beta); z: standard normal."""
+    beta, abar, below = s.beta[i], s.abar[i], s.below[i]
+    c1 = beta * math.sqrt(below) / (1 - abar)
+    c2 = (1 - below) * math.sqrt(1 - beta) / (1 - abar)
+    mean = c1 * predicted(s, i, xt, eps) + c2 * xt  # eq. (4)
+    if i == 0:
+        return mean
+    return mean + math.sqrt(beta if variance == "large" else beta * (1 - below) / (1 - abar)) * z  # eq. (3)
+
+
+def ddim_step(s: Steps, i: int, xt: Tensor, eps: Tensor, eta: float, z: Tensor) -> Tensor:
+    """From level i to i - 1 along the noise that the clipped slice implies; eta 0 adds none."""
+    abar, below = s.abar[i], s.below[i]
+    x0 = predicted(s, i, xt, eps)
+    eps = (xt - math.sqrt(abar) * x0) / math.sqrt(1 - abar)
+    sigma = eta * math.sqrt((1 - below) / (1 - abar)) * math.sqrt(1 - abar / below)
+    return math.sqrt(below) * x0 + math.sqrt(max(1 - below - sigma**2, 0.0)) * eps + (sigma * z if i else 0.0)
+
+
+@torch.no_grad()
+def generate(net: "Network", numbers: Sequence[int], quiet: bool = True) -> np.ndarray:
+    """Slices [N, H, W] in [-1, 1]; the noise of each is a function of (seed, its number), whatever the batch."""
+    config, device = net.config, net.device
+    s, found = respaced(config.schedule, config.sampling_steps), []
+    bar = tqdm(total=-(-len(numbers) // AT_ONCE) * len(s.t), desc="sample", leave=False, disable=quiet or None)
+    for first in range(0, len(numbers), AT_ONCE):
+        ns = list(numbers[first : first + AT_ONCE])
+        shape = (1, config.size, config.size)
+        x = noise(config.seed, "sample", ns, shape, device)
+        for i in reversed(range(len(s.t))):
+            eps = net(x, torch.full((len(ns),), int(s.t[i]), device=device))
+            draws = i > 0 and (config.sampler == "ddpm" or config.eta > 0)
+            z = noise(config.seed, f"sample {i}", ns, shape, device) if draws else torch.zeros_like(x)
+            if config.sampler == "ddpm":
+                x = ddpm_step(s, i, x, eps, config.variance, z)
+            else:
+                x = ddim_step(s, i, x, eps, config.eta, z)
+            bar.update()
+        found.append(x[:, 0].cpu().numpy())
+    bar.close()
+    return np.concatenate(found) if found else np.zeros((0, config.size, config.size), np.float32)
+
+
+def hounsfield(x: np.ndarray, record: Mapping[str, Any]) -> np.ndarray:
+    """x in [-1, 1] -> HU for CT, else x itself."""
+    rule = record["normalisation"]
+    return rule["low"] + (x + 1) / 2 * (rule["high"] - rule["low"]) if rule["kind"] == "hu" else x
+
+
+def display(x: np.ndarray, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Window's name -> uint8 of the same shape: CT in a lung and an abdominal window, MR in its own range."""
+    if record["normalisation"]["kind"] != "hu":
+        return {"mr": np.floor(255 * np.clip((x + 1) / 2, 0, 1) + 0.5).astype(np.uint8)}
+    hu = hounsfield(np.asarray(x, np.float64), record)
+    shown = {k: np.clip((hu - (level - width / 2)) / width, 0, 1) for k, (level, width) in WINDOWS.items()}
+    return {k: np.floor(255 * u + 0.5).astype(np.uint8) for k, u in shown.items()}
+
+
+def sample(config: Config, data: Any, ranks: Ranks) -> int:
+    """Write samples.npy (HU, or [-1, 1] for MR) and a grid of them as PNG for each window."""
+    (net, record), out = load_network(config, "pretrain", ranks), config.run_folder
+    if config.sampler == "ddpm" and config.variance == "large" and 0 < config.sampling_steps < 250:
+        say(f"note: --variance large with {config.sampling_steps} steps gives noisy slices; use small, or 250", ranks)
+    begin = time.perf_counter()
+    mine = range(ranks.rank, config.num_samples, ranks.world)
+    parts = runtime.gather(generate(net, mine, config.quiet or not ranks.first), ranks)
+    if not ranks.first:
+        return 0
+    x = np.empty((config.num_samples, config.size, config.size), np.float32)
+    for rank, part in enumerate(parts):
+        x[rank :: ranks.world] = part
+    buffer = BytesIO()
+    np.save(buffer, hounsfield(x, record).astype(np.float32))
+    loaders.atomic_write(out / "samples.npy", buffer.getvalue())
+    columns = max(1, math.isqrt(min(len(x), 64)))
+    for name, shown in display(x[: columns * columns], record).items():
+        rows = [np.concatenate(list(shown[i : i + columns]), axis=1) for i in range(0, len(shown), columns)]
+        write_png(out / f"figures/samples_{name}.png", np.concatenate([r for r in rows if r.shape == rows[0].shape]))
+    steps = config.sampling_steps or T
+    seconds = time.perf_counter() - begin
+    say(f"{len(x)} slices by {config.sampler}, {steps} steps, {seconds:.0f} s: {out}/samples.npy, {out}/figures")
+    return 0
+
+
+class RandomFeatures(nn.Module):
+    """A fixed random network: 4 convolutions of stride 2; features are means and SDs of its last two maps.
+
+    x [N, 1, H, W] in [-1, 1] -> features [N, 768], spatial features [N, <= 2048]. Always the same weights.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator, widths = torch.Generator().manual_seed(0), (1, 32, 64, 128, 256)
+        self.weights = [
+            torch.randn(b, a, 3, 3, generator=generator) * math.sqrt(2 / (9 * a)) for a, b in pairwise(widths)
+        ]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        maps = []
+        for weight in self.weights:
+            x = F.leaky_relu(F.conv2d(x, weight.to(x), stride=2, padding=1), 0.2)
+            maps.append(x)
+        stats = [f(m.flatten(2)) for m in maps[-2:] for f in (lambda v: v.mean(2), lambda v: v.std(2, correction=0))]
+        spatial = maps[-1][:, : 2048 // maps[-1][0, 0].numel()].flatten(1)
+        return torch.cat(stats, dim=1), spatial
+
+
+def feature_network(config: Config, ranks: Ranks) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor | None]], str]:
+    """--features as (x [N, 1, H, W] -> features and spatial ones or None, suffix of the columns' names)."""  # D8
+    kind, _, name = config.features.partition(":")
+    if kind == "rand":
+        return RandomFeatures(), "rand"
+    path = Path(name)
+    if not path.is_file():
+        raise InputError(f"--features {config.features}: {path} is not there; check the path")
+    digest = sha256(path.read_bytes()).hexdigest()
+    if kind == "encoder":
+        net, _ = load_network(replace(config, checkpoint=name), "pretrain", ranks)
+        scored = checkpoint_path(config)
+        if scored.exists() and path.samefile(scored):
+            say("note: these features are of the very network that is scored; use one file for all rows", ranks)
+        model = net.model
+
+        def middle(x: Tensor) -> tuple[Tensor, None]:
+            return model.encode(x, torch.zeros(len(x), device=x.device))[0].float().mean((2, 3)), None
+
+        return middle, f"enc-{digest[:8]}"
+    try:
+        script = torch.jit.load(path, map_location=ranks.device).eval()
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"--features {path} is no TorchScript (a state dict, such as pytorch-fid's .pth, is not one); "
+                         "save it by torch.jit.script, or use NVIDIA's inception-2015-12-05.pt") from error  # fmt: skip
+    say(f"features of {path}, SHA-256 {digest}", ranks)
+
+    def inception(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        rgb = ((x + 1) * 127.5).expand(-1, 3, -1, -1)
+        try:
+            found = script(rgb, return_features=True)
+        except RuntimeError:
+            found = script(rgb)
+        return (found[0], found[1].flatten(1)) if isinstance(found, tuple | list) else (found, None)
+
+    return inception, ""
+
+
+def score(config: Config, data: Any, ranks: Ranks) -> int:
+    """Distance of samples.npy from real slices, beside that of other real slices of other scans (the floor).
+
+    fd: Fréchet distance, sfd: of spatial features, precision, recall, f1; of 8-bit images, and at the same N, without
+    which they cannot be compared. memorised: distance to the nearest pre-training slice over that of held-out slices
+    (towards 0: copies).
+    """
+    path = Path(config.output) if config.output else config.run_folder / "samples.npy"
+    made, every = read_samples(path, config, loaders.data_record(data)), pretraining_slices(data)
+    rng, trained = np.random.default_rng(config.seed), {case for case, _ in every}
+    splits = data.meta["splits"]
+    scans = [c for split in ("val", "test") for c in splits.get(split, []) if c not in trained]
+    if len(scans) < 2:
+        say(f"note: {data.name} has no two scans held out; real slices are those of the pre-training", ranks)
+        scans = sorted(trained)
+    scans = [scans[i] for i in rng.permutation(len(scans))]
+    halves = [slices_of(data, part) for part in (scans[: len(scans) // 2], scans[len(scans) // 2 :])]
+    n = min(len(made), *map(len, halves))
+    real, other = ([half[i] for i in rng.permutation(len(half))[:n]] for half in halves)
+    near = [every[i] for i in rng.permutation(len(every))[:MEMORY]]
+    call, suffix = feature_network(config, ranks)
+    sets = {"samples": made[:n], "real slices (floor)": stack(data, other), "real": stack(data, real)}
+    found = {name: features_of(call, x, ranks) for name, x in sets.items()}
+    b, b_spatial = found.pop("real")
+    names = [*(("fd", "sfd") if suffix else ("fid", "sfid")), "precision", "recall", "f1"]
+    rows = []
+    for what, (a, a_spatial) in found.items():
+        pr = metrics.precision_recall(b, a)
+        spatial = math.nan if a_spatial is None else metrics.frechet_distance(b_spatial, a_spatial)
+        values = [metrics.frechet_distance(b, a), spatial, pr["precision"], pr["recall"], pr["f1"]]
+        row: dict[str, Any] = {"what": what, "n": n, "side": config.size, "memorised": ""}
+        rows.append(row | {f"{k}_{suffix}" if suffix else k: f"{v:.6g}" for k, v in zip(names, values)})
+        if pr["zero_radii"]:
+            say(f"warning: {pr['zero_radii']} of the {what} and the real slices are copies of each other", ranks)
+    if scans[0] not in trained:
+        train = features_of(call, stack(data, near), ranks)[0]
+        held = np.concatenate([b, found["real slices (floor)"][0]])
+        rows[0]["memorised"] = f"{metrics.memorisation(found['samples'][0], train, held)['ratio']:.4g}"
+    if ranks.first:
+        runtime.write_csv(path.parent / f"score_{suffix or 'inception'}.csv", rows)
+        for row in rows:
+            say("  ".join(f"{k} {v}" for k, v in row.items() if v != ""))
+    return 0
+
+
+def read_samples(path: Path, config: Config, record: Mapping[str, Any]) -> np.ndarray:
+    """What `sample` wrote, as slices [N, H, W] in [-1, 1]. Raises: InputError."""
+    try:
+        hu = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: no samples ({error}); write them with the verb `sample`") from error
+    if hu.ndim != 3 or hu.shape[1:] != (config.size, config.size) or len(hu) < 4 or not np.isfinite(hu).all():
+        raise InputError(f"{path} holds {hu.shape}, expected at least 4 slices of side {config.size}; sample again")
+    rule = record["normalisation"]
+    return 2 * (hu - rule["low"]) / (rule["high"] - rule["low"]) - 1 if rule["kind"] == "hu" else hu
+
+
+def stack(data: Any, slices: Sequence[Slice]) -> np.ndarray:
+    return np.stack([data.slice(*at) for at in slices])
+
+
+@torch.no_grad()
+def features_of(call: Any, x: np.ndarray, ranks: Ranks) -> tuple[Any, Any]:
+    """Features [N, D] and spatial features [N, D'] or None of slices [N, H, W] in [-1, 1], float64.
+
+    The slices are rounded to 8 bit first, as images are.
+    """
+    parts = []
+    x = (np.rint((np.clip(x, -1, 1) + 1) * 127.5) / 127.5 - 1).astype(np.float32)
+    for i in range(0, len(x), 64):
+        batch = torch.from_numpy(np.ascontiguousarray(x[i : i + 64]))[:, None].to(ranks.device)
+        parts.append([None if v is None else v.double().cpu().numpy() for v in call(batch)])
+    both = [None if column[0] is None else np.concatenate(column) for column in zip(*parts)]
+    return both[0], both[1]
+
+
+# =====================================================================================================================
+# Evaluate
+# =====================================================================================================================
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network in use. dtype: of autocast."""
+
+    config: Config
+    model: Any
+    device: torch.device
+    dtype: torch.dtype | None
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            return self.model(x, t).float()
+
+    def logits(self, x: np.ndarray) -> np.ndarray:
+        """Slices [Z, H, W] -> what the classes' argmax is taken of, [Z, C, H, W] fp32."""
+        parts = [
+            self(torch.from_numpy(np.ascontiguousarray(x[i : i + AT_ONCE]))[:, None].to(self.device)).cpu().numpy()
+            for i in range(0, len(x), AT_ONCE)
+        ]
+        return np.concatenate(parts)
+
+
+def load_network(config: Config, stage: str, ranks: Ranks) -> tuple[Network, dict[str, Any]]:
+    """The network of --checkpoint, averaged weights where there are some, and the record of its data."""
+    path = checkpoint_path(config)
+    state = runtime.load_checkpoint(path, SCRIPT)
+    needs = {"pretrain": "sampling and features need a pre-trained one"}
+    check_stage(state, path, stage, needs.get(stage, "masks need a fine-tuned one (finetune or ddpmseg)"))
+    known = {field.name for field in fields(Config)}
+    shape = {k: v for k, v in state["config"].items() if k in known & NETWORK}
+    mine = replace(config, **shape)
+    model = network_for(state["stage"], mine, state["data"])
+    raw = stage == "pretrain" and config.init_weights == "raw"
+    model.load_state_dict(state["model"] if raw or not state["ema"] else state["ema"])
+    model = fast_layout(model.to(ranks.device)).eval().requires_grad_(False)
+    dtype = runtime.number_format(config.amp, ranks.device)[0]
+    return Network(mine, model, ranks.device, dtype), state["data"]
+
+
+def cases_of(config: Config, data: Any) -> list[str]:
+    """The labelled cases of --split, at most --limit."""
+    cases = [case for case in data.cases(config.split) if data.has_label(case)]
+    if not cases:
+        raise InputError(f"{config.data} has no labelled case in its split {config.split}; has "
+                         f"{', '.join(k for k, v in data.meta['splits'].items() if v)}; choose by --split")  # fmt: skip
+    return cases[: config.limit or None]
+
+
+def segment_case(net: Network, data: Any, case: str) -> np.ndarray:
+    """[X, Y, Z] uint8 of a prepared case, slice by slice."""
+    x = np.stack([data.slice(case, k) for k in range(data.depth(case))])  # [Z, H, W]
+    mask = net.logits(x).argmax(1).astype(np.uint8)
+    return np.stack([loaders.from_display(m) for m in mask], axis=2)
+
+
+Row = dict[str, Any]
+
+
+def score_cases(
+    net: Network, data: Any, cases: Sequence[str], ranks: Ranks, out: Path | None = None, quiet: bool = True
+) -> tuple[list[Row], list[Row]]:
+    """Rows a case and organ in 3D, and rows a slice in which the organ is in truth or prediction; on all processes.
+
+    out: where masks are written as NIfTI, and pictures of the first cases.
+    """
+    volumes, flat = [], []
+    todo = range(ranks.rank, len(cases), ranks.world)
+    for i in tqdm(todo, desc="cases", leave=False, disable=quiet or not ranks.first or None):
+        case, truth = cases[i], np.asarray(data.label(cases[i]))
+        mask = segment_case(net, data, case)
+        volumes += metrics.evaluate_case(case, mask, truth, data.spacing(case), data.scored)
+        flat += slice_rows(case, mask, truth, data.scored)
+        if out is None:
+            continue
+        values = {int(k): v for k, v in data.meta["label_values"].items()}
+        table = np.array([values.get(v, v) for v in range(max(values) + 1)], np.uint8)
+        loaders.write_on_grid(out / f"predictions/{case}.nii.gz", table[mask], data.affine(case))
+        if i < 3:
+            picture = np.asarray(data.image(case)[0], np.float32)
+            file, shown = out / f"figures/{case}.png", {"truth": truth, "prediction": mask}
+            figures.mask_slices(picture, shown, file, data.spacing(case), data.classes, f"{case}")
+    gathered = runtime.gather((volumes, flat), ranks)
+    order = {case: i for i, case in enumerate(cases)}
+    return tuple(sorted((r for part in gathered for r in part[k]), key=lambda r: order[r["case"]]) for k in (0, 1))  # type: ignore[return-value]
+
+
+def slice_rows(case: str, mask: np.ndarray, truth: np.ndarray, classes: Mapping[str, Any]) -> list[Row]:
+    """Dice and IoU of each slice and organ that truth or prediction shows there."""
+    rows = []
+    for name, value in classes.items():
+        p, g = np.isin(mask, value), np.isin(truth, value)
+        for k in np.nonzero((p | g).any((0, 1)))[0]:
+            row = {"dice": metrics.dice(p[:, :, k], g[:, :, k]), "iou": metrics.iou(p[:, :, k], g[:, :, k])}
+            rows.append({"case": case, "slice": int(k), "class": name} | row)
+    return rows
+
+
+def evaluate(config: Config, data: Any, ranks: Ranks, out: Path | None = None) -> int:
+    """Score a fine-tuned network on --split: metrics.csv in 3D, metrics_slices.csv, summary.json, masks, pictures."""
+    begin = time.perf_counter()
+    net, record = load_network(config, "finetune|ddpmseg", ranks)
+    for key in ("channels", "classes", "normalisation", "slices"):
+        if record[key] != loaders.data_record(data)[key]:
+            raise InputError(f"{config.data} has {key} {loaders.data_record(data)[key]}, the network was trained with "
+                             f"{record[key]}; prepare alike")  # fmt: skip
+    out, cases = out or config.run_folder, cases_of(config, data)
+    volumes, flat = score_cases(net, data, cases, ranks, out, config.quiet)
+    if not ranks.first:
+        return 0
+    summary = metrics.summarise(volumes)  # D7
+    metrics.write_metrics_csv(out / "metrics.csv", volumes)
+    metrics.write_summary(out / "summary.json", summary)
+    runtime.write_csv(
+        out / "metrics_slices.csv", flat or [{"case": "", "slice": "", "class": "", "dice": "", "iou": ""}]
+    )
+    seconds = time.perf_counter() - begin
+    say(f"\n{config.split} split of {config.data}, {len(cases)} cases, {seconds:.0f} s; Dice term {net.config.dice}")
+    say(metrics.format_summary(summary))
+    over = metrics.over_classes(volumes)
+    lost = f"; without {', '.join(over['lost'])}, lost: Dice {over['found_dice']:.3f}" if over["lost"] else ""
+    say(f"mean over cases, then over organs: Dice {over['dice']:.3f}, IoU {over['iou']:.3f}{lost}")
+    names = [c for c in summary["classes"] if any(r["class"] == c for r in flat)]
+    per = {k: [np.mean([r[k] for r in flat if r["class"] == c]) for c in names] for k in ("dice", "iou")}
+    say(f"the same over slices that show the organ: Dice {np.mean(per['dice'] or [math.nan]):.3f}, "
+        f"IoU {np.mean(per['iou'] or [math.nan]):.3f}")  # fmt: skip
+    say(f"masks, pictures and tables are in {out}")
+    return 0
+
+
+def write_png(file: Path, array: np.ndarray) -> None:
+    buffer = BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    loaders.atomic_write(file, buffer.getvalue())
+
+
+# =====================================================================================================================
+# Predict
+# =====================================================================================================================
+
+
+def predict(config: Config, ranks: Ranks) -> int:
+    """A CT or MR volume in, a label volume on its grid with the published values out."""
+    if not config.image or not config.output:
+        raise InputError("predict needs --image FILE... and --output FILE.nii.gz (or a folder for several)")
+    net, record = load_network(config, "finetune|ddpmseg", ranks)
+    output, to_file = Path(config.output), config.output.endswith((".nii", ".nii.gz"))
+    if to_file and len(config.image) > 1:
+        raise InputError(f"--output {output} is one file, --image names {len(config.image)} volumes; give a folder")
+    for image in config.image[ranks.rank :: ranks.world]:
+        target = output if to_file else output / f"{loaders.nifti_stem(Path(image))}.nii.gz"
+        loaders.check_not_input(target, [image])
+        x, restore = loaders.load_slices_for_prediction(Path(image), record)
+        mask = restore.mask(net.logits(x))
+        loaders.write_nifti(target, mask, restore.like, mask.dtype)
+        values = {int(k): int(v) for k, v in record["label_values"].items()}
+        ml = float(np.prod(restore.like.spacing[:3])) / 1000
+        found = {name: (mask == values[v]).sum() * ml for name, v in record["classes"].items()}
+        say(f"{target}: " + ", ".join(f"{name} {volume:.1f} ml" for name, volume in found.items()))
+    return 0
+
+
+# =====================================================================================================================
+# Command line
+# =====================================================================================================================
+
+VERBS = ("pretrain", "sample", "score", "finetune", "ddpmseg", "evaluate", "predict")
+# How something trained is used once: neither kept from a training nor compared on continuing it.
+ONCE = {"checkpoint", "split", "limit", "image", "output", "overwrite", "quiet", "device", "amp", "workers"}
+ONCE |= {"num_samples", "features", "sampler", "sampling_steps", "eta", "variance"}
+# On continuing a run these may differ: they change where, how fast and how long, not what.
+MAY_DIFFER = ONCE | {"out", "preset", "steps", "minutes", "compile", "recompute", "accumulate", "eval_every"}
+MAY_DIFFER |= {"save_every"}
+# What a network is: later verbs take it from its checkpoint.
+NETWORK = {"arch", "size", "num_channels", "channel_mult", "num_res_blocks", "num_head_channels", "schedule"}
+NETWORK |= {"attention_resolutions", "strategy", "t", "input", "variant", "dice", "blocks", "t_list", "members"}
+
+
+def checkpoint_path(config: Config) -> Path:
+    return Path(config.checkpoint) if config.checkpoint else config.run_folder / "last.pt"
+
+
+def resolve(verb: str, config: Config, given: dict[str, Any]) -> Config:
+    """The settings of a verb: those of what it builds on, where there is something, changed by the given flags."""
+    if verb in ("", "pretrain"):
+        wide: dict[str, Any] = {"num_channels": 256} if config.variant == "L" and config.preset == "paper" else {}
+        return replace(config, **{k: v for k, v in wide.items() if k not in given})
+    if verb == "finetune" and config.strategy == "ddpmseg":
+        raise InputError("--strategy ddpmseg is not a fine-tuning but a verb of its own; use ddpmseg")
+    if verb in ("finetune", "ddpmseg"):
+        return as_finetuning(config if verb == "finetune" else replace(config, strategy="ddpmseg"), given)
+    if verb in ("sample", "score"):
+        path = checkpoint_path(config)
+        if verb == "score" and not path.exists():
+            return config
+        check_stage(runtime.load_checkpoint(path, SCRIPT), path, "pretrain", f"{verb} needs a pre-trained one")
+        found = runtime.trained_config(config, given, path, SCRIPT, FREE, ONCE)
+        return replace(
+            found, **{k: v for k, v in PRESETS[found.preset].items() if k in ONCE - {"workers"} - set(given)}
+        )
+    path = checkpoint_path(config)
+    if not config.checkpoint:
+        raise InputError(f"{verb} needs --checkpoint FILE, the last.pt that finetune or ddpmseg wrote")
+    check_stage(runtime.load_checkpoint(path, SCRIPT), path, "finetune|ddpmseg", f"{verb} needs a fine-tuned one")
+    return runtime.trained_config(config, given, path, SCRIPT, FREE, ONCE)
+
+
+def as_finetuning(config: Config, given: dict[str, Any]) -> Config:
+    """Settings of fine-tuning: network of the pre-trained weights, their data, and FINETUNE where no flag is given."""
+    last = config.run_folder / "last.pt"
+    path = last if not config.init else Path(config.init)
+    if config.init != "none" and (path.exists() or config.strategy != "scratch"):
+        state = runtime.load_tensors(path)
+        if isinstance(state, dict) and "format" in state:
+            state = runtime.load_checkpoint(path, SCRIPT)
+            check_stage(state, path, "pretrain", "fine-tuning starts from a pre-trained one")
+            shape = {k: state["config"][k] for k in PRETRAINED if k not in given or state["config"][k] == given[k]}
+            other = [f"--{k.replace('_', '-')} {state['config'][k]}" for k in PRETRAINED if k not in shape]
+            if other:
+                raise InputError(f"{path} was pre-trained with {', '.join(other)}; leave these flags out")
+            config = replace(config, **shape)
+        config = replace(config, init=str(path))
+    elif config.variant == "L" and config.preset == "paper" and "num_channels" not in given:
+        config = replace(config, num_channels=256)
+    fine = {k: v for k, v in FINETUNE[config.preset].items() if k not in given}
+    config = replace(config, **fine)
+    return replace(config, t=config.time)
+
+
+PRETRAINED = NETWORK - {"strategy", "t", "input", "variant", "dice", "blocks", "t_list", "members"}
+FREE = ONCE | {"data", "preset", "out", "recompute", "compile"}
+
+
+def with_labels(config: Config, data: Any, given: Mapping[str, Any]) -> Config:
+    """Steps and batch of fine-tuning, which depend on the number of labelled slices."""
+    total = len(slices_of(data, [case for case in data.cases("train") if data.has_label(case)]))
+    n = label_count(config.labels, total) if total else 1
+    steps: dict[str, Any] = {} if "steps" in given else {"steps": fine_steps(config.preset, n, total)}
+    return replace(config, batch=min(config.batch, n), **steps)
+
+
+def finetune(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> int:
+    """Train on the labelled slices, then score on --split."""
+    if config.accumulate > 1:
+        raise InputError("--accumulate is for pretrain: Dice and batch norm need the whole batch; lower --batch")
+    cases_of(config, data)  # before the work: is there something to score
+    if config.select == "val" and not data.cases("val"):
+        raise InputError(f"--select val: {config.data} has no validation case; prepare some with --split-sizes")
+    code = train("finetune", config, data, ranks, stop)
+    if code:
+        return code
+    out = config.finetune_folder
+    if (out / "summary.json").exists() and not config.overwrite and _scored(out):
+        say(f"{out}: trained and scored already", ranks)
+        return 0
+    chosen = "best.pt" if config.select == "val" and (out / "best.pt").exists() else "last.pt"
+    return evaluate(replace(config, checkpoint=str(out / chosen)), data, ranks, out)
+
+
+def _scored(out: Path) -> bool:
+    """Whether the scores are newer than the weights."""
+    return (out / "summary.json").stat().st_mtime >= (out / "last.pt").stat().st_mtime
+
+
+def story(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag, given: dict[str, Any]) -> int:
+    """The bare run: pre-train, look at samples, fine-tune with and without what was learnt on the same draws."""
+    code = train("pretrain", config, data, ranks, stop)
+    if code:
+        return code
+    sample(replace(config, checkpoint=""), data, ranks)
+    score(config, data, ranks)
+    folders = []
+    for draw in range(config.draw, config.draw + 3):
+        for strategy in ("scratch", "decoder"):
+            mine = replace(config, strategy=strategy, draw=draw, init="")
+            mine = with_labels(as_finetuning(mine, {k: v for k, v in given.items() if k in STORY}), data, {})
+            code = finetune(runtime.shared_batch(mine, {}, ranks), data, ranks, stop)
+            if code:
+                return code
+            folders.append(str(mine.finetune_folder))
+    if ranks.first:
+        say("\nthe same slices, with and without pre-training:")
+        return metrics.main(["draws", *folders])
+    return 0
+
+
+STORY = {"labels", "dice", "variant", "select"}  # flags of the bare run that also concern its fine-tuning
+
+
+def main(argv: Sequence[str]) -> int:
+    verb, config, given = runtime.parse_flags(Config, argv, VERBS, PRESETS, (__doc__ or "").split("\n\n")[0])
+    config = resolve(verb, config, given)
+    ranks, stop = runtime.start_processes(config.device), runtime.StopFlag()
+    try:
+        if verb == "predict":
+            stop.restore()
+            code = predict(config, ranks)
+        else:
+            data = open_slices(config)
+            if verb in ("finetune", "ddpmseg"):
+                config = with_labels(config, data, given)
+            if verb in ("", "pretrain", "finetune"):
+                config = runtime.shared_batch(config, given, ranks)
+            if verb == "":
+                code = story(config, data, ranks, stop, given)
+            elif verb in ("pretrain", "finetune"):
+                code = (finetune if verb == "finetune" else lambda *a: train("pretrain", *a))(config, data, ranks, stop)
+            else:
+                stop.restore()
+                code = {"sample": sample, "score": score, "ddpmseg": ddpmseg, "evaluate": evaluate}[verb](
+                    config, data, ranks
+                )
+    finally:
+        stop.restore()
+    runtime.stop_processes()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(runtime.run_main(SCRIPT, main, sys.argv[1:]))

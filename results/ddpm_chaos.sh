@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Label efficiency on CHAOS (T2-SPIR, 16 volumes, 4 organs) on a laptop: pre-training on the 10 training volumes without
+# labels, then 4, 39 and all of their slices; five draws of 4, three of 39; t = 0 throughout, nothing chosen on test cases.
+# Prepare: python -m data_prep.msd --src CHAOS_T2 --dst data/chaos64 --as-slices --side 64 --split-sizes 10,2,4
+# Pre-training is made in stages and can be stopped and continued; so can the rest, by running this file again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python}
+STAGES=${STAGES:-5000 10000 20000}
+RUN=runs/ddpm-chaos64
+
+for STEPS in $STAGES; do
+  [ -e $RUN-$STEPS/last.pt ] && continue
+  $PYTHON ddpm_pretrain_finetune.py pretrain --quiet --data chaos64 --preset laptop --lr-steps 20000 --steps $STEPS --out $RUN
+  mkdir -p $RUN-$STEPS
+  cp $RUN/config.json $RUN/last.pt $RUN-$STEPS/
+done
+
+# What the length of the pre-training is worth: samples, and four labels, at each stage.
+for STEPS in $STAGES; do
+  $PYTHON ddpm_pretrain_finetune.py sample --quiet --data chaos64 --preset laptop --num-samples 128 --out $RUN-$STEPS
+  $PYTHON ddpm_pretrain_finetune.py score --quiet --data chaos64 --preset laptop --out $RUN-$STEPS
+  for DRAW in 0 1 2 3 4; do
+    for STRATEGY in scratch decoder full; do
+      $PYTHON ddpm_pretrain_finetune.py finetune --quiet --data chaos64 --preset laptop --labels 4 --draw $DRAW --strategy $STRATEGY --out $RUN-$STEPS
+    done
+  done
+  $PYTHON -m common.metrics draws "$RUN-$STEPS/finetune-4-*-per-class-draw*"
+done
+
+# The last stage: the other Dice term, linear, the controls from random weights, and more labels.
+LAST=$RUN-${STAGES##* }
+for DRAW in 0 1 2 3 4; do
+  for STRATEGY in scratch decoder full; do
+    $PYTHON ddpm_pretrain_finetune.py finetune --quiet --data chaos64 --preset laptop --labels 4 --draw $DRAW --dice joint --strategy $STRATEGY --out $LAST
+  done
+  $PYTHON ddpm_pretrain_finetune.py finetune --quiet --data chaos64 --preset laptop --labels 4 --draw $DRAW --strategy linear --out $LAST
+  for STRATEGY in decoder full; do
+    $PYTHON ddpm_pretrain_finetune.py finetune --quiet --data chaos64 --preset laptop --labels 4 --draw $DRAW --strategy $STRATEGY --init none --out $LAST
+  done
+done
+for DRAW in 0 1 2; do
+  for STRATEGY in scratch decoder full; do
+    $PYTHON ddpm_pretrain_finetune.py finetune --quiet --data chaos64 --preset laptop --labels 39 --draw $DRAW --strategy $STRATEGY --out $LAST
+  done
+done
+for STRATEGY in scratch decoder full; do
+  $PYTHON ddpm_pretrain_finetune.py finetune --quiet --data chaos64 --preset laptop --labels all --strategy $STRATEGY --out $LAST
+done
+
+# Scratch with other learning rates, compared on the validation cases.
+for LR in 1e-4 1e-3; do
+  $PYTHON ddpm_pretrain_finetune.py finetune --quiet --data chaos64 --preset laptop --labels 4 --strategy scratch --lr $LR --split val --out $LAST
+done
+$PYTHON ddpm_pretrain_finetune.py ddpmseg --quiet --data chaos64 --preset laptop --labels 4 --out $LAST
+$PYTHON -m common.metrics draws "$LAST/finetune-*" --plot $LAST/labels.png --csv $LAST/labels.csv

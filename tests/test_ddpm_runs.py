@@ -1,0 +1,503 @@
+"""ddpm_pretrain_finetune.py as a user runs it: pre-train, sample, score, fine-tune, DDPM-Seg, predict, faults."""
+
+import json
+import signal
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import CommandLine, table
+from PIL import Image
+
+import ddpm_pretrain_finetune as P
+from common import InputError, loaders, metrics, runtime
+from data_prep import msd
+
+NET = ["--size", "32", "--channel-mult", "1,1", "--num-res-blocks", "1", "--attention-resolutions", "16"]
+FAST = [*NET, "--batch", "2", "--quiet", "--amp", "off", "--device", "cpu", "--blocks", "1,3", "--preset", "tiny"]
+PLAIN = ["--quiet", "--amp", "off", "--device", "cpu", "--preset", "tiny"]
+PHANTOMS = loaders.CtPhantoms
+CLI = CommandLine("ddpm_pretrain_finetune", P.main)
+run, refused, weights, assert_same, step_of = CLI.run, CLI.refused, CLI.weights, CLI.assert_same, CLI.step_of
+
+
+def state_of(out: Path, name: str = "last.pt") -> dict:
+    return runtime.load_checkpoint(out / name, "ddpm_pretrain_finetune")
+
+
+@pytest.fixture(autouse=True)
+def few_phantoms(monkeypatch):
+    """`--data synthetic` of one process: fewer cases."""
+
+    def few(*args, **flags):
+        data = PHANTOMS(*args, **flags)
+        splits = data.meta["splits"]
+        for name, n in (("unlabelled", 3), ("train", 3), ("val", 1), ("test", 2)):
+            splits[name] = splits[name][:n]
+        splits["pretrain"] = splits["unlabelled"] + splits["train"]
+        return data
+
+    monkeypatch.setattr(loaders, "CtPhantoms", few)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> Path:
+    """A data set of slices made from the publisher's layout."""
+    folder = tmp_path_factory.mktemp("fake_slices")
+    assert msd.main(["--make-fake", str(folder / "src")]) == 0
+    argv = ["--src", str(folder / "src"), "--dst", str(folder / "slices"), "--as-slices", "--side", "32"]
+    assert msd.main([*argv, "--quiet"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(prepared, tmp_path_factory) -> Path:
+    """A run folder: three steps of pre-training, and two fine-tuned networks."""
+    out = tmp_path_factory.mktemp("trained_ddpm") / "run"
+    argv = ["--data", str(prepared / "slices"), "--out", str(out)]
+    assert P.main(["pretrain", *FAST, *argv, "--steps", "3"]) == 0
+    for strategy in ("decoder", "scratch"):
+        assert P.main(["finetune", *PLAIN, *argv, "--steps", "2", "--strategy", strategy]) == 0
+    return out
+
+
+def folder_of(trained: Path, strategy: str = "decoder") -> Path:
+    return trained / f"finetune-4-{strategy}-per-class-draw0"
+
+
+# --- the whole story -------------------------------------------------------------------------------------------------
+
+
+def test_bare_run_pretrains_samples_finetunes_and_compares(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(P, "fine_steps", lambda *a: 1)
+    out = tmp_path / "run"
+    flags = ["--num-samples", "6", "--sampling-steps", "2"]
+    assert P.main([*FAST, *flags, "--out", str(out), "--steps", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "DDPM pre-training, few labels (Huang et al. 2025), pretrain" in text and "differs   D1 D2 D3 D8 D12" in text
+    assert "yardstick" in text and "fd_rand" in text and "memorised" in text and "real slices (floor)" in text
+    assert text.count("finetune ->") == 6 and "the same slices, with and without pre-training" in text
+    assert "minus scratch" in text and "95 % interval" in text
+    names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+    assert {"config.json", "log.csv", "last.pt", "loss.png", "samples.npy", "figures/samples_lung.png"} <= names
+    for draw in range(3):
+        for strategy in ("scratch", "decoder"):
+            folder = f"finetune-4-{strategy}-per-class-draw{draw}"
+            found = {n.removeprefix(folder + "/") for n in names if n.startswith(folder + "/")}
+            assert {"metrics.csv", "metrics_slices.csv", "summary.json", "labels.json", "log.csv", "loss.png"} <= found
+    assert not [n for n in names if n.endswith(".tmp")]
+
+
+def test_strategies_of_a_draw_learn_from_the_same_slices(trained):
+    a, b = (json.loads((folder_of(trained, s) / "labels.json").read_text()) for s in ("decoder", "scratch"))
+    assert a == b and len(a["slices"]) == a["n"] == 4 and a["percent"] == pytest.approx(100 * 4 / a["of"])
+
+
+def test_finetuning_starts_from_the_averaged_weights_and_keeps_the_encoder(trained):
+    ours, start = state_of(folder_of(trained))["model"], state_of(trained)
+    for name, value in start["ema"].items():
+        if name.startswith(("input_blocks", "middle_block", "time_embed")):
+            assert torch.equal(ours[f"net.{name}"], value), name
+        elif name.startswith("output_blocks") and "emb_layers" not in name and value.ndim > 1:
+            assert not torch.equal(ours[f"net.{name}"], value), name
+    assert not any(torch.equal(v, start["model"][k]) for k, v in start["ema"].items() if v.ndim == 4 and v.any())
+
+
+def test_raw_weights_and_random_start_are_flags(trained, prepared, capsys):
+    argv = ["finetune", *PLAIN, "--data", str(prepared / "slices"), "--out", str(trained), "--steps", "1"]
+    assert P.main([*argv, "--init-weights", "raw", "--draw", "7"]) == 0
+    raw = state_of(trained / "finetune-4-decoder-per-class-draw7")["model"]
+    assert torch.equal(raw["net.input_blocks.0.0.weight"], state_of(trained)["model"]["input_blocks.0.0.weight"])
+    assert P.main([*argv, *NET, "--init", "none"]) == 0
+    other = state_of(trained / "finetune-4-decoder-per-class-random-draw0")["model"]
+    assert not torch.equal(other["net.input_blocks.0.0.weight"], raw["net.input_blocks.0.0.weight"])
+    assert "D9" in capsys.readouterr().out
+
+
+def test_finetuning_again_does_nothing_twice(trained, prepared, capsys):
+    out = folder_of(trained)
+    before = (out / "last.pt").read_bytes(), (out / "metrics.csv").stat().st_mtime_ns
+    argv = ["finetune", *PLAIN, "--data", str(prepared / "slices"), "--out", str(trained), "--steps", "2"]
+    assert P.main(argv) == 0
+    assert ((out / "last.pt").read_bytes(), (out / "metrics.csv").stat().st_mtime_ns) == before
+    assert "trained and scored already" in capsys.readouterr().out
+    assert "--lr" not in refused(capsys, *argv, "--dice", "per-class", "--flip", "off")
+
+
+def test_slices_table_has_rows_of_slices_with_the_organ_only(trained, prepared):
+    rows = table(folder_of(trained) / "metrics_slices.csv")
+    data = loaders.open_slices(str(prepared / "slices"))
+    for row in rows[:5]:
+        case, k = row["case"], int(row["slice"])
+        truth = np.asarray(data.label(case))[:, :, k] == data.classes[row["class"]]
+        assert 0 <= float(row["dice"]) <= 1 and (truth.any() or float(row["dice"]) == 0)
+    assert list(rows[0]) == ["case", "slice", "class", "dice", "iou"]
+
+
+# --- continuing ------------------------------------------------------------------------------------------------------
+
+
+def test_same_command_again_trains_no_further_and_other_settings_are_refused(tmp_path, capsys):
+    argv = ["pretrain", *FAST, "--out", str(tmp_path / "run"), "--steps", "1"]
+    assert P.main(argv) == 0
+    before = (tmp_path / "run/last.pt").read_bytes()
+    assert P.main(argv) == 0 and (tmp_path / "run/last.pt").read_bytes() == before
+    assert [r["step"] for r in table(tmp_path / "run/log.csv") if r["val_loss"]] == ["1"]
+    assert P.main([*argv[:-1], "2"]) == 0 and step_of(tmp_path / "run") == 2
+    assert "--schedule was linear and is cosine" in refused(capsys, *argv, "--schedule", "cosine")
+    assert P.main([*argv, "--schedule", "cosine", "--overwrite"]) == 0 and step_of(tmp_path / "run") == 1
+
+
+def test_stopped_and_killed_pretraining_continues_to_the_same_weights(tmp_path):
+    argv = ["pretrain", "--data", "synthetic", *FAST, "--steps", "14", "--save-every", "1", "--eval-every", "6"]
+    assert run(*argv, "--out", str(tmp_path / "whole")).returncode == 0
+    CLI.stop_and_continue(*argv, out=tmp_path / "cut", signals=[signal.SIGTERM, signal.SIGKILL])
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+    rows = [table(tmp_path / name / "log.csv") for name in ("whole", "cut")]
+    held = [[(r["step"], r["val_loss"]) for r in log if r["val_loss"]] for log in rows]
+    assert held[0] == held[1] and [s for s, _ in held[0]] == ["6", "12", "14"]
+
+
+def test_stopped_finetuning_continues_to_the_same_weights(trained, prepared, tmp_path, monkeypatch):
+    argv = ["finetune", *PLAIN, "--data", str(prepared / "slices"), "--init", str(trained / "last.pt"), "--strategy"]
+    argv += ["full", "--steps", "5", "--save-every", "1"]
+    assert P.main([*argv, "--out", str(tmp_path / "whole")]) == 0
+    plain, count = P.train_step, iter(range(99))
+
+    def stopping(*args):
+        if next(count) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return plain(*args)
+
+    monkeypatch.setattr(P, "train_step", stopping)
+    assert P.main([*argv, "--out", str(tmp_path / "cut")]) == 143
+    name = "finetune-4-full-per-class-draw0"
+    assert step_of(tmp_path / "cut" / name) == 3 and not (tmp_path / "cut" / name / "metrics.csv").exists()
+    assert P.main([*argv, "--out", str(tmp_path / "cut")]) == 0
+    assert_same(tmp_path / "whole" / name, tmp_path / "cut" / name)
+
+
+def assert_close(a: Path, b: Path, off: float) -> None:
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    assert max(float((left[k].float() - right[k].float()).abs().max()) for k in left if k.startswith("model")) < off
+    mean = [torch.cat([v.flatten() for k, v in side.items() if k.endswith(".exp_avg")]) for side in (left, right)]
+    assert float((mean[0] - mean[1]).norm()) < 1e-3 * float(mean[0].norm())
+
+
+def test_accumulation_and_workers_do_not_change_the_result(tmp_path):
+    argv = ["pretrain", *FAST, "--steps", "2"]
+    for name, more in {"a": [], "b": ["--accumulate", "2", "--workers", "1", "--recompute"]}.items():
+        assert P.main([*argv, "--out", str(tmp_path / name), *more]) == 0
+    assert_close(tmp_path / "a", tmp_path / "b", 8e-4)
+
+
+def test_two_processes_pretrain_finetune_and_score_as_one(tmp_path, prepared):
+    argv = ["--data", str(prepared / "slices")]
+    first = [*FAST, *argv, "--batch", "4", "--steps", "2"]
+    later = [*PLAIN, *argv, "--steps", "2", "--strategy", "full", "--dice", "per-class"]
+    assert P.main(["pretrain", *first, "--out", str(tmp_path / "one")]) == 0
+    assert P.main(["finetune", *later, "--out", str(tmp_path / "one")]) == 0
+    two = run("pretrain", *first, "--out", str(tmp_path / "two"), processes=2)
+    assert two.returncode == 0 and "2 processes x 1 parts x 2" in two.stdout, two.stderr
+    assert_close(tmp_path / "one", tmp_path / "two", 8e-4)
+    start = ["--init", str(tmp_path / "one/last.pt")]
+    two = run("finetune", *later, *start, "--out", str(tmp_path / "two"), processes=2)
+    assert two.returncode == 0, two.stderr
+    name = "finetune-4-full-per-class-draw0"
+    assert_close(tmp_path / "one" / name, tmp_path / "two" / name, 8e-3)  # Dice and batch norm are of the whole batch
+    rows = [metrics.read_metrics_csv(tmp_path / n / name / "metrics.csv") for n in ("one", "two")]
+    assert [(r["case"], r["class"]) for r in rows[0]] == [(r["case"], r["class"]) for r in rows[1]]
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_number_formats_train(tmp_path, amp):
+    assert P.main(["pretrain", *FAST, "--out", str(tmp_path / "run"), "--steps", "1", "--amp", amp]) == 0
+    state = state_of(tmp_path / "run")
+    assert bool(state["scaler"]) == (amp == "fp16")
+    assert all(v.dtype == torch.float32 and v.isfinite().all() for v in state["model"].values())
+
+
+def test_steps_without_a_finite_gradient_are_skipped_and_twenty_end_the_run(tmp_path, monkeypatch):
+    plain, calls = P.noise_loss, iter(range(10_000))
+    bad = {1, 2} | set(range(4, 99))
+    monkeypatch.setattr(P, "noise_loss", lambda *a: plain(*a) * (float("nan") if next(calls) in bad else 1.0))
+    monkeypatch.setattr(P, "look_at_held", lambda *a: None)
+    argv = ["pretrain", *FAST, "--out", str(tmp_path / "run"), "--save-every", "4", "--steps", "99"]
+    with pytest.raises(InputError, match="no finite gradient in 20 steps before step 24"):
+        P.main(argv)
+    state = state_of(tmp_path / "run", "last.prev.pt")
+    assert (
+        state["step"] == 16 and state["skipped"][0] == 14 and all(v.isfinite().all() for v in state["model"].values())
+    )
+
+
+def test_select_val_evaluates_the_best_weights(trained, prepared, tmp_path):
+    argv = ["finetune", *PLAIN, "--data", str(prepared / "slices"), "--init", str(trained / "last.pt"), "--steps", "4"]
+    argv += ["--select", "val", "--eval-every", "2", "--out", str(tmp_path / "run")]
+    assert P.main(argv) == 0
+    out = tmp_path / "run/finetune-4-decoder-per-class-draw0"
+    log = [(int(r["step"]), float(r["val_dice"])) for r in table(out / "log.csv") if r["val_dice"]]
+    assert [s for s, _ in log] == [2, 4]
+    best = max(log, key=lambda row: (row[1], row[0]))  # of equals the later
+    assert state_of(out, "best.pt")["step"] == best[0]
+
+
+# --- samples and their scores ----------------------------------------------------------------------------------------
+
+
+def test_samples_are_hounsfield_units_and_pictures(trained, tmp_path):
+    argv = ["sample", *PLAIN, "--checkpoint", str(trained / "last.pt"), "--num-samples", "5", "--sampling-steps", "2"]
+    assert P.main([*argv, "--out", str(tmp_path / "s"), *DATA(trained)]) == 0
+    x = np.load(tmp_path / "s/samples.npy")
+    assert x.shape == (5, 32, 32) and x.dtype == np.float32 and np.isfinite(x).all()
+    assert [p.name for p in (tmp_path / "s/figures").iterdir()]
+    assert P.main([*argv, "--out", str(tmp_path / "t"), *DATA(trained)]) == 0
+    assert np.array_equal(x, np.load(tmp_path / "t/samples.npy"))
+
+
+def DATA(trained: Path) -> list[str]:
+    return ["--data", json.loads((trained / "config.json").read_text())["data"]]
+
+
+def test_ct_samples_are_shown_in_two_windows(tmp_path):
+    argv = [*FAST, "--out", str(tmp_path / "run")]
+    assert P.main(["pretrain", *argv, "--steps", "1"]) == 0
+    assert (
+        P.main(["sample", *PLAIN, "--out", str(tmp_path / "run"), "--num-samples", "4", "--sampling-steps", "1"]) == 0
+    )
+    names = sorted(p.name for p in (tmp_path / "run/figures").glob("samples*"))
+    assert names == ["samples_abdomen.png", "samples_lung.png"]
+    assert np.asarray(Image.open(tmp_path / "run/figures/samples_lung.png")).shape == (64, 64)
+    low, high = (loaders.CtPhantoms(0).meta["normalisation"][k] for k in ("low", "high"))
+    x = np.load(tmp_path / "run/samples.npy")
+    assert low - 1 <= x.min() and x.max() <= high + 1 and x.min() < -300
+
+
+def test_real_slices_given_as_samples_score_near_the_floor(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loaders, "CtPhantoms", PHANTOMS)  # all of them
+    data = loaders.CtPhantoms(0, side=32)
+    every = P.pretraining_slices(data)
+    x = P.stack(data, [every[i] for i in range(0, len(every), 3)])
+    np.save(tmp_path / "real.npy", P.hounsfield(x, loaders.data_record(data)).astype(np.float32))
+    noise = np.random.default_rng(0).uniform(-1000, 400, x.shape).astype(np.float32)
+    np.save(tmp_path / "noise.npy", noise)
+    found = {}
+    for name in ("real", "noise"):
+        argv = ["score", *FAST, "--output", str(tmp_path / f"{name}.npy"), "--out", str(tmp_path)]
+        assert P.main(argv) == 0
+        found[name] = table(tmp_path / "score_rand.csv")
+    near, floor = (float(found["real"][i]["fd_rand"]) for i in (0, 1))
+    assert near < 1.5 * floor and float(found["noise"][0]["fd_rand"]) > 5 * floor
+    assert float(found["noise"][0]["precision_rand"]) == 0 < float(found["real"][0]["precision_rand"])
+    assert float(found["real"][0]["memorised"]) < 0.05  # they are pre-training slices
+    assert "real slices (floor)" in capsys.readouterr().out
+
+
+def test_features_of_an_encoder_are_named_by_its_file(trained, tmp_path):
+    np.save(tmp_path / "samples.npy", np.random.default_rng(0).uniform(-1, 1, (8, 32, 32)).astype(np.float32))
+    argv = ["score", *PLAIN, *DATA(trained), *NET, "--out", str(tmp_path), "--features"]
+    assert P.main([*argv, f"encoder:{trained / 'last.pt'}"]) == 0
+    (file,) = tmp_path.glob("score_enc-*.csv")
+    assert any(k.startswith("fd_enc-") for k in table(file)[0])
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x.mean((1, 2, 3)), x.std((1, 2, 3))], 1)
+
+
+def test_a_users_torchscript_gives_fid_and_a_state_dict_is_refused(trained, tmp_path, capsys):
+    np.save(tmp_path / "samples.npy", np.random.default_rng(0).uniform(-1, 1, (8, 32, 32)).astype(np.float32))
+    torch.jit.script(Doubled()).save(tmp_path / "net.pt")
+    torch.save({"a": torch.zeros(2)}, tmp_path / "dict.pth")
+    argv = ["score", *PLAIN, *DATA(trained), *NET, "--out", str(tmp_path), "--features"]
+    assert P.main([*argv, f"inception:{tmp_path / 'net.pt'}"]) == 0
+    assert {"fid", "sfid", "precision"} <= set(table(tmp_path / "score_inception.csv")[0])
+    assert "SHA-256" in capsys.readouterr().out
+    assert "is no TorchScript" in refused(capsys, *argv, f"inception:{tmp_path / 'dict.pth'}")
+
+
+# --- DDPM-Seg, evaluate, predict --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def voted(trained) -> Path:
+    argv = [
+        "ddpmseg",
+        *PLAIN,
+        *DATA(trained),
+        "--out",
+        str(trained),
+        "--members",
+        "2",
+        "--epochs",
+        "1",
+        "--t-list",
+        "50",
+    ]
+    assert P.main([*argv, "--blocks", "1,3"]) == 0
+    return trained / "ddpmseg-4-draw0"
+
+
+def test_ddpmseg_leaves_scores_and_no_features_behind(voted, trained):
+    assert (voted / "summary.json").exists() and not list(voted.glob("*.npy"))
+    state = state_of(voted)
+    assert state["stage"] == "ddpmseg" and state["step"] == 2
+    assert torch.equal(state["model"]["net.middle_block.0.in_layers.2.weight"],
+                       state_of(trained)["ema"]["middle_block.0.in_layers.2.weight"])  # fmt: skip
+
+
+def test_stopped_ddpmseg_keeps_its_finished_members(voted, trained, monkeypatch):
+    argv = [
+        "ddpmseg",
+        *PLAIN,
+        *DATA(trained),
+        "--out",
+        str(trained),
+        "--members",
+        "2",
+        "--epochs",
+        "1",
+        "--t-list",
+        "50",
+    ]
+    argv += ["--blocks", "1,3", "--draw", "1"]
+    plain, seen = P.fit_member, []
+
+    def counting(config, store, classes, member):
+        seen.append(member)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return plain(config, store, classes, member)
+
+    monkeypatch.setattr(P, "fit_member", counting)
+    with pytest.raises(KeyboardInterrupt):
+        P.main(argv)
+    assert not list((trained / "ddpmseg-4-draw1").glob("*.npy"))
+    assert P.main(argv) == 0 and seen == [0, 1, 1]
+
+
+def test_evaluate_gives_what_finetune_gave(trained, tmp_path):
+    argv = ["evaluate", *PLAIN, "--checkpoint", str(folder_of(trained) / "last.pt"), "--out", str(tmp_path / "again")]
+    assert P.main([*argv, *DATA(trained)]) == 0
+    for name in ("metrics.csv", "metrics_slices.csv"):
+        assert (tmp_path / "again" / name).read_text() == (folder_of(trained) / name).read_text()
+
+
+def raw_image(prepared: Path) -> Path:
+    return sorted((prepared / "src/imagesTr").glob("[!.]*.nii.gz"))[0]
+
+
+@pytest.mark.parametrize("kind", ["finetune", "ddpmseg"])
+def test_predict_writes_published_values_in_the_files_grid(trained, voted, prepared, tmp_path, kind):
+    checkpoint = (folder_of(trained) if kind == "finetune" else voted) / "last.pt"
+    image = raw_image(prepared)
+    argv = ["predict", *PLAIN, "--checkpoint", str(checkpoint), "--image", str(image), "--output"]
+    assert P.main([*argv, str(tmp_path / "mask.nii.gz")]) == 0
+    mask, like = nib.load(tmp_path / "mask.nii.gz"), nib.load(image)
+    assert mask.shape == like.shape[:3] and np.array_equal(mask.affine, like.affine)
+    values = json.loads((prepared / "slices/dataset.json").read_text())["label_values"]
+    assert set(np.unique(np.asarray(mask.dataobj)).tolist()) <= set(values.values())
+
+
+def test_predict_shows_the_network_what_the_preparation_stored(trained, prepared):
+    data = loaders.open_slices(str(prepared / "slices"))
+    case = data.cases("test")[0]
+    image = next(p for p in (prepared / "src/imagesTr").glob("*.nii.gz") if loaders.nifti_stem(p).startswith(case))
+    record = state_of(folder_of(trained))["data"]
+    x, _ = loaders.load_slices_for_prediction(image, record)
+    stored = np.stack([data.slice(case, k) for k in range(data.depth(case))])
+    assert x.shape == stored.shape and float(np.abs(x - stored).max()) < 2e-3
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+
+def test_wrong_stage_is_refused_by_name(trained, prepared, tmp_path, capsys):
+    image, target = str(raw_image(prepared)), str(tmp_path / "m.nii.gz")
+    error = refused(capsys, "predict", "--checkpoint", str(trained / "last.pt"), "--image", image, "--output", target)
+    assert "is a checkpoint of `pretrain`" in error and "fine-tuned" in error
+    fine = str(folder_of(trained) / "last.pt")
+    assert "is a checkpoint of `finetune`" in refused(capsys, "sample", "--checkpoint", fine)
+    assert "is a checkpoint of `finetune`" in refused(capsys, "finetune", *PLAIN, *DATA(trained), "--init", fine)
+
+
+def test_other_network_flags_than_those_of_the_pretraining_are_refused(trained, capsys):
+    argv = ["finetune", *PLAIN, *DATA(trained), "--out", str(trained)]
+    assert "was pre-trained with --num-res-blocks 1" in refused(capsys, *argv, "--num-res-blocks", "2")
+
+
+def test_size_of_the_data_and_of_the_network_must_agree(trained, capsys):
+    argv = ["pretrain", *FAST, *DATA(trained), "--size", "16"]
+    assert "holds slices of side 32, --size is 16" in refused(capsys, *argv)
+
+
+def test_labelled_data_of_another_scale_are_refused(trained, prepared, tmp_path, capsys):
+    other = tmp_path / "other"
+    argv = ["--src", str(prepared / "src"), "--dst", str(other), "--as-slices", "--side", "64", "--quiet"]
+    assert msd.main(argv) == 0
+    error = refused(
+        capsys, "finetune", *PLAIN, "--data", str(other), "--init", str(trained / "last.pt"), "--out", str(tmp_path)
+    )
+    assert "holds slices of side 64, --size is 32" in error
+    state = state_of(trained)
+    state["data"]["normalisation"] = {"kind": "hu", "low": -1, "high": 1}
+    runtime.save_checkpoint(tmp_path / "start.pt", state)
+    argv = ["finetune", *PLAIN, *DATA(trained), "--init", str(tmp_path / "start.pt"), "--out", str(tmp_path / "x")]
+    error = refused(capsys, *argv)
+    assert "was pre-trained on data with normalisation" in error and "--unlabelled" in error
+
+
+def test_volumes_instead_of_slices_are_refused_with_the_command(fake, capsys):
+    error = refused(capsys, "pretrain", *FAST, "--data", str(fake / "prepared"))
+    assert "--as-slices" in error
+
+
+def test_more_labels_than_there_are_is_refused(trained, capsys):
+    argv = ["finetune", *PLAIN, *DATA(trained), "--out", str(trained), "--labels", "99999"]
+    assert "labelled training slices; lower it" in refused(capsys, *argv)
+
+
+def test_colour_network_is_refused_naming_both_layers(trained, tmp_path, capsys):
+    rgb = P.UNet(P.Config(**P.PRESETS["tiny"]), 3, 6).state_dict()
+    torch.save(rgb, tmp_path / "rgb.pt")
+    error = refused(capsys, "pretrain", "--init", str(tmp_path / "rgb.pt"), "--out", str(tmp_path / "run"), "--quiet")
+    assert "input_blocks.0.0.weight" in error and "out.2.weight" in error and "one channel" in error
+
+
+def test_public_state_dict_of_one_channel_is_a_start(tmp_path):
+    config = P.Config(**P.PRESETS["tiny"])
+    state = {f"module.{k}": v for k, v in P.UNet(config, 1, 1).state_dict().items()}
+    torch.save(state, tmp_path / "start.pt")
+    argv = ["pretrain", "--init", str(tmp_path / "start.pt"), "--out", str(tmp_path / "run"), "--quiet", "--steps", "1"]
+    assert P.main([*argv, "--lr", "1e-9", "--amp", "off"]) == 0
+    found = state_of(tmp_path / "run")["model"]
+    assert float((found["input_blocks.0.0.weight"] - state["module.input_blocks.0.0.weight"]).abs().max()) < 1e-6
+
+
+def test_no_samples_is_one_line(tmp_path, capsys):
+    assert "no samples" in refused(capsys, "score", *FAST, "--out", str(tmp_path))
+    np.save(tmp_path / "samples.npy", np.zeros((5, 16, 16), np.float32))
+    assert "holds (5, 16, 16), expected" in refused(capsys, "score", *FAST, "--out", str(tmp_path))
+
+
+def test_predict_refuses_to_overwrite_its_input(trained, prepared, capsys):
+    image = str(raw_image(prepared))
+    argv = ["predict", *PLAIN, "--checkpoint", str(folder_of(trained) / "last.pt"), "--image", image, "--output", image]
+    before = Path(image).read_bytes()
+    assert "would overwrite the input" in refused(capsys, *argv) and Path(image).read_bytes() == before
+
+
+def test_disk_full_while_saving_keeps_the_old_checkpoint(tmp_path):
+    argv = ["pretrain", "--data", "synthetic", *FAST, "--out", str(tmp_path / "run")]
+    assert P.main([*argv, "--steps", "1"]) == 0
+    CLI.refuses_full_disk(*argv, "--steps", "2", out=tmp_path / "run")
+    assert step_of(tmp_path / "run") == 1
+
+
+def test_accumulation_of_finetuning_is_refused(trained, capsys):
+    argv = ["finetune", *PLAIN, *DATA(trained), "--out", str(trained), "--accumulate", "2"]
+    assert "--accumulate is for pretrain" in refused(capsys, *argv)
