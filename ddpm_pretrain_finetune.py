@@ -1619,7 +1619,7 @@ def as_finetuning(config: Config, given: dict[str, Any]) -> Config:
             if other:
                 raise InputError(f"{path} was pre-trained with {', '.join(other)}; leave these flags out")
             config = replace(config, **shape)
-        config = replace(config, init=str(path))
+        config = replace(config, init="" if config.strategy == "scratch" else str(path))
     elif config.variant == "L" and config.preset == "paper" and "num_channels" not in given:
         config = replace(config, num_channels=256)
     fine = {k: v for k, v in FINETUNE[config.preset].items() if k not in given}

@@ -16,41 +16,49 @@ for STEPS in $STAGES; do
   cp $RUN/config.json $RUN/last.pt $RUN-$STEPS/
 done
 
+tune() { # DRAW LABELS STRATEGY FLAGS...: from the last stage, into its folder
+  $PYTHON ddpm_pretrain_finetune.py finetune --quiet --data chaos64 --preset laptop --draw "$1" --labels "$2" --strategy "$3" "${@:4}"
+}
+
 # What the length of the pre-training is worth: samples, and four labels, at each stage.
+for DRAW in 0 1 2 3 4; do
+  tune $DRAW 4 scratch --out $RUN
+done
 for STEPS in $STAGES; do
   $PYTHON ddpm_pretrain_finetune.py sample --quiet --data chaos64 --preset laptop --num-samples 128 --out $RUN-$STEPS
   $PYTHON ddpm_pretrain_finetune.py score --quiet --data chaos64 --preset laptop --out $RUN-$STEPS
   for DRAW in 0 1 2 3 4; do
-    for STRATEGY in scratch decoder full; do
-      $PYTHON ddpm_pretrain_finetune.py finetune --quiet --data chaos64 --preset laptop --labels 4 --draw $DRAW --strategy $STRATEGY --out $RUN-$STEPS
+    for STRATEGY in decoder full; do
+      tune $DRAW 4 $STRATEGY --out $RUN-$STEPS
     done
   done
-  $PYTHON -m common.metrics draws "$RUN-$STEPS/finetune-4-*-per-class-draw*"
+  $PYTHON -m common.metrics draws "$RUN/finetune-4-scratch-per-class-draw?" "$RUN-$STEPS/finetune-4-*-per-class-draw?"
 done
 
 # The last stage: the other Dice term, linear, the controls from random weights, and more labels.
 LAST=$RUN-${STAGES##* }
 for DRAW in 0 1 2 3 4; do
-  for STRATEGY in scratch decoder full; do
-    $PYTHON ddpm_pretrain_finetune.py finetune --quiet --data chaos64 --preset laptop --labels 4 --draw $DRAW --dice joint --strategy $STRATEGY --out $LAST
-  done
-  $PYTHON ddpm_pretrain_finetune.py finetune --quiet --data chaos64 --preset laptop --labels 4 --draw $DRAW --strategy linear --out $LAST
+  tune $DRAW 4 scratch --dice joint --out $RUN
   for STRATEGY in decoder full; do
-    $PYTHON ddpm_pretrain_finetune.py finetune --quiet --data chaos64 --preset laptop --labels 4 --draw $DRAW --strategy $STRATEGY --init none --out $LAST
+    tune $DRAW 4 $STRATEGY --dice joint --out $LAST
+    tune $DRAW 4 $STRATEGY --init none --out $LAST
   done
+  tune $DRAW 4 linear --out $LAST
 done
 for DRAW in 0 1 2; do
-  for STRATEGY in scratch decoder full; do
-    $PYTHON ddpm_pretrain_finetune.py finetune --quiet --data chaos64 --preset laptop --labels 39 --draw $DRAW --strategy $STRATEGY --out $LAST
-  done
+  tune $DRAW 39 scratch --out $RUN
+  tune $DRAW 39 decoder --out $LAST
+  tune $DRAW 39 full --out $LAST
 done
-for STRATEGY in scratch decoder full; do
-  $PYTHON ddpm_pretrain_finetune.py finetune --quiet --data chaos64 --preset laptop --labels all --strategy $STRATEGY --out $LAST
-done
+tune 0 all scratch --out $RUN
+tune 0 all decoder --out $LAST
+tune 0 all full --out $LAST
 
 # Scratch with other learning rates, compared on the validation cases.
 for LR in 1e-4 1e-3; do
-  $PYTHON ddpm_pretrain_finetune.py finetune --quiet --data chaos64 --preset laptop --labels 4 --strategy scratch --lr $LR --split val --out $LAST
+  tune 0 4 scratch --lr $LR --split val --out $RUN
 done
 $PYTHON ddpm_pretrain_finetune.py ddpmseg --quiet --data chaos64 --preset laptop --labels 4 --out $LAST
-$PYTHON -m common.metrics draws "$LAST/finetune-*" --plot $LAST/labels.png --csv $LAST/labels.csv
+$PYTHON -m common.metrics draws "$RUN/finetune-*-scratch-per-class-draw?" "$LAST/finetune-*-per-class-draw?" "$LAST/ddpmseg-*" \
+  --plot results/ddpm_chaos.png
+$PYTHON -m common.metrics draws "$RUN/finetune-4-scratch-joint-draw?" "$LAST/finetune-4-*-joint-draw?"

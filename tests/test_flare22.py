@@ -117,6 +117,7 @@ def test_window_is_the_percentiles_of_cases_1_to_1000(made, done):
 def test_organs_lie_where_the_body_has_them(done):
     """On the screen: the liver on the left, the spleen on the right, also of the case that is stored in LAS."""
     data = open_slices(str(done))
+    assert data.meta["cases"]["FLARE22_Tr_0002"]["original"]["orientation"] == "LAS"
     for case in data.cases("train") + data.cases("test"):
         labels = np.stack([data.slice_label(case, k) for k in range(data.depth(case))])  # [Z, rows, columns]
         place = {name: np.argwhere(labels == data.classes[name])[:, 2].mean() for name in ("liver", "spleen")}
