@@ -49,7 +49,9 @@ Differs
     D10 t = 0 (linear: 200), fixed beforehand; the paper takes the best t on its test set. t = 1000 was never trained.
     D11 ddpmseg keeps the maps at their own size and works on them before enlarging: the same numbers, 20 times
         less memory.
-    D12 the small presets: narrow network, small slices, EMA 0.999, fewer steps, DDIM.
+    D12 the small presets: narrow network, small slices, EMA 0.999, fewer steps, a larger learning rate (fine-tuning
+        on a laptop 3e-4, tiny 1e-3 in both stages), DDIM. tiny does not mirror: features that cannot tell left from
+        right cannot tell the kidneys apart.
 
 Usage
     python ddpm_pretrain_finetune.py                              all of it on CT phantoms
@@ -60,7 +62,7 @@ Usage
     python ddpm_pretrain_finetune.py ddpmseg --data flare22 --labels 4
     python ddpm_pretrain_finetune.py sample --data flare22 --sampler ddim --sampling-steps 50
     python ddpm_pretrain_finetune.py score --data flare22
-    python ddpm_pretrain_finetune.py evaluate --checkpoint RUN/finetune-4-decoder-per-class-draw0/last.pt --split test
+    python ddpm_pretrain_finetune.py evaluate --checkpoint RUN/finetune-4-decoder-joint-draw0/last.pt --split val
     python ddpm_pretrain_finetune.py predict --checkpoint FILE --image ct.nii.gz --output mask.nii.gz
     python -m common.metrics draws runs/ddpm_pretrain_finetune-flare22-paper/finetune-*
 
@@ -191,7 +193,7 @@ class Config:
     checkpoint: str = flag("", "sample: pre-trained weights; evaluate, predict: fine-tuned ones")
     split: str = flag("test", "which cases: a split's name")
     limit: int = flag(0, "at most so many cases; 0: all")
-    image: tuple[str, ...] = flag((), "predict: CT or MR volumes, NIfTI")
+    image: tuple[str, ...] = flag((), "predict: CT or MR volumes, NIfTI files or one folder")
     output: str = flag("", "predict: file (for one image) or folder; score: the samples, empty: OUT/samples.npy")
     # fmt: on
 
@@ -261,9 +263,6 @@ class Config:
             if attends and self.num_channels * m % self.num_head_channels:
                 raise InputError(f"--num-head-channels {self.num_head_channels} does not divide the "
                                  f"{self.num_channels * m} channels of an attention; choose a divisor")  # fmt: skip
-        count = len(self.channel_mult) * (self.num_res_blocks + 1)
-        if self.blocks and not (0 <= min(self.blocks) <= max(self.blocks) < count):
-            raise InputError(f"--blocks is {self.blocks}, this network has blocks 0 to {count - 1}; correct the flag")
 
 
 SMALL: dict[str, Any] = {
@@ -273,15 +272,16 @@ SMALL: dict[str, Any] = {
     "attention_resolutions": (8,),
 }
 SMALL |= {"ema": 0.999, "workers": 0, "batch": 16, "dice": "per-class", "sampler": "ddim", "sampling_steps": 50}  # D12
-LAPTOP: dict[str, Any] = {"size": 64, "channel_mult": (1, 2, 2, 4), "steps": 20_000, "eval_every": 1000}
-LAPTOP |= {"channel_mult": (1, 1, 2, 4), "save_every": 100, "blocks": (1, 3, 5)}
+LAPTOP: dict[str, Any] = {"size": 64, "channel_mult": (1, 1, 2, 4), "steps": 20_000, "eval_every": 1000}
+LAPTOP |= {"save_every": 100, "blocks": (1, 3, 5)}
 TINY: dict[str, Any] = {"size": 32, "channel_mult": (1, 2, 2), "steps": 600, "eval_every": 200, "save_every": 200}
+TINY |= {"lr": 1e-3, "flip": "off"}  # two of the phantoms' organs differ by their side alone
 TINY |= {"blocks": (1, 3), "num_samples": 16, "members": 3, "epochs": 4, "sampling_steps": 25}
 PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "laptop": SMALL | LAPTOP, "tiny": SMALL | TINY}
 # What fine-tuning has instead, where the flag is not given; steps: see fine_steps.
 FINE: dict[str, Any] = {"batch": 4, "lr": 1e-4, "lr_steps": 0, "accumulate": 1, "ema": 0.0}  # D5
 FINETUNE: dict[str, dict[str, Any]] = {
-    "paper": FINE,
+    "paper": FINE | {"eval_every": 500},
     "laptop": FINE | {"lr": 3e-4, "eval_every": 200},
     "tiny": FINE | {"lr": 1e-3, "eval_every": 100},
 }
@@ -406,22 +406,24 @@ def over_processes(x: Tensor) -> Tensor:
 class SyncedNorm(nn.BatchNorm2d):
     """Batch norm over the batches of all processes, so that four GPUs do what one does; PyTorch's own needs GPUs."""
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and dist.is_initialized()):
             return super().forward(x)
         wide = x.float()
         count = wide.numel() // wide.shape[1] * dist.get_world_size()
-        mean, square = over_processes(torch.stack([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))])) / count
-        var = square - mean.square()
+        mean = over_processes(wide.sum((0, 2, 3))) / count
+        wide = wide - mean[:, None, None]
+        var = over_processes(wide.square().sum((0, 2, 3))) / count
         with torch.no_grad():
-            assert (
-                self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-            )
             self.running_mean.lerp_(mean, self.momentum or 0.1)
             self.running_var.lerp_(var * count / (count - 1), self.momentum or 0.1)
             self.num_batches_tracked += 1
         scale = self.weight * (var + self.eps).rsqrt()
-        return (wide - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]
+        return wide * scale[:, None, None] + self.bias[:, None, None]
 
 
 class Segmenter(nn.Module):
@@ -435,6 +437,9 @@ class Segmenter(nn.Module):
         super().__init__()
         c, h = config.num_channels, config.hidden
         self.strategy, self.t, self.config = config.strategy, config.time, config
+        shape, cpu = (in_channels, config.size, config.size), torch.device("cpu")
+        self.eps: Tensor
+        self.register_buffer("eps", noise(0, "input", ["shared"], shape, cpu), persistent=False)  # --input noised
         # The head first, so that it starts alike with every strategy.
         self.head = nn.Sequential(
             nn.Conv2d(c, h, 3, padding=1), SyncedNorm(h), nn.ReLU(),
@@ -460,8 +465,7 @@ class Segmenter(nn.Module):
         learn = torch.is_grad_enabled()
         t = torch.full((len(x),), self.t, device=x.device) if t is None else t
         if self.config.input == "noised":
-            eps = noise(0, "input", ["shared"], x.shape[1:], torch.device("cpu")).to(x.device)
-            x = q_sample(x, eps, t, self.config.schedule)
+            x = q_sample(x, self.eps, t, self.config.schedule)
         with torch.set_grad_enabled(learn and self.strategy in ("full", "scratch")):
             h, skips, emb = self.net.encode(x, t)
         with torch.set_grad_enabled(learn and self.strategy != "linear"):
@@ -478,6 +482,9 @@ class PixelEnsemble(nn.Module):
     def __init__(self, config: Config, in_channels: int, classes: int):
         super().__init__()
         self.config, self.classes = config, classes
+        count = len(config.channel_mult) * (config.num_res_blocks + 1)
+        if not config.blocks or not (0 <= min(config.blocks) <= max(config.blocks) < count):
+            raise InputError(f"--blocks is {config.blocks}, this network has blocks 0 to {count - 1}; correct the flag")
         self.net = UNet(config, in_channels, in_channels).requires_grad_(False)
         with torch.device("meta"):
             x = torch.empty(1, in_channels, config.size, config.size)
@@ -501,10 +508,11 @@ class PixelEnsemble(nn.Module):
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         maps, one, size = self.maps(x), torch.ones((), device=x.device), x.shape[2:]
         votes = torch.zeros(len(x), self.classes, size[0] * size[1], device=x.device)
-        for i in range(len(x)):  # slice by slice: all of its pixels at once are enough
-            for member in self.members:
-                chosen = member([m[i : i + 1] for m in maps], one, size).argmax(1)  # [H W]  # D11
-                votes[i].scatter_add_(0, chosen[None], torch.ones_like(votes[i, :1]))
+        with torch.autocast(x.device.type, enabled=False):  # in fp32, as the members learnt
+            for i in range(len(x)):  # slice by slice: all of its pixels at once are enough
+                for member in self.members:
+                    chosen = member([m[i : i + 1] for m in maps], one, size).argmax(1)  # [H W]  # D11
+                    votes[i].scatter_add_(0, chosen[None], torch.ones_like(votes[i, :1]))
         return votes.unflatten(2, tuple(size)) / len(self.members)
 
 
@@ -633,7 +641,7 @@ def cover(counts: np.ndarray, size: int, rng: np.random.Generator) -> tuple[list
         for _ in range(tries):
             found = rng.choice(len(counts), size, replace=False)
             if good[found].any(0).all():
-                return found.tolist(), []
+                return most_first(found.tolist(), good), []
     missing, chosen = set(wanted.tolist()), []  # type: set[int], list[int]
     while len(chosen) < size:
         gain = (counts[:, sorted(missing)] > 0).sum(1) if missing else np.zeros(len(counts))
@@ -641,6 +649,15 @@ def cover(counts: np.ndarray, size: int, rng: np.random.Generator) -> tuple[list
         chosen.append(int(rng.choice(np.nonzero(gain == gain.max())[0])))
         missing -= set(np.nonzero(counts[chosen[-1]])[0].tolist())
     return chosen, sorted(missing)
+
+
+def most_first(chosen: list[int], good: np.ndarray) -> list[int]:
+    """In the order in which they show new classes, so that the first few of them show as many as they can."""
+    order, seen = [], np.zeros(good.shape[1], bool)
+    while left := [i for i in chosen if i not in order]:
+        order.append(max(left, key=lambda i: int((good[i] & ~seen).sum())))
+        seen = seen | good[order[-1]]
+    return order
 
 
 def labelled_slices(data: Any, config: Config) -> tuple[list[Slice], int, list[str]]:
@@ -767,6 +784,7 @@ class Training:
         self.step, self.seconds = 0, 0.0
         self.skipped = torch.zeros(3, device=device)  # steps without a finite gradient: all, in a row, most in a row
         self.best = {"dice": -1.0, "step": 0, "seen": 0}  # seen: the newest step that was looked at
+        self.start: list[float] = []  # step and seconds of the pre-training it began from, where that is ours
 
     def save(self, name: str = "last.pt") -> None:
         contents = {
@@ -782,6 +800,7 @@ class Training:
             "seconds": self.seconds,  # of training, over all restarts
             "skipped": self.skipped.tolist(),
             "best": self.best,
+            "start": self.start,
             "data": self.record,
         }
         runtime.save_checkpoint(self.out / name, contents, self.out / "last.prev.pt" if name == "last.pt" else None)
@@ -847,6 +866,8 @@ def train(stage: str, config: Config, data: Any, ranks: Ranks, stop: runtime.Sto
     run = Training(stage, config, record, device, dtype)
     out = run.out
     state = None if config.overwrite else runtime.find_run(out, SCRIPT, asdict(config), MAY_DIFFER, record, ranks)
+    if fine and config.strategy != "scratch":
+        run.start = start_of(config, state, out)
     if state is not None:
         run.restore(state)
     elif config.init not in ("", "none") and config.strategy != "scratch":
@@ -861,7 +882,7 @@ def train(stage: str, config: Config, data: Any, ranks: Ranks, stop: runtime.Sto
 
     # 2. all processes work on parts of one global batch; DDP averages their gradients
     look: Any = torch.compile(run.model) if config.compile else run.model
-    net: Any = DistributedDataParallel(look, broadcast_buffers=False) if ranks.world > 1 else look
+    net: Any = DistributedDataParallel(look) if ranks.world > 1 else look
     net.train()
     loader = DataLoader(
         Slices(data, config, slices, fine),
@@ -932,7 +953,7 @@ def look_at_held(run: Training, data: Any, ranks: Ranks, log: runtime.Log) -> No
         row |= held_losses(run, data)
     else:
         rows = score_cases(Network(config, run.model.eval(), run.device, run.dtype), data, data.cases("val"), ranks)[0]
-        dice = metrics.summarise(rows)["mean"]["dice"]["mean"]
+        dice = metrics.over_classes(rows)["dice"]
         better = dice >= run.best["dice"]
         run.best |= {"dice": dice, "step": run.step} if better else {}
         row["val_dice"] = dice
@@ -975,8 +996,11 @@ def check_memory(stage: str, config: Config, record: Mapping[str, Any], ranks: R
         return
     batch = batch // config.accumulate
     with torch.device("meta"):
-        model = STAGES["pretrain"](config, 1, 1).to(dtype).train()
-        x = torch.empty(batch, len(record["channels"]), config.size, config.size, dtype=dtype)
+        channels = len(record["channels"])
+        model = (
+            STAGES[stage](config, channels, 1 if stage == "pretrain" else 1 + len(record["classes"])).to(dtype).eval()
+        )
+        x = torch.empty(batch, channels, config.size, config.size, dtype=dtype)
         needed = runtime.kept_for_backward_gb(lambda: model(x, torch.zeros(batch)))
     free = runtime.free_memory_gb(ranks.device)
     if needed > free:
@@ -1049,6 +1073,18 @@ def load_start(config: Config, net: UNet, record: Mapping[str, Any] | None) -> N
         raise InputError(f"--init {path} does not fit: {error}") from error
 
 
+def start_of(config: Config, state: Mapping[str, Any] | None, out: Path) -> list[float]:
+    """Step and seconds of the pre-training at --init; InputError where the run to be continued began from another."""
+    if config.init in ("", "none"):
+        return []
+    start = runtime.load_tensors(Path(config.init))
+    found = [start["step"], start["seconds"]] if isinstance(start, dict) and "format" in start else []
+    if state is not None and found != state["start"]:
+        raise InputError(f"{out} began from {config.init} at step {state['start'][:1]}, which is at {found[:1]} now; "
+                         "use --overwrite, or another --out")  # fmt: skip
+    return found
+
+
 def check_stage(state: Mapping[str, Any], path: Path, wanted: str, need: str) -> None:
     """Raises InputError where a checkpoint is of another stage than `wanted` (words, separated by |)."""
     if state.get("stage") not in wanted.split("|"):
@@ -1118,19 +1154,25 @@ def ddpmseg(config: Config, data: Any, ranks: Ranks) -> int:
     dtype = runtime.number_format(config.amp, ranks.device)[0]
     if ranks.first:
         write_labels(out, slices, total)
-    if ranks.first and done < config.members:
-        file = out / "features.npy"
-        try:
-            store = FeatureStore(file, len(slices), (config.size, config.size))
-            for at in tqdm(slices, desc="features", leave=False, disable=config.quiet or None):
-                x = torch.from_numpy(data.slice(*at))[None, None].to(ranks.device)
-                with torch.no_grad(), torch.autocast(ranks.device.type, dtype, enabled=dtype is not None):
-                    store.add(model.maps(x), 1.0, data.slice_label(*at))
-            for i in range(done, config.members):
-                model.members[i].load_state_dict(fit_member(config, store, len(data.classes) + 1, i).state_dict())
-                save_ensemble(model, config, record, out, i + 1)
-        finally:
-            file.unlink(missing_ok=True)
+    file = out / f"features-{ranks.rank}.npy"
+    try:
+        store = FeatureStore(file, len(slices), (config.size, config.size))
+        for at in tqdm(
+            slices if done < config.members else [], desc="features", leave=False, disable=config.quiet or None
+        ):
+            x = torch.from_numpy(data.slice(*at))[None, None].to(ranks.device)
+            with torch.no_grad(), torch.autocast(ranks.device.type, dtype, enabled=dtype is not None):
+                store.add(model.maps(x), 1.0, data.slice_label(*at))
+        for first in range(done, config.members, ranks.world):  # one member a process at a time
+            i = first + ranks.rank
+            mine = fit_member(config, store, len(data.classes) + 1, i).state_dict() if i < config.members else None
+            for j, weights in enumerate(runtime.gather(mine, ranks)):
+                if weights is not None:
+                    model.members[first + j].load_state_dict(weights)
+            if ranks.first:
+                save_ensemble(model, config, record, out, min(first + ranks.world, config.members))
+    finally:
+        file.unlink(missing_ok=True)
     runtime.gather(None, ranks)
     return evaluate(replace(config, checkpoint=str(out / "last.pt")), data, ranks, out)
 
@@ -1270,9 +1312,9 @@ class RandomFeatures(nn.Module):
         ]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        maps = []
+        maps, x = [], x.cpu()  # GPUs round the inputs of convolutions
         for weight in self.weights:
-            x = F.leaky_relu(F.conv2d(x, weight.to(x), stride=2, padding=1), 0.2)
+            x = F.leaky_relu(F.conv2d(x, weight, stride=2, padding=1), 0.2)
             maps.append(x)
         stats = [f(m.flatten(2)) for m in maps[-2:] for f in (lambda v: v.mean(2), lambda v: v.std(2, correction=0))]
         spatial = maps[-1][:, : 2048 // maps[-1][0, 0].numel()].flatten(1)
@@ -1312,7 +1354,9 @@ def feature_network(config: Config, ranks: Ranks) -> tuple[Callable[[Tensor], tu
             found = script(rgb, return_features=True)
         except RuntimeError:
             found = script(rgb)
-        return (found[0], found[1].flatten(1)) if isinstance(found, tuple | list) else (found, None)
+        if not isinstance(found, tuple | list):
+            return found, None
+        return found[0], found[1][:, : 2048 // found[1][0, 0].numel()].flatten(1)  # of 768 x 17 x 17: 7 channels
 
     return inception, ""
 
@@ -1324,22 +1368,26 @@ def score(config: Config, data: Any, ranks: Ranks) -> int:
     which they cannot be compared. memorised: distance to the nearest pre-training slice over that of held-out slices
     (towards 0: copies).
     """
+    if not ranks.first:
+        return 0
     path = Path(config.output) if config.output else config.run_folder / "samples.npy"
     made, every = read_samples(path, config, loaders.data_record(data)), pretraining_slices(data)
     rng, trained = np.random.default_rng(config.seed), {case for case, _ in every}
     splits = data.meta["splits"]
-    scans = [c for split in ("val", "test") for c in splits.get(split, []) if c not in trained]
+    scans = [c for c in dict.fromkeys(c for cases in splits.values() for c in cases) if c not in trained]
     if len(scans) < 2:
         say(f"note: {data.name} has no two scans held out; real slices are those of the pre-training", ranks)
         scans = sorted(trained)
     scans = [scans[i] for i in rng.permutation(len(scans))]
     halves = [slices_of(data, part) for part in (scans[: len(scans) // 2], scans[len(scans) // 2 :])]
     n = min(len(made), *map(len, halves))
+    if n < len(made):
+        say(f"note: the {len(scans)} scans give two sets of {n} real slices: the first {n} samples are scored", ranks)
     real, other = ([half[i] for i in rng.permutation(len(half))[:n]] for half in halves)
     near = [every[i] for i in rng.permutation(len(every))[:MEMORY]]
     call, suffix = feature_network(config, ranks)
-    sets = {"samples": made[:n], "real slices (floor)": stack(data, other), "real": stack(data, real)}
-    found = {name: features_of(call, x, ranks) for name, x in sets.items()}
+    sets = {"samples": made[:n], "real slices (floor)": other, "real": real}
+    found = {name: features_of(call, data, x, ranks) for name, x in sets.items()}
     b, b_spatial = found.pop("real")
     names = [*(("fd", "sfd") if suffix else ("fid", "sfid")), "precision", "recall", "f1"]
     rows = []
@@ -1352,13 +1400,12 @@ def score(config: Config, data: Any, ranks: Ranks) -> int:
         if pr["zero_radii"]:
             say(f"warning: {pr['zero_radii']} of the {what} and the real slices are copies of each other", ranks)
     if scans[0] not in trained:
-        train = features_of(call, stack(data, near), ranks)[0]
+        train = features_of(call, data, near, ranks)[0]
         held = np.concatenate([b, found["real slices (floor)"][0]])
         rows[0]["memorised"] = f"{metrics.memorisation(found['samples'][0], train, held)['ratio']:.4g}"
-    if ranks.first:
-        runtime.write_csv(path.parent / f"score_{suffix or 'inception'}.csv", rows)
-        for row in rows:
-            say("  ".join(f"{k} {v}" for k, v in row.items() if v != ""))
+    runtime.write_csv(path.parent / f"score_{suffix or 'inception'}.csv", rows)
+    for row in rows:
+        say("  ".join(f"{k} {v}" for k, v in row.items() if v != ""))
     return 0
 
 
@@ -1379,16 +1426,17 @@ def stack(data: Any, slices: Sequence[Slice]) -> np.ndarray:
 
 
 @torch.no_grad()
-def features_of(call: Any, x: np.ndarray, ranks: Ranks) -> tuple[Any, Any]:
-    """Features [N, D] and spatial features [N, D'] or None of slices [N, H, W] in [-1, 1], float64.
+def features_of(call: Any, data: Any, what: Any, ranks: Ranks) -> tuple[Any, Any]:
+    """Features [N, D] and spatial features [N, D'] or None, float64, of slices [N, H, W] or of a list of (case, k).
 
     The slices are rounded to 8 bit first, as images are.
     """
     parts = []
-    x = (np.rint((np.clip(x, -1, 1) + 1) * 127.5) / 127.5 - 1).astype(np.float32)
-    for i in range(0, len(x), 64):
-        batch = torch.from_numpy(np.ascontiguousarray(x[i : i + 64]))[:, None].to(ranks.device)
-        parts.append([None if v is None else v.double().cpu().numpy() for v in call(batch)])
+    for i in range(0, len(what), 64):
+        x = what[i : i + 64] if isinstance(what, np.ndarray) else stack(data, what[i : i + 64])
+        x = (np.rint((np.clip(x, -1, 1) + 1) * 127.5) / 127.5 - 1).astype(np.float32)
+        found = call(torch.from_numpy(x)[:, None].to(ranks.device))
+        parts.append([None if v is None else v.double().cpu().numpy() for v in found])
     both = [None if column[0] is None else np.concatenate(column) for column in zip(*parts)]
     return both[0], both[1]
 
@@ -1500,11 +1548,12 @@ def evaluate(config: Config, data: Any, ranks: Ranks, out: Path | None = None) -
     """Score a fine-tuned network on --split: metrics.csv in 3D, metrics_slices.csv, summary.json, masks, pictures."""
     begin = time.perf_counter()
     net, record = load_network(config, "finetune|ddpmseg", ranks)
+    where = checkpoint_path(config)
     for key in ("channels", "classes", "normalisation", "slices"):
         if record[key] != loaders.data_record(data)[key]:
             raise InputError(f"{config.data} has {key} {loaders.data_record(data)[key]}, the network was trained with "
                              f"{record[key]}; prepare alike")  # fmt: skip
-    out, cases = out or config.run_folder, cases_of(config, data)
+    out, cases = scores_folder(config, out or config.run_folder), cases_of(config, data)
     volumes, flat = score_cases(net, data, cases, ranks, out, config.quiet)
     if not ranks.first:
         return 0
@@ -1515,7 +1564,7 @@ def evaluate(config: Config, data: Any, ranks: Ranks, out: Path | None = None) -
         out / "metrics_slices.csv", flat or [{"case": "", "slice": "", "class": "", "dice": "", "iou": ""}]
     )
     seconds = time.perf_counter() - begin
-    say(f"\n{config.split} split of {config.data}, {len(cases)} cases, {seconds:.0f} s; Dice term {net.config.dice}")
+    say(f"\n{config.split} split of {config.data}, {len(cases)} cases, {seconds:.0f} s; {net.config.strategy}, {where}")
     say(metrics.format_summary(summary))
     over = metrics.over_classes(volumes)
     lost = f"; without {', '.join(over['lost'])}, lost: Dice {over['found_dice']:.3f}" if over["lost"] else ""
@@ -1526,6 +1575,11 @@ def evaluate(config: Config, data: Any, ranks: Ranks, out: Path | None = None) -
         f"IoU {np.mean(per['iou'] or [math.nan]):.3f}")  # fmt: skip
     say(f"masks, pictures and tables are in {out}")
     return 0
+
+
+def scores_folder(config: Config, out: Path) -> Path:
+    """Scores of another split than test stand in a folder of its own."""
+    return out if config.split == "test" else out / config.split
 
 
 def write_png(file: Path, array: np.ndarray) -> None:
@@ -1544,13 +1598,14 @@ def predict(config: Config, ranks: Ranks) -> int:
     if not config.image or not config.output:
         raise InputError("predict needs --image FILE... and --output FILE.nii.gz (or a folder for several)")
     net, record = load_network(config, "finetune|ddpmseg", ranks)
+    inputs = loaders.find_inputs([Path(p) for p in config.image], 1)
     output, to_file = Path(config.output), config.output.endswith((".nii", ".nii.gz"))
-    if to_file and len(config.image) > 1:
-        raise InputError(f"--output {output} is one file, --image names {len(config.image)} volumes; give a folder")
-    for image in config.image[ranks.rank :: ranks.world]:
-        target = output if to_file else output / f"{loaders.nifti_stem(Path(image))}.nii.gz"
+    if to_file and len(inputs) > 1:
+        raise InputError(f"--output {output} is one file, --image names {len(inputs)} volumes; give a folder")
+    for case, (image,) in inputs[ranks.rank :: ranks.world]:
+        target = output if to_file else output / f"{case}.nii.gz"
         loaders.check_not_input(target, [image])
-        x, restore = loaders.load_slices_for_prediction(Path(image), record)
+        x, restore = loaders.load_slices_for_prediction(image, record)
         mask = restore.mask(net.logits(x))
         loaders.write_nifti(target, mask, restore.like, mask.dtype)
         values = {int(k): int(v) for k, v in record["label_values"].items()}
@@ -1594,7 +1649,7 @@ def resolve(verb: str, config: Config, given: dict[str, Any]) -> Config:
         if verb == "score" and not path.exists():
             return config
         check_stage(runtime.load_checkpoint(path, SCRIPT), path, "pretrain", f"{verb} needs a pre-trained one")
-        found = runtime.trained_config(config, given, path, SCRIPT, FREE, ONCE)
+        found = runtime.trained_config(config, given, path, SCRIPT, FREE | {"init_weights", "seed"}, ONCE)
         return replace(
             found, **{k: v for k, v in PRESETS[found.preset].items() if k in ONCE - {"workers"} - set(given)}
         )
@@ -1607,21 +1662,30 @@ def resolve(verb: str, config: Config, given: dict[str, Any]) -> Config:
 
 def as_finetuning(config: Config, given: dict[str, Any]) -> Config:
     """Settings of fine-tuning: network of the pre-trained weights, their data, and FINETUNE where no flag is given."""
-    last = config.run_folder / "last.pt"
-    path = last if not config.init else Path(config.init)
-    if config.init != "none" and (path.exists() or config.strategy != "scratch"):
+    if given.get("ema") or given.get("accumulate", 1) > 1:
+        raise InputError("--ema and --accumulate are for pretrain: no weights are averaged here, Dice and batch norm "
+                         "need the whole batch; leave them out")  # fmt: skip
+    path = Path(config.init) if config.init not in ("", "none") else config.run_folder / "last.pt"
+    if path.exists() or (config.init != "none" and config.strategy != "scratch"):
         state = runtime.load_tensors(path)
         if isinstance(state, dict) and "format" in state:
-            state = runtime.load_checkpoint(path, SCRIPT)
             check_stage(state, path, "pretrain", "fine-tuning starts from a pre-trained one")
-            shape = {k: state["config"][k] for k in PRETRAINED if k not in given or state["config"][k] == given[k]}
-            other = [f"--{k.replace('_', '-')} {state['config'][k]}" for k in PRETRAINED if k not in shape]
+            saved = runtime.load_checkpoint(path, SCRIPT)["config"]
+            if "preset" not in given and saved["preset"] != config.preset:
+                flags = {**PRESETS[saved["preset"]], **given, "preset": saved["preset"], "strategy": config.strategy}
+                config = Config(**flags)
+            other = [f"--{k.replace('_', '-')} {saved[k]}" for k in PRETRAINED & set(given) if saved[k] != given[k]]
             if other:
                 raise InputError(f"{path} was pre-trained with {', '.join(other)}; leave these flags out")
-            config = replace(config, **shape)
-        config = replace(config, init="" if config.strategy == "scratch" else str(path))
+            config = replace(config, **{k: saved[k] for k in PRETRAINED})
+        start = "" if config.strategy == "scratch" else "none" if config.init == "none" else str(path)
+        config = replace(config, init=start)
     elif config.variant == "L" and config.preset == "paper" and "num_channels" not in given:
         config = replace(config, num_channels=256)
+    wanted = {"S": 128, "M": 128, "L": 256}[config.variant] if config.preset == "paper" else config.num_channels
+    if config.num_channels != wanted or (config.variant == "L" and config.preset != "paper"):
+        raise InputError(f"--variant {config.variant} is not a network of width {config.num_channels}: S and M have "
+                         "128, L has 256, small presets know S and M; choose another --variant or --init")  # fmt: skip
     fine = {k: v for k, v in FINETUNE[config.preset].items() if k not in given}
     config = replace(config, **fine)
     return replace(config, t=config.time)
@@ -1641,25 +1705,21 @@ def with_labels(config: Config, data: Any, given: Mapping[str, Any]) -> Config:
 
 def finetune(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> int:
     """Train on the labelled slices, then score on --split."""
-    if config.accumulate > 1:
-        raise InputError("--accumulate is for pretrain: Dice and batch norm need the whole batch; lower --batch")
     cases_of(config, data)  # before the work: is there something to score
     if config.select == "val" and not data.cases("val"):
         raise InputError(f"--select val: {config.data} has no validation case; prepare some with --split-sizes")
     code = train("finetune", config, data, ranks, stop)
     if code:
         return code
+    stop.restore()  # scoring has nothing to save
     out = config.finetune_folder
-    if (out / "summary.json").exists() and not config.overwrite and _scored(out):
+    chosen = out / ("best.pt" if config.select == "val" and (out / "best.pt").exists() else "last.pt")
+    scores = scores_folder(config, out) / "summary.json"
+    newer = scores.exists() and scores.stat().st_mtime >= chosen.stat().st_mtime
+    if newer and metrics.read_summary(scores)["images"] == len(cases_of(config, data)):
         say(f"{out}: trained and scored already", ranks)
         return 0
-    chosen = "best.pt" if config.select == "val" and (out / "best.pt").exists() else "last.pt"
-    return evaluate(replace(config, checkpoint=str(out / chosen)), data, ranks, out)
-
-
-def _scored(out: Path) -> bool:
-    """Whether the scores are newer than the weights."""
-    return (out / "summary.json").stat().st_mtime >= (out / "last.pt").stat().st_mtime
+    return evaluate(replace(config, checkpoint=str(chosen)), data, ranks, out)
 
 
 def story(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag, given: dict[str, Any]) -> int:
@@ -1667,14 +1727,16 @@ def story(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag, given
     code = train("pretrain", config, data, ranks, stop)
     if code:
         return code
+    stop.restore()  # what follows is short, or saves by itself
     sample(replace(config, checkpoint=""), data, ranks)
+    runtime.gather(None, ranks)  # until the file is there
     score(config, data, ranks)
     folders = []
     for draw in range(config.draw, config.draw + 3):
         for strategy in ("scratch", "decoder"):
             mine = replace(config, strategy=strategy, draw=draw, init="")
             mine = with_labels(as_finetuning(mine, {k: v for k, v in given.items() if k in STORY}), data, {})
-            code = finetune(runtime.shared_batch(mine, {}, ranks), data, ranks, stop)
+            code = finetune(runtime.shared_batch(mine, {}, ranks), data, ranks, runtime.StopFlag())
             if code:
                 return code
             folders.append(str(mine.finetune_folder))

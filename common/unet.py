@@ -7,6 +7,7 @@ tensors are [B, C, X, Y] or [B, C, X, Y, Z], the spatial sizes written as `*S` b
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -290,8 +291,18 @@ class FeatureStore:
         self.file, self.count, self.size = file, count, size
         self.shapes: list[tuple[int, ...]] = []  # [c, h, w] of each map
         self.starts: list[int] = []  # in the file, of each map of each image
-        self.label, self.pixels = np.zeros(0, np.uint8), np.zeros(0, np.int64)
+        self.labels: list[np.ndarray] = []
         self.norms: list[float] = []
+
+    @cached_property
+    def label(self) -> np.ndarray:
+        """[all pixels] uint8, once all images are there."""
+        return np.concatenate(self.labels)
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        """Numbers of the pixels to learn from."""
+        return np.nonzero(self.label != 255)[0]
 
     def add(self, maps: Sequence[Tensor], norm: float, label: np.ndarray) -> None:
         """maps [1, c, h, w], what divides them, and the classes [rows, columns] of the next image."""
@@ -308,8 +319,7 @@ class FeatureStore:
         label = np.array(label, np.uint8).ravel()
         counts = np.bincount(label, minlength=256)
         label[np.isin(label, np.nonzero((counts > 0) & (counts < 20))[0])] = 255
-        self.label = np.concatenate([self.label, label])
-        self.pixels = np.nonzero(self.label != 255)[0]
+        self.labels.append(label)
         self.norms.append(norm)
 
     def gather(self, pixels: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ for DRAW in 0 1 2 3 4; do
   tune $DRAW 4 scratch --out $RUN
 done
 for STEPS in $STAGES; do
-  $PYTHON ddpm_pretrain_finetune.py sample --quiet --data chaos64 --preset laptop --num-samples 128 --out $RUN-$STEPS
+  [ -e $RUN-$STEPS/samples.npy ] || $PYTHON ddpm_pretrain_finetune.py sample --quiet --data chaos64 --preset laptop --num-samples 128 --out $RUN-$STEPS
   $PYTHON ddpm_pretrain_finetune.py score --quiet --data chaos64 --preset laptop --out $RUN-$STEPS
   for DRAW in 0 1 2 3 4; do
     for STRATEGY in decoder full; do
@@ -55,10 +55,15 @@ tune 0 all decoder --out $LAST
 tune 0 all full --out $LAST
 
 # Scratch with other learning rates, compared on the validation cases.
-for LR in 1e-4 1e-3; do
-  tune 0 4 scratch --lr $LR --split val --out $RUN
+for DRAW in 0 1 2 3 4; do
+  for LR in 3e-4 1e-3 3e-3; do
+    tune $DRAW 4 scratch --lr $LR --split val --out $RUN
+  done
 done
-$PYTHON ddpm_pretrain_finetune.py ddpmseg --quiet --data chaos64 --preset laptop --labels 4 --out $LAST
-$PYTHON -m common.metrics draws "$RUN/finetune-*-scratch-per-class-draw?" "$LAST/finetune-*-per-class-draw?" "$LAST/ddpmseg-*" \
+$PYTHON -m common.metrics table $RUN/finetune-4-scratch-per-class*-draw?/val/summary.json
+for DRAW in 0 1 2; do
+  $PYTHON ddpm_pretrain_finetune.py ddpmseg --quiet --data chaos64 --preset laptop --labels 4 --draw $DRAW --out $LAST
+done
+$PYTHON -m common.metrics draws "$RUN/finetune-*-scratch-per-class-draw?" "$LAST/finetune-*-per-class-draw?" "$LAST/finetune-*-random-draw?" "$LAST/ddpmseg-*" \
   --plot results/ddpm_chaos.png
 $PYTHON -m common.metrics draws "$RUN/finetune-4-scratch-joint-draw?" "$LAST/finetune-4-*-joint-draw?"

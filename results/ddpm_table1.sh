@@ -17,7 +17,7 @@ for C in 128 256; do
     cp $RUN/config.json $RUN/last.pt $RUN-$STEPS/
   done
   for STEPS in 50000 100000 150000 200000 250000 300000; do
-    $PYTHON ddpm_pretrain_finetune.py sample --quiet --data flare22 --num-samples 2000 --out $RUN-$STEPS
+    [ -e $RUN-$STEPS/samples.npy ] || $PYTHON ddpm_pretrain_finetune.py sample --quiet --data flare22 --num-samples 2000 --out $RUN-$STEPS
     $PYTHON ddpm_pretrain_finetune.py score --quiet --data flare22 --features $FEATURES --out $RUN-$STEPS
   done
 done

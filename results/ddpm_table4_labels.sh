@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Tables 3 (rows "ours"), 4 and 5 of the paper: 0.1, 1, 10 % of the labels and all; scratch, decoder, DDPM-Seg; beside
-# them full and the controls with a random start. t = 0 throughout; both Dice terms; five draws of 0.1 %, three of more,
-# and scratch with three learning rates, of which the best on validation cases counts (prepare with --split-sizes 36,4,10).
+# Tables 3 (rows "ours"), 4 and 5 of the paper: 4, 39, 388 labelled slices (0.1, 1, 10 %) and all; scratch, decoder and
+# DDPM-Seg; beside them linear, full and the controls with a random start. t = 0 throughout (linear 200); both Dice terms;
+# five draws of 4, three of 39 and 388, one of all. Scratch is also tried with other learning rates; which one counts is
+# read from the validation cases, so prepare with --split-sizes 36,4,10.
 # Wants data/flare22, the checkpoints of results/ddpm_table1.sh, and a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -11,9 +12,9 @@ OUT=runs/ddpm-flare22
 for VARIANT in S M L; do
   RUN=$OUT-c128-250000
   [ $VARIANT = L ] && RUN=$OUT-c256-300000
-  for LABELS in 0.1% 1% 10% all; do
+  for LABELS in 4 39 388 all; do
     DRAWS="0 1 2"
-    [ $LABELS = 0.1% ] && DRAWS="0 1 2 3 4"
+    [ $LABELS = 4 ] && DRAWS="0 1 2 3 4"
     [ $LABELS = all ] && DRAWS=0
     for DRAW in $DRAWS; do
       for DICE in joint per-class; do
@@ -24,15 +25,23 @@ for VARIANT in S M L; do
           $PYTHON ddpm_pretrain_finetune.py finetune --quiet --data flare22 --labels $LABELS --draw $DRAW --dice $DICE --strategy $STRATEGY --variant $VARIANT --init none --out $RUN
         done
       done
-      for LR in 3e-4 1e-3; do
-        $PYTHON ddpm_pretrain_finetune.py finetune --quiet --data flare22 --labels $LABELS --draw $DRAW --strategy scratch --lr $LR --variant $VARIANT --split val --out $RUN
+      for LR in 1e-4 3e-4 1e-3; do
+        for SPLIT in val test; do
+          $PYTHON ddpm_pretrain_finetune.py finetune --quiet --data flare22 --labels $LABELS --draw $DRAW --strategy scratch --lr $LR --variant $VARIANT --split $SPLIT --out $RUN
+        done
       done
     done
   done
 done
 for RUN in $OUT-c128-250000 $OUT-c256-300000; do
-  for LABELS in 0.1% 1%; do
-    $PYTHON ddpm_pretrain_finetune.py ddpmseg --quiet --data flare22 --labels $LABELS --out $RUN
+  for DRAW in 0 1 2; do
+    for LABELS in 4 39; do
+      $PYTHON ddpm_pretrain_finetune.py ddpmseg --quiet --data flare22 --labels $LABELS --draw $DRAW --out $RUN
+    done
   done
-  $PYTHON -m common.metrics draws "$RUN/finetune-*" --plot $RUN/labels.png --csv $RUN/labels.csv
+  shopt -s nullglob
+  $PYTHON -m common.metrics draws $RUN/finetune-*-{joint,per-class}{,-random}{,-M,-L}-draw? $RUN/ddpmseg-* --plot $RUN/labels.png --csv $RUN/labels.csv
+  for LABELS in 4 39 388 all; do
+    $PYTHON -m common.metrics table $RUN/finetune-$LABELS-scratch-joint*-draw?/val/summary.json
+  done
 done

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ddpm_pretrain_finetune as P
-from common import InputError, loaders
+from common import InputError, loaders, runtime
 from common.runtime import Ranks
 
 TINY = P.Config(**P.PRESETS["tiny"], amp="off")
@@ -627,7 +627,7 @@ def test_sample_is_a_function_of_its_number():
 
 
 def test_half_of_the_slices_are_mirrored_left_and_right():
-    slices, _ = dataset()
+    slices, _ = dataset(flip="on")
     plain, _ = dataset(flip="off")
     mirrored = [not np.array_equal(slices[n][0], plain[n][0]) for n in range(80)]
     assert 25 < sum(mirrored) < 55
@@ -762,6 +762,249 @@ def test_classifier_ends_with_its_epochs(tmp_path, monkeypatch):
     assert len(calls) == 6
 
 
+# --- what a mistake would leave unseen elsewhere ----------------------------------------------------------------------
+
+
+def test_respaced_levels_round_halves_to_even():
+    assert P.respaced("linear", 7).t.tolist() == [0, 166, 333, 500, 666, 832, 999]
+
+
+def test_each_sampling_step_draws_its_own_noise_from_the_seed(monkeypatch):
+    plain, seen = P.noise, []
+    monkeypatch.setattr(P, "noise", lambda seed, name, *a: seen.append((seed, name)) or plain(seed, name, *a))
+    samples_of([0, 1], sampler="ddpm", seed=5)
+    assert seen == [(5, "sample"), (5, "sample 2"), (5, "sample 1")]
+
+
+@pytest.mark.parametrize("kind", ["joint", "joint-fg", "per-class"])
+def test_dice_sums_go_over_the_whole_batch(kind):
+    g = torch.Generator().manual_seed(0)
+    prob = torch.rand(3, 4, 5, 5, generator=g).mul(3).softmax(1)
+    label = torch.randint(0, 4, (3, 5, 5), generator=g)
+    label[0] = label[0].clamp(max=1)  # organs unevenly spread over the batch
+    onehot = torch.nn.functional.one_hot(label, 4).movedim(3, 1).float()
+    one = [v.movedim(1, 0).flatten(1)[None, :, None] for v in (prob, onehot)]  # one slice [1, C, 1, B H W]
+    assert float(P.dice_loss(prob, onehot, kind)) == pytest.approx(float(P.dice_loss(*one, kind)), abs=1e-6)
+
+
+def test_cover_counts_twenty_pixels_as_enough_and_nineteen_not():
+    counts = np.zeros((30, 2), int)
+    counts[:20, 0], counts[20:29, 1], counts[29, 1] = 500, 19, 20
+    assert all(29 in P.cover(counts, 4, np.random.default_rng(seed))[0] for seed in range(5))
+
+
+def test_whole_order_is_a_function_of_the_draw():
+    data = loaders.CtPhantoms(0, side=32)
+    every = {at: i for i, at in enumerate(P.slices_of(data, data.cases("train")))}
+    a, b = (
+        np.array([every[at] for at in P.labelled_slices(data, replace(TINY, labels="39", draw=d))[0][4:]])
+        for d in (0, 1)
+    )
+    assert np.abs(a - b).max() > 20
+
+
+def test_epochs_and_seeds_have_their_own_order():
+    def order(seed, epoch):
+        slices, _ = dataset(flip="off", seed=seed)
+        return [slices[n][0].tobytes() for n in range(10 * epoch, 10 * epoch + 10)]
+
+    assert order(0, 0) != order(0, 1) and order(0, 0) != order(1, 0) and sorted(order(0, 0)) == sorted(order(0, 1))
+
+
+def test_both_ends_of_the_levels_are_drawn():
+    slices, _ = dataset()
+    slices.data = SimpleNamespace(slice=lambda *at: np.zeros((1, 1), np.float32))
+    t = [slices[n][2] for n in range(8000)]
+    assert min(t) == 0 and max(t) == 999
+
+
+def test_spatial_features_are_the_first_channels_of_the_last_map():
+    x, network = torch.randn(2, 1, 128, 128, generator=torch.Generator().manual_seed(1)), P.RandomFeatures()
+    h = x
+    for weight in network.weights:
+        h = torch.nn.functional.leaky_relu(torch.nn.functional.conv2d(h, weight, stride=2, padding=1), 0.2)
+    torch.testing.assert_close(network(x)[1], h[:, :32].flatten(1))
+
+
+def one_case(split):
+    return {"val": ["a"]}[split]
+
+
+def test_held_out_slices_are_of_validation_cases():
+    data = SimpleNamespace(
+        meta={}, cases=one_case, depth=lambda case: 3, slice=lambda case, k: np.full((16, 16), k / 4, np.float32)
+    )
+    net = randomised(P.UNet(FAST, 1, 1))
+    run = SimpleNamespace(device=torch.device("cpu"), dtype=None, ema=net, model=net, config=FAST)
+    assert len(P.held_losses(run, data)) == 5
+    assert P.yardstick(data, "linear")
+
+
+def test_select_val_looks_at_val_and_scores_best(monkeypatch, tmp_path):
+    data, cases, used = loaders.CtPhantoms(0, side=16), [], []
+
+    def fake(net, data, todo, ranks, *a):
+        cases.append(todo)
+        dice = 0.9 if len(cases) == 1 else 0.1  # the first look is the best
+        return [{"case": c, "class": "liver", "dice": dice} for c in todo], []
+
+    monkeypatch.setattr(P, "score_cases", fake)
+    monkeypatch.setattr(P.metrics, "over_classes", lambda rows: {"dice": rows[0]["dice"]})
+    monkeypatch.setattr(P, "evaluate", lambda config, *a: used.append(config.checkpoint) or 0)
+    config = replace(
+        FAST, strategy="scratch", select="val", steps=4, eval_every=2, out=str(tmp_path), quiet=True, lr=1e-3
+    )
+    stop = SimpleNamespace(agreed=lambda ranks, up: (0, up), restore=lambda: None)
+    assert P.finetune(P.with_labels(config, data, {"steps": 4}), data, RANKS, stop) == 0
+    assert cases == [data.cases("val")] * 2 and used[0].endswith("best.pt")
+    assert runtime.load_checkpoint(config.finetune_folder / "best.pt", P.SCRIPT)["step"] == 2
+
+
+def test_skips_follow_the_map_in_the_concatenation():
+    model, seen = randomised(P.UNet(FAST, 1, 1)), {}
+    model.middle_block.register_forward_hook(lambda m, i, o: seen.update(middle=o))
+    model.output_blocks[0].register_forward_pre_hook(lambda m, i: seen.update(first=i[0]))
+    model(torch.randn(1, 1, 16, 16), torch.tensor([3]))
+    width = seen["middle"].shape[1]
+    assert torch.equal(seen["first"][:, :width], seen["middle"])
+
+
+def two_halves(tmp_path):
+    store = P.FeatureStore(tmp_path / "f.npy", 2, (16, 16))
+    label = np.zeros((16, 16), np.uint8)
+    label[:, 8:] = 1
+    for _ in range(2):
+        sign = torch.from_numpy(np.where(label, 1.0, -1.0)).float()[None, None]
+        store.add([sign.expand(1, 3, 16, 16) + 0.3 * torch.randn(1, 3, 16, 16)], 1.0, label)
+    return store
+
+
+def test_member_learns_the_labels_of_its_pixels_and_differs_from_the_next(tmp_path):
+    torch.manual_seed(0)
+    store, config = two_halves(tmp_path), replace(FAST, quiet=True, epochs=12)
+    members = [P.fit_member(config, store, 2, i) for i in (0, 1)]
+    vectors = torch.from_numpy(store.gather(np.arange(512)))
+    with torch.no_grad():
+        found = [m.rest(m.first(vectors)) for m in members]
+    assert float((found[0].argmax(1).numpy() == store.label).mean()) > 0.97
+    assert not torch.allclose(*found)
+
+
+def test_member_stops_51_steps_after_its_best_of_the_fifth_epoch_on(tmp_path, monkeypatch):
+    store, steps, rates = two_halves(tmp_path), [], set()
+    monkeypatch.setattr(P.F, "cross_entropy", lambda x, y: 0 * x.sum() + 1.0)
+    counted = lambda self: (steps.append(1), rates.add(self.param_groups[0]["lr"]))  # noqa: E731
+    monkeypatch.setattr(torch.optim.Adam, "step", counted)
+    P.fit_member(replace(FAST, quiet=True, epochs=100), store, 2, 0)
+    assert len(steps) == 4 * (512 // 64) + 1 + 51 and rates == {1e-3}
+
+
+def test_slice_rows_hold_what_is_in_truth_or_prediction():
+    mask, truth = np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4, 3), np.uint8)
+    mask[0, 0, 0], truth[1, 1, 1] = 1, 1
+    assert [(r["slice"], r["dice"]) for r in P.slice_rows("c", mask, truth, {"a": 1})] == [(0, 0.0), (1, 0.0)]
+
+
+def test_mask_lies_on_the_prepared_grid():
+    data = loaders.CtPhantoms(0, side=16)
+    case = data.cases("test")[0]
+    net = P.Network(FAST, lambda x, t: torch.cat([-x, x], 1), torch.device("cpu"), None)
+    low, high = (data.meta["normalisation"][k] for k in ("low", "high"))
+    assert np.array_equal(P.segment_case(net, data, case), data.image(case)[0] > (low + high) / 2)
+
+
+def test_samples_come_from_the_averaged_weights_or_the_last(tmp_path):
+    data = loaders.CtPhantoms(0, side=16)
+    config = replace(FAST, out=str(tmp_path))
+    run = P.Training("pretrain", config, loaders.data_record(data), torch.device("cpu"), None)
+    randomised(run.model, 1), randomised(run.ema, 2)
+    tmp_path.mkdir(exist_ok=True)
+    run.save()
+    for which, weights in (("ema", run.ema), ("raw", run.model)):
+        net, _ = P.load_network(replace(config, init_weights=which), "pretrain", RANKS)
+        assert all(torch.equal(a, b) for a, b in zip(net.model.parameters(), weights.parameters())), which
+
+
+def step_of(stage, monkeypatch, **flags):
+    data = loaders.CtPhantoms(0, side=16)
+    config = replace(FAST, batch=2, steps=100, **flags)
+    run = P.Training(stage, config, loaders.data_record(data), torch.device("cpu"), None)
+    slices = P.Slices(
+        data,
+        config,
+        P.pretraining_slices(data)[:4] if stage == "pretrain" else P.labelled_slices(data, config)[0],
+        stage != "pretrain",
+    )
+    batches = iter(torch.utils.data.DataLoader(slices, batch_sampler=P.Sharded(config, RANKS, 0)))
+    for _ in range(2):
+        P.train_step(run, run.model, batches, RANKS, runtime.LossByTime(P.T, run.device))
+    return run
+
+
+def test_a_step_uses_rates_noise_and_average_of_its_number(monkeypatch):
+    numbers, updates, plain, average = [], [], P.noise, P.update_ema
+    monkeypatch.setattr(P, "noise", lambda seed, name, ns, *a: numbers.append(ns) or plain(seed, name, ns, *a))
+    monkeypatch.setattr(P, "update_ema", lambda *a: updates.append(a[-1]) or average(*a))
+    run = step_of("pretrain", monkeypatch, lr=1e-3)
+    assert numbers == [[0, 1], [2, 3]] and updates == [0, 1]
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * (1 - 0.9 / 100))
+    head, rest = step_of(
+        "finetune", monkeypatch, lr=1e-3, ema=0.0, strategy="decoder", dice="joint"
+    ).optimizer.param_groups
+    assert head["lr"] == pytest.approx(1e-2 * (1 - 0.9 / 100)) and rest["lr"] == pytest.approx(1e-3 * (1 - 0.9 / 100))
+
+
+def test_noised_input_is_that_of_the_level_and_always_the_same():
+    torch.manual_seed(0)
+    model = segmenter("decoder", t=500, input="noised").eval()
+    clean = segmenter("decoder", t=500).eval()
+    clean.load_state_dict(model.state_dict())
+    x = torch.randn(2, 1, 16, 16)
+    eps = P.noise(0, "input", ["shared"], (1, 16, 16), torch.device("cpu"))
+    xt = math.sqrt(0.077796658365) * x + math.sqrt(1 - 0.077796658365) * eps
+    torch.testing.assert_close(model(x), clean(xt), rtol=1e-4, atol=1e-4)
+
+
+def test_member_learns_the_label_of_the_very_pixel(tmp_path):
+    torch.manual_seed(0)
+    store, rng = P.FeatureStore(tmp_path / "f.npy", 1, (32, 32)), np.random.default_rng(0)
+    label = rng.integers(0, 2, (32, 32)).astype(np.uint8)
+    store.add([torch.from_numpy(2.0 * label - 1).float()[None, None].expand(1, 3, 32, 32)], 1.0, label)
+    member = P.fit_member(replace(FAST, quiet=True, epochs=12), store, 2, 0)
+    found = member.rest(member.first(torch.from_numpy(store.gather(np.arange(1024))))).argmax(1)
+    assert float((found.numpy() == store.label).mean()) > 0.97
+
+
+def test_batch_and_steps_follow_the_number_of_labels():
+    data = loaders.CtPhantoms(0, side=32)
+    config = P.with_labels(replace(TINY, preset="tiny", labels="2", batch=4), data, {})
+    assert (config.batch, config.steps) == (2, 200)
+    assert P.with_labels(replace(TINY, labels="39", batch=4, steps=7), data, {"steps": 7}).steps == 7
+
+
+def test_features_see_images_of_eight_bits():
+    x = np.random.default_rng(0).uniform(-1.2, 1.2, (3, 4, 4)).astype(np.float32)
+    levels = (P.features_of(lambda v: (v.flatten(1), None), None, x, RANKS)[0] + 1) * 127.5
+    assert np.abs(levels - levels.round()).max() < 1e-4 and levels.min() == 0 and levels.max() == 255
+
+
+def test_samples_of_two_processes_are_those_of_one(tmp_path, monkeypatch):
+    rows = np.arange(5, dtype=np.float32)[:, None, None] / 10 + np.zeros((5, 16, 16), np.float32)
+    record = {"normalisation": {"kind": "percentile-slices"}}
+    monkeypatch.setattr(P, "load_network", lambda *a: (SimpleNamespace(config=FAST), record))
+    monkeypatch.setattr(P, "generate", lambda net, numbers, quiet: rows[list(numbers)])
+    monkeypatch.setattr(P.runtime, "gather", lambda mine, ranks: [rows[r :: ranks.world] for r in range(ranks.world)])
+    config = replace(FAST, num_samples=5, out=str(tmp_path))
+    P.sample(config, None, Ranks(0, 2, 0, torch.device("cpu")))
+    assert np.array_equal(np.load(tmp_path / "samples.npy"), rows)
+
+
+def test_evaluate_scores_the_split_that_is_named():
+    data = loaders.CtPhantoms(0, side=16)
+    assert P.cases_of(replace(FAST, split="val"), data) == data.cases("val")
+    assert P.cases_of(replace(FAST, limit=3), data) == data.cases("test")[:3]
+
+
 # --- flags -----------------------------------------------------------------------------------------------------------
 
 
@@ -771,10 +1014,48 @@ def test_classifier_ends_with_its_epochs(tmp_path, monkeypatch):
     ({"labels": "0"}, "--labels is 0"),
     ({"labels": "x"}, "--labels is x"),
     ({"t": 1001}, "--t"),
-    ({"blocks": (99,)}, "this network has blocks 0 to 17"),
     ({"features": "fid"}, "--features is fid"),
     ({"num_head_channels": 48}, "does not divide the 256 channels"),
 ])  # fmt: skip
 def test_bad_flags_are_one_line(flags, words):
     with pytest.raises(InputError, match=words.replace("(", r"\(")):
         P.Config(**flags)
+
+
+def test_blocks_that_the_network_lacks_are_one_line():
+    with pytest.raises(InputError, match="this network has blocks 0 to 3"):
+        P.PixelEnsemble(replace(FAST, blocks=(99,)), 1, 3)
+
+
+FITS = [("paper", 128, "S", True), ("paper", 128, "L", False), ("paper", 256, "M", False), ("paper", 256, "L", True)]
+FITS += [("laptop", 32, "M", True), ("laptop", 32, "L", False)]
+
+
+@pytest.mark.parametrize("preset, c, variant, fits", FITS)
+def test_variant_and_width_must_agree(preset, c, variant, fits, tmp_path):
+    flags = {"preset": preset, "num_channels": c, "variant": variant, "init": "none", "out": str(tmp_path)}
+    config = P.Config(**{**P.PRESETS[preset], **flags})
+    if fits:
+        assert P.as_finetuning(config, flags).num_channels == c
+    else:
+        with pytest.raises(InputError, match=f"--variant {variant} is not a network of width {c}"):
+            P.as_finetuning(config, flags)
+
+
+def test_synced_norm_of_two_processes_is_batch_norm_of_both_batches(monkeypatch):
+    """Each process holds one half; what the other one adds is given by hand."""
+    x = 50 + 0.01 * torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    whole, norm, sums = torch.nn.BatchNorm2d(3).train(), P.SyncedNorm(3).train(), []
+    expected = whole(x)
+    mean = x.mean((0, 2, 3))
+    others = iter([x[2:].sum((0, 2, 3)), (x[2:] - mean[:, None, None]).square().sum((0, 2, 3))])
+    monkeypatch.setattr(P.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(P.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(P, "over_processes", lambda v: sums.append(v) or v + next(others))
+    torch.testing.assert_close(norm(x[:2]), expected[:2], atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(norm.running_var, whole.running_var, atol=1e-6, rtol=1e-4)
+
+
+def test_first_of_the_covering_slices_shows_the_most():
+    good = np.array([[1, 0, 0, 0], [0, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 1]], bool)
+    assert P.most_first([0, 1, 2, 3], good) == [1, 0, 3, 2]

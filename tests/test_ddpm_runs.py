@@ -123,7 +123,7 @@ def test_finetuning_again_does_nothing_twice(trained, prepared, capsys):
     assert P.main(argv) == 0
     assert ((out / "last.pt").read_bytes(), (out / "metrics.csv").stat().st_mtime_ns) == before
     assert "trained and scored already" in capsys.readouterr().out
-    assert "--lr" not in refused(capsys, *argv, "--dice", "per-class", "--flip", "off")
+    assert "--lr-schedule was linear and is const" in refused(capsys, *argv, "--lr-schedule", "const")
 
 
 def test_slices_table_has_rows_of_slices_with_the_organ_only(trained, prepared):
@@ -243,6 +243,43 @@ def test_select_val_evaluates_the_best_weights(trained, prepared, tmp_path):
     assert [s for s, _ in log] == [2, 4]
     best = max(log, key=lambda row: (row[1], row[0]))  # of equals the later
     assert state_of(out, "best.pt")["step"] == best[0]
+
+
+def test_scores_of_another_split_have_a_folder_of_their_own(trained, prepared, capsys):
+    argv = ["finetune", *PLAIN, "--data", str(prepared / "slices"), "--out", str(trained), "--steps", "2"]
+    before = (folder_of(trained) / "metrics.csv").read_text()
+    capsys.readouterr()
+    assert P.main([*argv, "--split", "val"]) == 0 and "scored already" not in capsys.readouterr().out
+    assert (folder_of(trained) / "metrics.csv").read_text() == before
+    assert (folder_of(trained) / "val/metrics.csv").exists()
+    assert P.main([*argv, "--split", "val"]) == 0 and "scored already" in capsys.readouterr().out
+
+
+def test_finetuning_from_weights_that_went_on_is_refused(prepared, tmp_path, capsys):
+    argv = ["--data", str(prepared / "slices"), "--out", str(tmp_path / "run")]
+    assert P.main(["pretrain", *FAST, *argv, "--steps", "1"]) == 0
+    assert P.main(["finetune", *PLAIN, *argv, "--steps", "1"]) == 0
+    assert P.main(["pretrain", *FAST, *argv, "--steps", "2"]) == 0
+    error = refused(capsys, "finetune", *PLAIN, *argv, "--steps", "1")
+    assert "at step [1], which is at [2] now" in error and "--overwrite" in error
+    assert P.main(["finetune", *PLAIN, *argv, "--steps", "1", "--overwrite"]) == 0
+
+
+def test_random_start_has_the_pretrained_networks_shape(trained, prepared):
+    argv = ["finetune", *PLAIN, "--data", str(prepared / "slices"), "--out", str(trained), "--steps", "1"]
+    assert P.main([*argv, "--init", "none", "--strategy", "full"]) == 0
+    a, b = (state_of(trained / f"finetune-4-{s}-per-class-{d}")["model"] for s, d in
+            (("full", "random-draw0"), ("decoder", "draw0")))  # fmt: skip
+    assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
+
+
+def test_preset_is_that_of_the_pretraining(trained, prepared, tmp_path):
+    argv = ["finetune", "--data", str(prepared / "slices"), "--init", str(trained / "last.pt"), "--steps", "1"]
+    assert (
+        P.main([*argv, "--out", str(tmp_path), "--quiet"]) == 0
+    )  # no --preset: without tiny's it would be the paper's
+    config = json.loads((tmp_path / "finetune-4-decoder-per-class-draw0/config.json").read_text())
+    assert config["preset"] == "tiny" and config["lr"] == P.FINETUNE["tiny"]["lr"] and config["dice"] == "per-class"
 
 
 # --- samples and their scores ----------------------------------------------------------------------------------------
@@ -484,6 +521,16 @@ def test_no_samples_is_one_line(tmp_path, capsys):
     assert "holds (5, 16, 16), expected" in refused(capsys, "score", *FAST, "--out", str(tmp_path))
 
 
+def test_predict_takes_a_folder(trained, prepared, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / f"{name}.nii.gz").write_bytes(raw_image(prepared).read_bytes())
+    argv = ["predict", *PLAIN, "--checkpoint", str(folder_of(trained) / "last.pt"), "--image", str(folder)]
+    assert P.main([*argv, "--output", str(tmp_path / "out")]) == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.nii.gz", "b.nii.gz"]
+
+
 def test_predict_refuses_to_overwrite_its_input(trained, prepared, capsys):
     image = str(raw_image(prepared))
     argv = ["predict", *PLAIN, "--checkpoint", str(folder_of(trained) / "last.pt"), "--image", image, "--output", image]
@@ -500,4 +547,4 @@ def test_disk_full_while_saving_keeps_the_old_checkpoint(tmp_path):
 
 def test_accumulation_of_finetuning_is_refused(trained, capsys):
     argv = ["finetune", *PLAIN, *DATA(trained), "--out", str(trained), "--accumulate", "2"]
-    assert "--accumulate is for pretrain" in refused(capsys, *argv)
+    assert "--accumulate are for pretrain" in refused(capsys, *argv)
