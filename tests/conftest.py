@@ -84,7 +84,7 @@ class CommandLine:
             stops += 1
             if processes == 1:
                 assert how and process.returncode == (-how if how == signal.SIGKILL else 128 + how), error
-        assert stops >= 1 and process.returncode == 0
+        assert stops == len(signals) and process.returncode == 0
 
     def refuses_full_disk(self, *argv: str, out: Path) -> None:
         """Of a command line that continues in `out`, whose save does not fit: a file may be half of last.pt here."""

@@ -186,13 +186,12 @@ def test_workers_do_not_change_the_result(tmp_path):
 # --- stopping and continuing -----------------------------------------------------------------------------------------
 
 
-def stop_and_continue(tmp_path: Path, processes: int, how: signal.Signals, workers: str = "0") -> None:
+def stop_and_continue(tmp_path: Path, signals: list[signal.Signals], processes: int = 1, workers: str = "0") -> None:
     argv = ["train", *FAST, "--workers", workers, "--steps", "24", "--save-every", "1", "--eval-every", "10"]
     argv.remove("--quiet")
     done = run(*argv, "--out", str(tmp_path / "whole"), processes=processes)
     assert done.returncode == 0, done.stderr
-    group = how == signal.SIGKILL or workers != "0"
-    CLI.stop_and_continue(*argv, out=tmp_path / "cut", signals=[how] * 2, processes=processes, group=group)
+    CLI.stop_and_continue(*argv, out=tmp_path / "cut", signals=signals, processes=processes, group=processes == 1)
     assert_same(tmp_path / "whole", tmp_path / "cut")
     logs = [(tmp_path / f"{name}/log.csv").read_text().splitlines() for name in ("whole", "cut")]
     validated = [[line.split(",")[0] for line in log[1:] if not line.endswith(",")] for log in logs]
@@ -201,17 +200,16 @@ def stop_and_continue(tmp_path: Path, processes: int, how: signal.Signals, worke
     assert best[0] == best[1]
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_stopped_run_continues_to_the_same_weights(tmp_path, how):
-    stop_and_continue(tmp_path, 1, how)
+def test_run_that_each_signal_stopped_continues_to_the_same_weights(tmp_path):
+    stop_and_continue(tmp_path, [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 
 
 def test_stopped_run_with_loading_processes_continues_to_the_same_weights(tmp_path):
-    stop_and_continue(tmp_path, 1, signal.SIGTERM, workers="2")
+    stop_and_continue(tmp_path, [signal.SIGTERM], workers="2")
 
 
 def test_stopped_run_of_two_processes_continues_to_the_same_weights(tmp_path):
-    stop_and_continue(tmp_path, 2, signal.SIGTERM)
+    stop_and_continue(tmp_path, [signal.SIGTERM], processes=2)
 
 
 def test_two_processes_train_as_one(tmp_path):
