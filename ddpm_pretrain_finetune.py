@@ -1641,8 +1641,8 @@ def checkpoint_path(config: Config) -> Path:
 def resolve(verb: str, config: Config, given: dict[str, Any]) -> Config:
     """The settings of a verb: those of what it builds on, where there is something, changed by the given flags."""
     if verb in ("", "pretrain"):
-        wide: dict[str, Any] = {"num_channels": 256} if config.variant == "L" and config.preset == "paper" else {}
-        return replace(config, **{k: v for k, v in wide.items() if k not in given})
+        wide = config.variant == "L" and config.preset == "paper" and "num_channels" not in given
+        return replace(config, num_channels=256) if wide else config
     if verb == "finetune" and config.strategy == "ddpmseg":
         raise InputError("--strategy ddpmseg is not a fine-tuning but a verb of its own; use ddpmseg")
     if verb in ("finetune", "ddpmseg"):
@@ -1653,9 +1653,8 @@ def resolve(verb: str, config: Config, given: dict[str, Any]) -> Config:
             return config
         check_stage(runtime.load_checkpoint(path, SCRIPT), path, "pretrain", f"{verb} needs a pre-trained one")
         found = runtime.trained_config(config, given, path, SCRIPT, FREE | {"init_weights", "seed"}, ONCE)
-        return replace(
-            found, **{k: v for k, v in PRESETS[found.preset].items() if k in ONCE - {"workers"} - set(given)}
-        )
+        how = {k: v for k, v in PRESETS[found.preset].items() if k in ONCE - {"workers"} - set(given)}
+        return replace(found, **how)
     path = checkpoint_path(config)
     if not config.checkpoint:
         raise InputError(f"{verb} needs --checkpoint FILE, the last.pt that finetune or ddpmseg wrote")
@@ -1766,15 +1765,17 @@ def main(argv: Sequence[str]) -> int:
                 config = with_labels(config, data, given)
             if verb in ("", "pretrain", "finetune"):
                 config = runtime.shared_batch(config, given, ranks)
-            if verb == "":
-                code = story(config, data, ranks, stop, given)
-            elif verb in ("pretrain", "finetune"):
-                code = (finetune if verb == "finetune" else lambda *a: train("pretrain", *a))(config, data, ranks, stop)
             else:
                 stop.restore()
-                code = {"sample": sample, "score": score, "ddpmseg": ddpmseg, "evaluate": evaluate}[verb](
-                    config, data, ranks
-                )
+            if verb == "":
+                code = story(config, data, ranks, stop, given)
+            elif verb == "pretrain":
+                code = train("pretrain", config, data, ranks, stop)
+            elif verb == "finetune":
+                code = finetune(config, data, ranks, stop)
+            else:
+                verbs = {"sample": sample, "score": score, "ddpmseg": ddpmseg, "evaluate": evaluate}
+                code = verbs[verb](config, data, ranks)
     finally:
         stop.restore()
     runtime.stop_processes()
