@@ -558,9 +558,9 @@ def test_shards_divide_the_global_batch():
 
 def test_noise_depends_on_the_samples_number_only():
     cpu = torch.device("cpu")
-    both = P.noise(0, [4, 9], (2, 3, 3, 3), cpu)
-    assert torch.equal(P.noise(0, [9], (2, 3, 3, 3), cpu)[0], both[1])
-    assert not torch.equal(both[0], both[1]) and not torch.equal(P.noise(1, [4], (2, 3, 3, 3), cpu)[0], both[0])
+    both = P.noise(0, "noise", [4, 9], (2, 3, 3, 3), cpu)
+    assert torch.equal(P.noise(0, "noise", [9], (2, 3, 3, 3), cpu)[0], both[1])
+    assert not torch.equal(both[0], both[1]) and not torch.equal(P.noise(1, "noise", [4], (2, 3, 3, 3), cpu)[0], both[0])
 
 
 # --- masks, ensembles ------------------------------------------------------------------------------------------------
@@ -661,7 +661,7 @@ def test_one_batch_is_overfitted(target):
     cond = torch.stack([torch.from_numpy(i[0]) for i in items])
     x0 = P.mask_to_x0(torch.stack([torch.from_numpy(i[1]) for i in items]), 3)
     t = times(100, 300, 500, 700)
-    eps = P.noise(0, range(4), x0.shape[1:], torch.device("cpu"))
+    eps = P.noise(0, "noise", range(4), x0.shape[1:], torch.device("cpu"))
     model = P.network_for(config, loaders.data_record(data), torch.device("cpu")).to(
         memory_format=torch.channels_last_3d
     )
