@@ -1545,12 +1545,12 @@ def ct_phantom(seed: int, index: int, side: int = 32) -> tuple[np.ndarray, np.nd
 class CtPhantoms(Slices):
     """`--data synthetic` of scripts that work on slices: `Slices` over drawn CT, kept once drawn; no files.
 
-    48 cases without label for pre-training, and 12, 2 and 8 labelled ones in train, val and test.
+    48 cases without label for pre-training, and 12, 2 and 24 labelled ones in train, val and test.
     """
 
     def __init__(self, seed: int = 0, side: int = 32):
-        names = [f"ct_{i:03d}" for i in range(70)]
-        splits = {"train": names[:12], "val": names[12:14], "test": names[14:22], "unlabelled": names[22:]}
+        names = [f"ct_{i:03d}" for i in range(86)]
+        splits = {"train": names[:12], "val": names[12:14], "test": names[14:38], "unlabelled": names[38:]}
         splits["pretrain"] = splits["unlabelled"] + splits["train"]
         spacing = [CT_FIELD / side, CT_FIELD / side, 8.0]  # mm
         facts = {"shape": [side, side, CT_DEPTH], "spacing_mm": spacing, "affine": np.diag([*spacing, 1.0]).tolist()}

@@ -78,13 +78,13 @@ def test_bare_run_pretrains_samples_finetunes_and_compares(tmp_path, capsys, mon
     text = capsys.readouterr().out
     assert "DDPM pre-training, few labels (Huang et al. 2025), pretrain" in text and "differs   D1 D2 D3 D8 D12" in text
     assert "yardstick" in text and "fd_rand" in text and "memorised" in text and "real slices (floor)" in text
-    assert text.count("finetune ->") == 6 and "the same slices, with and without pre-training" in text
-    assert "minus scratch" in text and "95 % interval" in text
+    assert text.count("finetune ->") == 9 and "the same slices, with and without pre-training" in text
+    assert "minus scratch" in text and "decoder, random encoder" in text and "95 % interval" in text
     names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     assert {"config.json", "log.csv", "last.pt", "loss.png", "samples.npy", "figures/samples_lung.png"} <= names
     for draw in range(3):
-        for strategy in ("scratch", "decoder"):
-            folder = f"finetune-4-{strategy}-per-class-draw{draw}"
+        for name in ("scratch-per-class", "decoder-per-class", "decoder-per-class-random"):
+            folder = f"finetune-4-{name}-draw{draw}"
             found = {n.removeprefix(folder + "/") for n in names if n.startswith(folder + "/")}
             assert {"metrics.csv", "metrics_slices.csv", "summary.json", "labels.json", "log.csv", "loss.png"} <= found
     assert not [n for n in names if n.endswith(".tmp")]

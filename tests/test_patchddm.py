@@ -560,7 +560,9 @@ def test_noise_depends_on_the_samples_number_only():
     cpu = torch.device("cpu")
     both = P.noise(0, "noise", [4, 9], (2, 3, 3, 3), cpu)
     assert torch.equal(P.noise(0, "noise", [9], (2, 3, 3, 3), cpu)[0], both[1])
-    assert not torch.equal(both[0], both[1]) and not torch.equal(P.noise(1, "noise", [4], (2, 3, 3, 3), cpu)[0], both[0])
+    assert not torch.equal(both[0], both[1]) and not torch.equal(
+        P.noise(1, "noise", [4], (2, 3, 3, 3), cpu)[0], both[0]
+    )
 
 
 # --- masks, ensembles ------------------------------------------------------------------------------------------------

@@ -595,7 +595,7 @@ def test_open_prepared_names_an_array_of_another_type(ct):
 def test_ct_phantoms_have_the_interface_of_slices():
     data = open_slices("synthetic", seed=3)
     assert isinstance(data, CtPhantoms) and (data.name, data.side, data.channels) == ("synthetic", 32, ["CT"])
-    sizes = {"train": 12, "val": 2, "test": 8, "unlabelled": 48, "pretrain": 60}
+    sizes = {"train": 12, "val": 2, "test": 24, "unlabelled": 48, "pretrain": 60}
     assert {split: len(data.cases(split)) for split in data.meta["splits"]} == sizes
     case = data.cases("test")[0]
     assert data.image(case).shape == (1, 32, 32, 12) and data.image(case).dtype == np.int16
