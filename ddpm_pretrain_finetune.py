@@ -1736,10 +1736,12 @@ def story(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag, given
     sample(replace(config, checkpoint=""), data, ranks)
     runtime.gather(None, ranks)  # until the file is there
     score(config, data, ranks)
+    rows: list[dict[str, Any]] = [{"strategy": "scratch", "init": ""}, {"strategy": "decoder", "init": ""}]
+    rows += [{"strategy": "decoder", "init": "none"}]  # the control
     folders = []
     for draw in range(config.draw, config.draw + 3):
-        for strategy, start in (("scratch", ""), ("decoder", "none"), ("decoder", "")):  # none: the control
-            mine = replace(config, strategy=strategy, draw=draw, init=start)
+        for row in rows:
+            mine = replace(config, draw=draw, **row)
             mine = with_labels(as_finetuning(mine, {k: v for k, v in given.items() if k in STORY}), data, {})
             code = finetune(runtime.shared_batch(mine, {}, ranks), data, ranks, runtime.StopFlag())
             if code:
