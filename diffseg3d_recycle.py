@@ -97,7 +97,7 @@ from tqdm import tqdm
 
 from common import InputError, figures, loaders, metrics, runtime
 from common.runtime import Ranks, flag, noise, say, seed_of
-from common.unet import GroupNorm, timestep_embedding
+from common.unet import GroupNorm, fast_layout, timestep_embedding
 
 SCRIPT = "diffseg3d_recycle"
 T = 1000  # diffusion steps of the original schedule; t = 1..T, and k = 1..K of them, throughout this file
@@ -144,6 +144,7 @@ class Config:
     rotate: float = flag(0.088, "largest turn about each axis in radians (public code: 0.088, 5 degrees)")
     translate: tuple[int, ...] = flag((), "largest shift in voxels X,Y,Z; empty: 8 % of --size (public code: 20,20,4)")
     scale: float = flag(0.15, "largest change of size along each axis (public code: 0.15)")
+    image_noise: float = flag(0.0, "largest SD of noise on an image's [0, 1], drawn for each (public code: none)")
     steps: int = flag(12_500, "optimisation steps (paper: 12500)")
     minutes: float = flag(0.0, "stop after so many minutes of training; 0: no limit")
     batch: int = flag(8, "volumes a step, over all processes and accumulation (public code: 8)")
@@ -206,6 +207,7 @@ class Config:
         runtime.check_range(self, "eta", 0, 1)
         runtime.check_range(self, "rotate", 0, 3.2)
         runtime.check_range(self, "scale", 0, 0.9)
+        runtime.check_range(self, "image_noise", 0, 1)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise InputError(f"--device is {self.device}, expected auto, cpu, cuda or cuda:N; correct the flag")
         for name in ("size", "translate"):
@@ -593,6 +595,15 @@ def augment(batch: Batch, device: torch.device) -> Batch:
     return batch._replace(image=image, label=moved[:, 0].to(label.dtype))
 
 
+def with_image_noise(batch: Batch, config: Config) -> Batch:
+    """Noise on each image, its SD uniform in 0..--image-noise; a function of (seed, n). x_k has noise of its own."""
+    ns = batch.n.tolist()
+    sd = [config.image_noise * np.random.default_rng(seed_of(config.seed, "SD of image noise", n)).random() for n in ns]
+    eps = noise(config.seed, "image noise", ns, batch.image.shape[1:], batch.image.device)  # [B, M, X, Y, Z]
+    sds = torch.tensor(sd, dtype=eps.dtype).to(eps.device, non_blocking=True)  # [B]
+    return batch._replace(image=batch.image + eps * sds.reshape(-1, 1, 1, 1, 1))
+
+
 class Volumes(Dataset):
     """Sample n = 0, 1, 2, ... of the training: all of it is a function of (seed, n).
 
@@ -680,7 +691,7 @@ class Training:
     def __init__(self, config: Config, record: dict[str, Any], device: torch.device, dtype: torch.dtype | None):
         torch.manual_seed(seed_of(config.seed, "weights") % 2**32)
         self.config, self.record, self.device, self.dtype = config, record, device, dtype
-        self.model = network_for(config, record).to(device)
+        self.model = fast_layout(network_for(config, record).to(device), config.compile)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False) if config.ema else self.model
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
@@ -735,6 +746,8 @@ def train_step(
     run.optimizer.zero_grad(set_to_none=True)
     for part in range(config.accumulate):
         batch = augment(Batch(*next(batches)), device)
+        if config.image_noise:
+            batch = with_image_noise(batch, config)
         shape, ns = (1 + len(run.record["classes"]), *batch.label.shape[1:]), batch.n.tolist()
         draw = partial(noise, config.seed, ns=ns, shape=shape, device=device)  # [B, C, X, Y, Z]
         f, first = (caller(m, run.dtype, config.image_range) for m in (net, look))
@@ -1189,7 +1202,7 @@ def load_network(config: Config, ranks: Ranks) -> Network:
     state = runtime.load_checkpoint(checkpoint_path(config), SCRIPT)
     model = network_for(config, state["data"])
     model.load_state_dict(state["ema"] or state["model"])
-    model = model.to(ranks.device).eval()
+    model = fast_layout(model.to(ranks.device)).eval()
     dtype, _ = runtime.number_format(config.amp, ranks.device)
     return Network(config, model, state["data"], ranks.device, dtype, state["step"])
 

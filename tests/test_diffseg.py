@@ -894,6 +894,19 @@ def test_augmentation_reads_the_image_linearly_and_zero_outside():
     assert not out.image[0, 0, :4].any() and not out.label[0, :4].any() and (out.label[0, 4:] == 1).all()
 
 
+def test_image_noise_has_an_sd_of_its_own_for_each_sample_up_to_the_given():
+    n = torch.arange(200)
+    still = D.Batch(torch.zeros(200, 1, 8, 8, 8), *[torch.zeros(200)] * 4, n)  # type: ignore[arg-type]
+    config = D.Config(image_noise=0.3)
+    sd = D.with_image_noise(still, config).image.flatten(1).std(dim=1)
+    assert 0.28 < sd.max() < 0.32 and sd.min() < 0.01
+    assert abs(sd.mean() - 0.15) < 0.02  # uniform from 0; a mean of 0.3 / sqrt(3) would be another law
+    few = D.Batch(*(v[7:9] for v in still))
+    torch.testing.assert_close(D.with_image_noise(few, config).image.flatten(1).std(dim=1), sd[7:9])
+    other = replace(config, seed=1)
+    assert not torch.equal(D.with_image_noise(few, other).image, D.with_image_noise(few, config).image)
+
+
 def test_augmentation_without_strength_is_the_identity_bit_for_bit():
     volumes = D.Volumes(tiny_data(), D.Config(**SMALL | {"size": (16, 16, 16)}, rotate=0, scale=0, translate=(0, 0, 0)))
     batch = torch.utils.data.default_collate([volumes[0], volumes[1]])

@@ -245,6 +245,7 @@ def plain() -> torch.Tensor:
         {"rotate": 0.5},
         {"translate": (3, 3, 3)},
         {"scale": 0.0},
+        {"image_noise": 0.1},
         {"batch": 4},
         {"lr": 1e-4},
         {"lr_steps": 400},
@@ -257,6 +258,14 @@ def plain() -> torch.Tensor:
 def test_flag_changes_the_training(plain, flags):
     changed = two_steps(**flags)
     assert changed.shape != plain.shape or (changed - plain).abs().max() > 1e-7
+
+
+def test_network_trains_with_channels_last_on_a_cpu():
+    config = replace(D.Config(**D.PRESETS["tiny"]), num_channels=4, channel_mult=(1, 2), size=(8, 8, 8))
+    record = {"channels": ["a"], "classes": {"b": 1}}
+    model = D.Training(config, record, torch.device("cpu"), None).model
+    assert model.first.conv1.weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert not model.first.conv1.weight.is_contiguous()
 
 
 def test_clipping_changes_the_training_on_noise():

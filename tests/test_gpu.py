@@ -77,7 +77,8 @@ def test_a_training_step_never_waits_for_the_gpu(amp, target):
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize(
-    "flags", [{}, {"recycle": "self-condition", "amp": "fp16"}, {"method": "unet"}, {"target": "eps"}]
+    "flags",
+    [{}, {"recycle": "self-condition", "amp": "fp16"}, {"method": "unet", "image_noise": 0.1}, {"target": "eps"}],
 )
 def test_a_recycled_step_never_waits_for_the_gpu(flags):
     device, data = torch.device("cuda:0"), loaders.Phantoms(0, (3, 1, 1), shape=(16, 16, 16))
