@@ -45,7 +45,8 @@ Differs
         contain them (paper: random).
     D7  scores: Dice per case and organ in 3D, an organ never found counts 0; of slices beside it. Paper: unclear.
     D8  no Inception weights: the distances come from a fixed random network (fd_rand) or from one you name.
-    D9  --strategy full and --init none are not in the paper: they tell weights from architecture.
+    D9  --strategy full and --init none are not in the paper: they tell weights from architecture. Layers that a new
+        network starts at zero are drawn at random where --init none freezes them, else all before the head were linear.
     D10 t = 0 (linear: 200), fixed beforehand; the paper takes the best t on its test set. t = 1000 was never trained.
     D11 ddpmseg keeps the maps at their own size and works on them before enlarging: the same numbers, 20 times
         less memory.
@@ -113,6 +114,7 @@ from common.unet import (
     conv,
     fast_layout,
     load_public,
+    redraw_zeros,
     timestep_embedding,
     zero_module,
 )
@@ -173,7 +175,7 @@ class Config:
     save_every: int = flag(1000, "steps between saves")
     # fine-tuning
     strategy: Literal["decoder", "linear", "full", "scratch", "ddpmseg"] = flag("decoder", "what is trained")
-    labels: str = flag("4", "labelled slices: a number, `all`, or a share such as 1%% (paper: 4, 39, 388, all)")
+    labels: str = flag("4", "labelled slices: a number, `all`, or a share such as 1% (paper: 4, 39, 388, all)")
     draw: int = flag(0, "which slices these are: seed of the draw")
     t: int = flag(-1, "time of the frozen network, 0..1000; -1: 0, linear 200 (paper: best on its test set)")
     input: Literal["clean", "noised"] = flag("clean", "of the network: the slice, or with noise of level t (a control)")
@@ -291,10 +293,9 @@ FINETUNE: dict[str, dict[str, Any]] = {
 
 
 def fine_steps(preset: str, labels: int, total: int) -> int:
-    """Steps of fine-tuning with `labels` of `total` slices: the paper's, and a fixed number in the small presets."""
-    if preset != "paper":
-        return {"laptop": 600, "tiny": 200}[preset]
-    return 30_000 if labels == total else 1000 if labels <= 4 else 10_000
+    """Steps of fine-tuning with `labels` of `total` slices: the paper's, fewer in the small presets."""
+    few, more, every = {"paper": (1000, 10_000, 30_000), "laptop": (600, 2000, 3000), "tiny": (200, 400, 600)}[preset]
+    return few if labels <= 4 else every if labels == total else more
 
 
 # =====================================================================================================================
@@ -457,6 +458,8 @@ class Segmenter(nn.Module):
         self.frozen = frozen.get(config.strategy, [])  # a plain list: these modules are registered above
         for module in self.frozen:
             module.requires_grad_(False)
+            if config.init == "none":
+                redraw_zeros(module)  # D9
 
     def train(self, mode: bool = True) -> "Segmenter":
         super().train(mode)
@@ -997,7 +1000,7 @@ def check_memory(stage: str, config: Config, record: Mapping[str, Any], ranks: R
     dtype, batch = runtime.number_format(config.amp, ranks.device)[0] or torch.float32, config.batch // ranks.world
     if config.recompute:
         return
-    batch = batch // config.accumulate
+    batch, config = batch // config.accumulate, replace(config, input="clean")  # noise is not kept for backward
     with torch.device("meta"):
         channels = len(record["channels"])
         model = (
@@ -1038,6 +1041,8 @@ def print_header(run: Training, data: Any, count: int, ranks: Ranks, reason: str
     lines += [f"  training  step {run.step} to {config.steps}, batch {config.batch} = {share}, rate {config.lr:g}"]
     if not fine and data.cases("val"):
         lines += [f"  yardstick error of the noise from single pixels alone: {yardstick(data, config.schedule)}"]
+    if fine and config.select == "val":
+        lines += ["  note      the weights that are scored are chosen by the validation cases"]
     if config.time == T and fine:
         lines += ["  note      t = 1000 is one beyond the last trained level, 999"]
     lines += [f"  device    {ranks.device}, {'fp32' if run.dtype is None else str(run.dtype)[6:]} ({reason})"]
@@ -1137,7 +1142,8 @@ def ddpmseg(config: Config, data: Any, ranks: Ranks) -> int:
     out, record = config.ddpmseg_folder, loaders.data_record(data)
     cases_of(config, data)  # before the work: is there something to score
     slices, total, warnings = labelled_slices(data, config)
-    state = None if config.overwrite else runtime.find_run(out, SCRIPT, asdict(config), MAY_DIFFER, record, ranks)
+    same = asdict(replace(config, steps=config.members))  # a step of this checkpoint is a member
+    state = None if config.overwrite else runtime.find_run(out, SCRIPT, same, MAY_DIFFER, record, ranks)
     model: PixelEnsemble = network_for("ddpmseg", config, record)
     done = 0
     if state is not None:

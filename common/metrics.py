@@ -1240,9 +1240,11 @@ def _read_draw(path: str) -> dict[str, Any]:
 
 
 def _name_methods(runs: Sequence[dict[str, Any]]) -> None:
-    """Gives each run its method: the strategy, "random encoder" for init none, and what of VARIED tells runs apart."""
+    """Gives each run its method: the strategy, its random start with init none, and what of VARIED tells runs apart."""
     for run in runs:
-        run["method"] = run["config"]["strategy"] + ", random encoder" * (run["config"]["init"] == "none")
+        strategy = run["config"]["strategy"]
+        random = ", random start" if strategy == "full" else ", random encoder"
+        run["method"] = strategy + random * (run["config"]["init"] == "none")
     for strategy in {run["method"] for run in runs}:
         alike = [run for run in runs if run["method"] == strategy]
         settings = {run["setting"] for run in alike}

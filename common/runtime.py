@@ -256,7 +256,7 @@ def run_main(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[str
     except KeyboardInterrupt:
         code = 130
     except torch.OutOfMemoryError as error:
-        remedy = "lower --batch, --patch or --num-channels, or use --recompute, --slab 16"
+        remedy = "lower --batch or --num-channels, split the batch by --accumulate, or use --recompute"
         print(f"{name}: out of memory ({_first_line(error)}); {remedy}", file=sys.stderr, flush=True)
         code = 2
     except Exception as error:
@@ -438,10 +438,15 @@ def find_run(
     record: Mapping[str, Any],
     ranks: Ranks,
 ) -> dict[str, Any] | None:
-    """The checkpoint to continue from, or None for a new run. InputError for other settings or other data."""
+    """The checkpoint to continue from, or None for a new run. InputError: other settings, other data, fewer steps."""
     state = load_newest(out, script, ranks)
     if state is not None:
         check_same_config(state["config"], config, may_differ, out)
+        if state["step"] > config["steps"]:
+            raise InputError(
+                f"{out} has made {state['step']} steps, more than --steps {config['steps']}; ask for at least as many, "
+                "or use another --out, or --overwrite"
+            )
         if state["data"] != record:
             keys = [k for k in record if state["data"].get(k) != record[k]]
             raise InputError(

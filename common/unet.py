@@ -27,11 +27,23 @@ def zero_module(module: nn.Module) -> nn.Module:
     """Set every parameter to zero: a residual branch that starts as nothing, a head that starts at 0."""
     for p in module.parameters():
         nn.init.zeros_(p)
+    module.starts_at_zero = True  # type: ignore[assignment]  # for redraw_zeros
     return module
 
 
+def redraw_zeros(model: nn.Module) -> None:
+    """Give each layer that started at zero (zero_module) PyTorch's usual random weights instead.
+
+    A network whose branches are all zero is a linear map of its input and does not see t: a poor control for what
+    training adds to it.
+    """
+    for module in model.modules():
+        if getattr(module, "starts_at_zero", False):
+            module.reset_parameters()  # type: ignore[operator]
+
+
 def fast_layout(model: Any, compiled: bool = False) -> Any:
-    """Channels last on a CPU: a step of the laptop presets takes a tenth less; torch.compile chooses by itself."""
+    """Channels last on a CPU, where a step then takes a tenth to a third less; torch.compile chooses by itself."""
     sample = next(p for p in model.parameters() if p.ndim > 3)
     if sample.device.type != "cpu" or compiled:
         return model

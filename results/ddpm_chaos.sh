@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Label efficiency on CHAOS (T2-SPIR, 16 volumes, 4 organs) on a laptop: pre-training on the 10 training volumes without
-# labels, then 4, 39 and all of their slices; five draws of 4, three of 39; t = 0 throughout, nothing chosen on test cases.
+# labels, then 4, 39 and all of their slices; five draws of 4 (DDPM-Seg three), three of 39; t = 0 (linear 200, DDPM-Seg
+# 50, 150, 250), nothing chosen on test cases. One pre-training, and one initialisation for all draws. Slices are not
+# mirrored: the two kidneys differ by their side alone.
 # Prepare: python -m data_prep.msd --src CHAOS_T2 --dst data/chaos64 --as-slices --side 64 --split-sizes 10,2,4
 # Pre-training is made in stages and can be stopped and continued; so can the rest, by running this file again.
 set -euo pipefail
@@ -8,16 +10,18 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 STAGES=${STAGES:-5000 10000 20000}
 RUN=runs/ddpm-chaos64
+FLAGS="--quiet --data chaos64 --preset laptop"
 
 for STEPS in $STAGES; do
   [ -e $RUN-$STEPS/last.pt ] && continue
-  $PYTHON ddpm_pretrain_finetune.py pretrain --quiet --data chaos64 --preset laptop --lr-steps 20000 --steps $STEPS --out $RUN
+  $PYTHON ddpm_pretrain_finetune.py pretrain $FLAGS --flip off --lr-steps 20000 --steps $STEPS --out $RUN
   mkdir -p $RUN-$STEPS
-  cp $RUN/config.json $RUN/last.pt $RUN-$STEPS/
+  cp $RUN/config.json $RUN/log.csv $RUN/last.pt $RUN-$STEPS/
 done
+tail -n 1 $RUN/log.csv | cut -d, -f1,2 # steps and seconds of the pre-training
 
 tune() { # DRAW LABELS STRATEGY FLAGS...: from the last stage, into its folder
-  $PYTHON ddpm_pretrain_finetune.py finetune --quiet --data chaos64 --preset laptop --draw "$1" --labels "$2" --strategy "$3" "${@:4}"
+  $PYTHON ddpm_pretrain_finetune.py finetune $FLAGS --draw "$1" --labels "$2" --strategy "$3" "${@:4}"
 }
 
 # What the length of the pre-training is worth: samples, and four labels, at each stage.
@@ -25,8 +29,8 @@ for DRAW in 0 1 2 3 4; do
   tune $DRAW 4 scratch --out $RUN
 done
 for STEPS in $STAGES; do
-  [ -e $RUN-$STEPS/samples.npy ] || $PYTHON ddpm_pretrain_finetune.py sample --quiet --data chaos64 --preset laptop --num-samples 128 --out $RUN-$STEPS
-  $PYTHON ddpm_pretrain_finetune.py score --quiet --data chaos64 --preset laptop --out $RUN-$STEPS
+  [ -e $RUN-$STEPS/samples.npy ] || $PYTHON ddpm_pretrain_finetune.py sample $FLAGS --num-samples 128 --out $RUN-$STEPS
+  $PYTHON ddpm_pretrain_finetune.py score $FLAGS --out $RUN-$STEPS
   for DRAW in 0 1 2 3 4; do
     for STRATEGY in decoder full; do
       tune $DRAW 4 $STRATEGY --out $RUN-$STEPS
@@ -54,16 +58,24 @@ tune 0 all scratch --out $RUN
 tune 0 all decoder --out $LAST
 tune 0 all full --out $LAST
 
-# Scratch with other learning rates, compared on the validation cases.
+# Scratch with other learning rates; the validation cases say which one counts, the test cases what it is worth.
 for DRAW in 0 1 2 3 4; do
   for LR in 3e-4 1e-3 3e-3; do
-    tune $DRAW 4 scratch --lr $LR --split val --out $RUN
+    for SPLIT in val test; do
+      tune $DRAW 4 scratch --lr $LR --split $SPLIT --out $RUN
+    done
   done
 done
 $PYTHON -m common.metrics table $RUN/finetune-4-scratch-per-class*-draw?/val/summary.json
+$PYTHON -m common.metrics draws "$RUN/finetune-4-scratch-per-class*-draw?" --against "scratch, lr=0.0003"
 for DRAW in 0 1 2; do
-  $PYTHON ddpm_pretrain_finetune.py ddpmseg --quiet --data chaos64 --preset laptop --labels 4 --draw $DRAW --out $LAST
+  $PYTHON ddpm_pretrain_finetune.py ddpmseg $FLAGS --labels 4 --draw $DRAW --out $LAST
 done
 $PYTHON -m common.metrics draws "$RUN/finetune-*-scratch-per-class-draw?" "$LAST/finetune-*-per-class-draw?" "$LAST/finetune-*-random-draw?" "$LAST/ddpmseg-*" \
   --plot results/ddpm_chaos.png
+for STRATEGY in decoder full; do
+  WORD=$([ $STRATEGY = full ] && echo start || echo encoder)
+  $PYTHON -m common.metrics draws "$LAST/finetune-4-$STRATEGY-per-class-draw?" "$LAST/finetune-4-$STRATEGY-per-class-random-draw?" \
+    --against "$STRATEGY, random $WORD"
+done
 $PYTHON -m common.metrics draws "$RUN/finetune-4-scratch-joint-draw?" "$LAST/finetune-4-*-joint-draw?"

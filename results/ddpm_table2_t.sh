@@ -18,4 +18,6 @@ for VARIANT in S M L; do
     [ $T = 1000 ] || $PYTHON ddpm_pretrain_finetune.py finetune --quiet --data flare22 --labels all --strategy decoder --t $T --input noised --variant $VARIANT --out $RUN
   done
 done
-$PYTHON -m common.metrics draws $OUT-c*/finetune-all-{scratch,decoder,linear}-joint{,-t*}{,-noised}{,-M,-L}-draw0
+shopt -s nullglob
+$PYTHON -m common.metrics draws $OUT-c*/finetune-all-scratch-joint{,-M,-L}-draw0 \
+  $OUT-c*/finetune-all-{decoder,linear}-joint{,-M,-L,-noised,-M-noised,-L-noised,-t*}-draw0

@@ -34,9 +34,11 @@ for VARIANT in S M L; do
   done
 done
 for RUN in $OUT-c128-250000 $OUT-c256-300000; do
+  VARIANT=S
+  [ $RUN = $OUT-c256-300000 ] && VARIANT=L
   for DRAW in 0 1 2; do
     for LABELS in 4 39; do
-      $PYTHON ddpm_pretrain_finetune.py ddpmseg --quiet --data flare22 --labels $LABELS --draw $DRAW --out $RUN
+      $PYTHON ddpm_pretrain_finetune.py ddpmseg --quiet --data flare22 --labels $LABELS --draw $DRAW --variant $VARIANT --out $RUN
     done
   done
   shopt -s nullglob

@@ -965,6 +965,37 @@ def test_noised_input_is_that_of_the_level_and_always_the_same():
     torch.testing.assert_close(model(x), clean(xt), rtol=1e-4, atol=1e-4)
 
 
+def test_memory_of_noised_input_is_that_of_clean_input(monkeypatch):
+    asked = []
+    monkeypatch.setattr(runtime, "free_memory_gb", lambda device: 1e-6)
+    for flags in ({}, {"input": "noised", "t": 500}):
+        with pytest.raises(InputError) as error:
+            P.check_memory("finetune", replace(FAST, strategy="decoder", batch=4, **flags), RECORD, RANKS)
+        asked.append(str(error.value))
+    assert asked[0] == asked[1] and "need about" in asked[0]
+
+
+def middle(model, x, t) -> torch.Tensor:
+    """What comes out of the network's lowest level."""
+    found = []
+    handle = model.net.middle_block.register_forward_hook(lambda module, args, out: found.append(out))
+    with torch.no_grad():
+        model.net(x, torch.full((len(x),), t))
+    handle.remove()
+    return found[0]
+
+
+@pytest.mark.parametrize("init, linear", [("", True), ("none", False)])
+def test_control_of_random_weights_is_no_linear_map_and_sees_the_time(init, linear):
+    """A network that is to be loaded may begin with branches of zero; one that stays as it is must not."""
+    torch.manual_seed(0)
+    model = P.Segmenter(replace(FAST, strategy="decoder", init=init), 1, 3).eval()
+    x, y = torch.randn(2, 1, 1, 16, 16)
+    gap = middle(model, x, 0) + middle(model, y, 0) - middle(model, x + y, 0) - middle(model, 0 * x, 0)
+    assert (gap.abs().max() < 1e-4) == linear
+    assert ((middle(model, x, 0) - middle(model, x, 900)).abs().max() < 1e-6) == linear
+
+
 def test_member_learns_the_label_of_the_very_pixel(tmp_path):
     torch.manual_seed(0)
     store, rng = P.FeatureStore(tmp_path / "f.npy", 1, (32, 32)), np.random.default_rng(0)
@@ -979,6 +1010,8 @@ def test_batch_and_steps_follow_the_number_of_labels():
     data = loaders.CtPhantoms(0, side=32)
     config = P.with_labels(replace(TINY, preset="tiny", labels="2", batch=4), data, {})
     assert (config.batch, config.steps) == (2, 200)
+    assert P.with_labels(replace(TINY, preset="tiny", labels="39"), data, {}).steps == 400
+    assert P.with_labels(replace(TINY, preset="tiny", labels="all"), data, {}).steps == 600
     assert P.with_labels(replace(TINY, labels="39", batch=4, steps=7), data, {"steps": 7}).steps == 7
 
 

@@ -98,6 +98,8 @@ def test_same_command_again_trains_no_further_and_other_settings_are_refused(tmp
     assert (tmp_path / "run/last.pt").read_bytes() == before
     assert D.main([*argv[:-1], "2", "--amp", "bf16"]) == 0  # more steps continue, in another number format
     assert step_of(tmp_path / "run") == 2
+    error = refused(capsys, *argv)  # or else weights of two steps would pass for those of one
+    assert "has made 2 steps, more than --steps 1" in error
     assert "--recycle was prev and is max" in refused(capsys, *argv, "--recycle", "max")
     assert "--lr was 0.003 and is 0.5" in refused(capsys, *argv, "--lr", "0.5")
     error = refused(capsys, *argv, "--overwrite", "--init", str(tmp_path / "missing.pt"))
