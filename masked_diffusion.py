@@ -39,16 +39,19 @@ Differs
     D3  ddpm: no learned variance; one noise image for all windows in training and test (public: fresh in the test).
     D4  the average of the weights warms up, d = min(ema, (1 + n) / (10 + n)); without it the paper's 10,000 steps leave
         37 % of the initial weights in it.
-    D5  --method unet is this very network with random weights and classes as outputs, trained on whole crops.
+    D5  --method unet is this very network with random weights and classes as outputs, trained on whole crops; for equal
+        time give it the --steps or --minutes of the pre-training.
     D6  --method mae has our crops and flips; --vit small fits the small presets. ssim: un-patchified, not normalised.
     D7  a classifier's first layer works on the native maps and its result is enlarged: W up(f) + b = up(W f) + b. The
         same numbers without the enlarged features, of which 20 images of FFHQ take 17 to 89 GB.
     D8  scores are means over images of Dice and IoU; the paper's IoU on GlaS is d / (2 - d) of the mean Dice d
         (iou_from_dice) and its AJI on MoNuSeg is the foreground's IoU (aji_binary). Real AJI stands beside it.
-    D9  run r seeds all: labels drawn, crops, masks, classifier. SD with ddof 1.
+    D9  run r seeds crops, masks and classifier; the labelled images are the same in all runs (--draw). SD with ddof 1.
     D10 small images are reflected to the size of a crop; any batch size works (public: endless loop below 128 images).
     D11 the small presets: narrow network, larger learning rate, small crops, a fixed number of classifier steps.
     D12 FFHQ with ddpm: blocks 5, 6, 7, 8, 12, as in the public settings; the paper says 5 to 12.
+    D13 --checkpoint none draws the layers too that a new network starts at zero: else all features were linear in the
+        image and blind to t, no test of what pre-training adds.
 
 Usage
     python masked_diffusion.py                                    all of it on fake tissue: pre-train, segment, score
@@ -61,8 +64,8 @@ Usage
     python masked_diffusion.py predict --data glas --preset laptop --labels 8 --image slide.png --output mask.png
     python masked_diffusion.py reconstruct --data glas --preset laptop --ratio 0.25,0.5,0.75
     python masked_diffusion.py cluster --data glas --preset laptop --blocks 5,8,12
-    python masked_diffusion.py probe --data cifar-10-batches-py --preset laptop --blocks 5,6,7
-    torchrun --nproc_per_node=4 masked_diffusion.py --data glas   the paper's setting
+    python masked_diffusion.py probe --data cifar-10-batches-py --out RUN   RUN: see results/mdm_table8_cifar.sh
+    torchrun --nproc_per_node=4 masked_diffusion.py --data glas --accumulate 4   the paper's setting, 25 GB a GPU
 
 Expect
     The bare run takes about four minutes on two cores of a server CPU, half of it pre-training, and prints scores of
@@ -76,7 +79,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
@@ -107,6 +110,7 @@ from common.unet import (
     conv,
     fast_layout,
     load_public,
+    redraw_zeros,
     timestep_embedding,
     zero_module,
 )
@@ -291,13 +295,12 @@ class Config:
                                  "of an attention; choose a divisor")  # fmt: skip
         if self.predicts == "eps" and (self.method != "ddpm" or self.loss_kind == "ssim"):
             raise InputError("--target eps belongs to --method ddpm with --loss mse or l1: noise has no structure")
-        count = VIT[self.vit]["depth"] if self.method == "mae" else levels * (self.num_res_blocks + 1)
-        if self.blocks and not (0 <= min(self.blocks) <= max(self.blocks) < count):
-            raise InputError(f"--blocks is {self.blocks}, this network has blocks 0 to {count - 1}; correct the flag")
+        if self.blocks:
+            check_blocks(self)
 
 
 SMALL: dict[str, Any] = {"num_channels": 32, "vit": "small", "tile": 4, "lr": 3e-4, "ema": 0.999, "workers": 0}  # D11
-LAPTOP: dict[str, Any] = {"crop": 128, "batch": 16, "steps": 6000, "eval_every": 500, "save_every": 100, "runs": 3}
+LAPTOP: dict[str, Any] = {"crop": 64, "batch": 16, "steps": 3000, "eval_every": 500, "save_every": 100, "runs": 3}
 TINY: dict[str, Any] = {
     "crop": 64,
     "batch": 8,
@@ -527,21 +530,25 @@ def network_for(config: Config, record: Mapping[str, Any]) -> Any:
     return build_model(config, n, len(record["classes"]) + 1 if config.method == "unet" else n)  # D5
 
 
-def check_memory(config: Config, record: Mapping[str, Any], batch: int, device: torch.device) -> None:
-    """InputError where training on `batch` crops needs more memory than is free: counted on tensors without storage."""
-    dtype = runtime.number_format(config.amp, device)[0] or torch.float32
+def check_memory(config: Config, record: Mapping[str, Any], ranks: Ranks) -> None:
+    """InputError where a step of the U-Net needs more memory than is free: counted on tensors without storage."""
+    device, share = ranks.device, config.batch // ranks.world
+    dtype, batch = runtime.number_format(config.amp, device)[0] or torch.float32, share // config.accumulate
     if config.method == "mae" or config.recompute:
         return
     with torch.device("meta"):
         model = network_for(config, record).to(dtype).train()
         x = torch.empty(batch, len(record["channels"]), config.crop, config.crop, dtype=dtype)
-        needed = runtime.kept_for_backward_gb(lambda: model(x, torch.zeros(batch)))
-    free = runtime.free_memory_gb(device)
-    if needed > free:
+        maps = runtime.kept_for_backward_gb(lambda: model(x, torch.zeros(batch)))
+    # Weights, their gradient, average and two moments, 4 bytes each, do not shrink with the batch.
+    fixed, free = 20e-9 * sum(p.numel() for p in model.parameters()), runtime.free_memory_gb(device)
+    if fixed + maps > free:
+        parts = [k for k in range(config.accumulate + 1, share + 1) if share % k == 0]
+        enough = [k for k in parts if fixed + maps * config.accumulate / k < 0.8 * free]
+        split = f"--accumulate {enough[0]}, " if enough else ""
         raise InputError(
-            f"training on {batch} crops of {config.crop} x {config.crop} needs about {needed:.1f} GB, {device} has "
-            f"{free:.1f} GB free; try --accumulate {max(2, math.ceil(needed / free) * 2)}, --recompute or a smaller "
-            "--num-channels"
+            f"training on {batch} crops of {config.crop} x {config.crop} needs about {fixed + maps:.1f} GB, {device} "
+            f"has {free:.1f} GB free; try {split}--recompute or a smaller --num-channels"
         )
 
 
@@ -721,7 +728,7 @@ def pretraining_cases(data: Any, config: Config) -> list[str]:
     return list(splits.get("pretrain") or dict.fromkeys(case for cases in splits.values() for case in cases))
 
 
-def labelled_cases(data: Any, config: Config, seed: int) -> list[str]:
+def labelled_cases(data: Any, config: Config) -> list[str]:
     """The --labels images that a classifier learns from: the first by name, or drawn by --draw (the same in all runs).
 
     Names are sorted as text, so of GlaS train_1, train_10, ..., train_16 come first, which are the public code's.
@@ -833,6 +840,13 @@ def fresh(config: Config, record: Mapping[str, Any]) -> Any:
     return network_for(config, record)
 
 
+def untrained(config: Config, record: Mapping[str, Any]) -> Any:
+    """The network of --checkpoint none: random in all of its layers."""
+    model = fresh(config, record)
+    redraw_zeros(model)  # D13
+    return model
+
+
 class Training:
     """What training changes, which is what a checkpoint holds: saved, restored, and nothing else."""
 
@@ -922,11 +936,12 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
 
     # 1. what is needed, and the checkpoint to continue from; nothing is written or thrown away before all is there
     supervised = config.method == "unet"
-    cases = labelled_cases(data, config, config.seed) if supervised else pretraining_cases(data, config)
+    cases = labelled_cases(data, config) if supervised else pretraining_cases(data, config)
     crops = Crops(data, config, cases)
-    check_memory(config, record, config.batch // (ranks.world * config.accumulate), device)
+    check_memory(config, record, ranks)
     run = Training(config, record, device, dtype)
     may_differ = MAY_DIFFER | (LATER - {"labels", "draw"} if supervised else LATER)
+    may_differ -= {"steps"} if config.method == "mae" else set()  # its learning rate falls to 0 at the last of them
     state = None if config.overwrite else runtime.find_run(out, SCRIPT, asdict(config), may_differ, record, ranks)
     if state is not None:
         run.restore(state)
@@ -1003,7 +1018,10 @@ COLUMNS += ["memory_gb", "left_s", "skipped", "val_loss"]
 
 @torch.no_grad()
 def held_loss(run: Training, data: Any) -> float:
-    """Loss of the averaged weights on the same 16 crops, times and masks at each call: falls without their noise."""
+    """Loss of the averaged weights on the same 16 crops, times and masks at each call: falls without their noise.
+
+    The images are those of the pre-training, which holds none back.
+    """
     crops = Crops(data, run.config, pretraining_cases(data, run.config), "held")
     losses = []
     for n in range(16):
@@ -1201,12 +1219,12 @@ class Run:
     seed: int
     net: "Backbone"
     classifiers: list[PixelClassifier]
-    untrained: bool = False  # the network kept its random weights
+    random: bool = False  # the network is untrained
 
 
 def fit(config: Config, net: "Backbone", data: Any, seed: int, out: Path) -> list[PixelClassifier]:
     """The classifiers of one run."""
-    cases, name = labelled_cases(data, config, seed), f"run of seed {seed}"
+    cases, name = labelled_cases(data, config), f"run of seed {seed}"
     if not config.natural:
         return [
             fit_medical(config, net, data, cases, seed_of(seed, m) if m else seed, f"{name}, member {m}" if m else name)
@@ -1241,6 +1259,9 @@ def square_sum(x: Tensor, size: Sequence[int]) -> Tensor:
     return (x * (gh @ x @ gw)).sum()
 
 
+Key = tuple[int | str, ...]
+
+
 @dataclass(frozen=True)
 class Backbone:
     """A network in use: frozen for features, or the supervised one. dtype: of autocast."""
@@ -1250,23 +1271,26 @@ class Backbone:
     device: torch.device
     dtype: torch.dtype | None
 
-    def shown(self, x0: Tensor, t: int, key: Sequence[int | str]) -> Tensor:
-        """What the network sees of a window [1, 3, H, W] at t; its mask (or noise) is a function of `key`."""
-        config, tile = self.config, self.config.tile
+    def shown(self, x0: Tensor, t: int, key: Key | list[Key]) -> Tensor:
+        """What the network sees of a window [1, 3, H, W] at t; its mask (or noise) is a function of `key`.
+
+        Of several windows [B, 3, H, W] `key` is a list, one each.
+        """
+        config, tile, keys = self.config, self.config.tile, key if isinstance(key, list) else [key]
         if config.method == "ddpm":
-            names = ["features"] if config.share_noise == "on" else [repr((*key, t))]
+            names = ["features"] if config.share_noise == "on" else [repr((*k, t)) for k in keys]
             eps = noise(0, "noise", names, x0.shape[1:], torch.device("cpu"))  # D3, the same on every device
             eps = eps.to(x0.device)
             return q_sample(x0, eps, torch.tensor([t], device=x0.device), config.schedule)
         if config.method != "mdm" or config.feature_mask == "off":
             return x0
         grid = x0.shape[2] // tile, x0.shape[3] // tile
-        rng = np.random.default_rng(seed_of("feature mask", *key, t))
-        mask = draw_mask(rng, kept(t, grid[0] * grid[1]), grid)
-        return hide(x0, torch.from_numpy(mask)[None].to(x0.device))  # D2
+        keep = kept(t, grid[0] * grid[1])
+        masks = [draw_mask(np.random.default_rng(seed_of("feature mask", *k, t)), keep, grid) for k in keys]
+        return hide(x0, torch.from_numpy(np.stack(masks)).to(x0.device))  # D2
 
     @torch.no_grad()
-    def features(self, x0: Tensor, key: Sequence[int | str]) -> tuple[list[Tensor], Tensor]:
+    def features(self, x0: Tensor, key: Key | list[Key]) -> tuple[list[Tensor], Tensor]:
         """Native maps [1, c, h, w] fp32 of a window, times outer and blocks inner, and the norm that divides them.
 
         l2: the Frobenius norm of all maps enlarged to the window, as if they had been, so it grows with its area.
@@ -1291,7 +1315,7 @@ class Backbone:
 
 
 @torch.no_grad()
-def reconstruct_window(net: Backbone, x0: Tensor, t: int, key: Sequence[int | str]) -> tuple[Tensor, Tensor]:
+def reconstruct_window(net: Backbone, x0: Tensor, t: int, key: Key) -> tuple[Tensor, Tensor]:
     """(what is shown, the image restored from it) of x0 [1, 3, H, W]: one forward pass, no iteration."""
     config, device = net.config, net.device
     tt = torch.tensor([t], device=device)
@@ -1360,6 +1384,8 @@ def reconstruct(config: Config, data: Any, ranks: Ranks) -> int:
     """Images restored from 25, 50 and 75 % hidden tiles (figure 9), with the share of sign-flipped blocks."""
     net, out = load_backbone(config, data, ranks), config.run_folder
     cases = cases_of(config, data, labelled=False)[: config.limit or 4]
+    if not ranks.first:  # a few images: one process is enough
+        return 0
     rows = draw_reconstructions(net, data, cases, out / "figures/reconstructions.png")
     runtime.write_csv(out / "reconstructions.csv", rows)
     for ratio in dict.fromkeys(row["ratio"] for row in rows):
@@ -1412,7 +1438,7 @@ def window_weights(r: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def window_logits(run: Run, x0: Tensor, key: Sequence[int | str]) -> Tensor:
+def window_logits(run: Run, x0: Tensor, key: Key) -> Tensor:
     """Logits of each member for a window [1, 3, r, r]: [M, classes, r, r] fp32."""
     net, size = run.net, x0.shape[2:]
     if net.config.method == "unet":
@@ -1536,10 +1562,10 @@ def cases_of(config: Config, data: Any, labelled: bool = True) -> list[str]:
 
 
 def score(config: Config, data: Any, runs: Sequence[Run], ranks: Ranks, out: Path) -> int:
-    """Score all runs on --split: table with floors, runs.csv, metrics.csv, summary.json, masks, pictures."""
+    """Score all runs on --split: table.csv with floors, metrics.csv, summary.json, masks, pictures."""
     cases, begin, one = cases_of(config, data), time.perf_counter(), len(data.classes) == 1
     learned = any(data.has_label(case) for case in data.meta["splits"].get("train", []))  # not in a set of tests alone
-    rule = colour_rule(data, labelled_cases(data, config, config.seed)) if learned else None
+    rule = colour_rule(data, labelled_cases(data, config)) if learned else None
     values = {int(k): v for k, v in data.meta["label_values"].items()}
     results: dict[str, dict[str, Scores]] = {}  # name of a run or floor -> case -> scores
     shown = []
@@ -1573,13 +1599,36 @@ def score(config: Config, data: Any, runs: Sequence[Run], ranks: Ranks, out: Pat
     shown = sorted((entry for part in runtime.gather(shown, ranks) for entry in part), key=lambda entry: entry[0])
     if not ranks.first:
         return 0
-    write_scores(config, gathered, cases, out, runs[0].untrained)
+    write_scores(config, gathered, cases, out, runs[0].random)
     draw_segmentations(shown, data, out / "figures/segmentations.png")
     seconds = time.perf_counter() - begin
     say(f"\n{config.split} split of {config.data}, {len(cases)} images, {seconds:.0f} s; mean±SD over {len(runs)} runs")
     print_table([out])
+    for text in caveats(config, data, cases, runs):
+        say(f"note: {text}")
     say(f"masks, pictures and tables are in {out}")
     return 0
+
+
+def caveats(config: Config, data: Any, cases: Sequence[str], runs: Sequence[Run]) -> list[str]:
+    """What a reader of the table must know."""
+    notes, facts = [], data.meta.get("cases", {})
+    saw = set(pretraining_cases(data, config)) & set(cases)
+    if saw and config.method != "unet" and not runs[0].random:
+        notes += [f"{len(saw)} of these {len(cases)} images may have been seen in pre-training, without labels"]
+    who: list[set[str]] = [
+        {str(facts[c].get("patient", "")) for c in ids if c in facts} - {""}
+        for ids in (cases, data.meta["splits"].get("train", []))
+    ]
+    if shared := who[0] & who[1]:
+        notes += [f"{len(shared)} of {len(who[0])} patients here are in the training split too"]
+    if len(runs) > 1:
+        own = config.method == "unet" or runs[0].random
+        notes += ["SD: over networks" if own else "SD: over classifiers on one pre-trained network"]
+        notes[-1] += ", with the same labelled images"
+    if config.method != "unet":
+        notes += ["t, blocks, tile and loss are the paper's, which chose them on its test images"]
+    return notes
 
 
 def write_scores(
@@ -1596,7 +1645,11 @@ def write_scores(
         parts = [by_case[case] for case in cases]
         is_run = name.startswith("run")
         first = {"name": f"{what}, {labels}" if is_run else name, "run": name[3:] if is_run else ""}
-        table.append(first | {"images": len(cases)} | {k: f"{v:.6g}" for k, v in mean_scores(parts).items()})
+        table.append(
+            first
+            | {"split": config.split, "images": len(cases)}
+            | {k: f"{v:.6g}" for k, v in mean_scores(parts).items()}
+        )
         if is_run:
             folder = out / name
             folder.mkdir(parents=True, exist_ok=True)
@@ -1677,10 +1730,20 @@ def draw_segmentations(shown: Sequence[Any], data: Any, file: Path) -> None:
 
 def load_backbone(config: Config, data: Any, ranks: Ranks) -> Backbone:
     """The pre-trained network of --checkpoint: ours (averaged weights, or --init-weights raw) or a public one."""
+    if config.checkpoint == "none":
+        return frozen(config, untrained(config, loaders.data_record(data)), ranks)
     model = fresh(config, loaders.data_record(data))
-    if config.checkpoint != "none":
-        load_start(str(pretrained_path(config)), model, ranks, raw=config.init_weights == "raw")
+    load_start(str(pretrained_path(config)), model, ranks, raw=config.init_weights == "raw")
     return frozen(config, model, ranks)
+
+
+def check_blocks(config: Config) -> None:
+    """InputError where the network has no such decoder (of a ViT: encoder) blocks as the features are to come from."""
+    count = (
+        VIT[config.vit]["depth"] if config.method == "mae" else len(config.channel_mult) * (config.num_res_blocks + 1)
+    )
+    if not 0 <= min(config.taps) <= max(config.taps) < count:
+        raise InputError(f"--blocks is {config.taps}, this network has blocks 0 to {count - 1}; choose by the flag")
 
 
 def frozen(config: Config, model: Any, ranks: Ranks) -> Backbone:
@@ -1701,7 +1764,7 @@ def load_runs(config: Config, path: Path, ranks: Ranks) -> tuple[list[Run], dict
             runs.append(Run(seed, frozen(mine, model, ranks), []))
             continue
         if state["backbone"] == "random":
-            net = frozen(mine, fresh(mine, record), ranks)
+            net = frozen(mine, untrained(mine, record), ranks)
         elif shared is None:
             model = network_for(mine, record)
             model.load_state_dict(runtime.load_checkpoint(file.parent.parent / "backbone.pt", SCRIPT)["model"])
@@ -1730,14 +1793,19 @@ def evaluate(config: Config, data: Any, ranks: Ranks) -> int:
     for key in ("channels", "classes"):
         if record[key] != loaders.data_record(data)[key]:
             raise InputError(f"{config.data} has {key} {data.meta[key]}, the classifier {record[key]}; prepare alike")
-    return score(config, data, runs, ranks, config.run_folder)
+    path, out = classifier_path(config), config.run_folder
+    old = runtime.load_checkpoint(run_files(path)[0], SCRIPT)["config"]
+    fewer = f"-{config.limit}" if config.limit not in (0, old["limit"]) else ""
+    if out == (path if path.is_dir() else path.parent) and config.split + fewer != old["split"]:
+        out = out / (config.split + fewer)  # the scores of `segment` stay
+    return score(config, data, runs, ranks, out)
 
 
 def segment(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> int:
     """Train --runs classifiers on --labels images (or supervised U-Nets), then score them. Finished runs stay."""
     folder, record = config.segment_folder, loaders.data_record(data)
     cases_of(config, data)  # before hours of work: is there something to score, and something to learn from
-    cases = labelled_cases(data, config, config.seed)
+    cases = labelled_cases(data, config)
     seeds = range(config.seed, config.seed + config.runs)
     if config.method == "unet":
         for seed in seeds:
@@ -1748,8 +1816,8 @@ def segment(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> 
     else:
         net = load_backbone(config, data, ranks)
         runtime.make_run(folder, asdict(config), config.overwrite, ranks)
-        untrained = config.checkpoint == "none"
-        if ranks.first and not untrained:
+        random_start = config.checkpoint == "none"
+        if ranks.first and not random_start:
             keep_backbone(folder / "backbone.pt", net, record)
         runtime.gather(None, ranks)  # all wait until it is there
         t, blocks = config.times, config.taps
@@ -1761,13 +1829,13 @@ def segment(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> 
                 old = runtime.load_checkpoint(file, SCRIPT)["config"]
                 runtime.check_same_config(old, asdict(mine), MAY_DIFFER | {"runs"}, folder)
                 continue
-            if untrained:
-                net = frozen(mine, fresh(mine, record), ranks)
+            if random_start:
+                net = frozen(mine, untrained(mine, record), ranks)
             classifiers = fit(mine, net, data, seed, folder)
             state: dict[str, Any] = {"format": runtime.FORMAT, "script": SCRIPT, "config": asdict(mine), "step": 0}
             state |= {"model": {str(i): c.state_dict() for i, c in enumerate(classifiers)}, "ema": {}, "optimizer": {}}
             state |= {"scaler": {}, "best": {}, "data": record, "widths": net.widths()}
-            state["backbone"] = "random" if untrained else "backbone.pt"
+            state["backbone"] = "random" if random_start else "backbone.pt"
             file.parent.mkdir(parents=True, exist_ok=True)
             runtime.save_checkpoint(file, state)
     runtime.gather(None, ranks)
@@ -1808,9 +1876,9 @@ def probe(config: Config, data: Any, ranks: Ranks) -> int:
     optimizer = torch.optim.Adam(layers.parameters(), lr=1e-3)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * max(1, -(-len(learn) // size)))
 
-    def answers(batch: np.ndarray, key: int | str) -> list[Tensor]:
+    def answers(batch: np.ndarray, epoch: int | str, numbers: Iterable[int]) -> list[Tensor]:
         x0 = torch.from_numpy(as_input(batch)).to(net.device)
-        maps, _ = net.features(x0, (config.seed, "probe", key))
+        maps, _ = net.features(x0, [(config.seed, "probe", epoch, int(n)) for n in numbers])  # each image its own mask
         return [layer(m.mean((2, 3))) for layer, m in zip(layers, maps)]  # each [B, 10]
 
     def accuracy(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -1818,7 +1886,8 @@ def probe(config: Config, data: Any, ranks: Ranks) -> int:
         with torch.no_grad():
             for i in range(0, len(images), size):
                 truth = torch.from_numpy(labels[i : i + size]).to(net.device)
-                right += [float((a.argmax(1) == truth).sum()) for a in answers(images[i : i + size], "test")]
+                found = answers(images[i : i + size], "test", range(i, i + len(truth)))
+                right += [float((a.argmax(1) == truth).sum()) for a in found]
         return right / len(images)
 
     for epoch in tqdm(range(epochs), desc="probe", unit="epoch", disable=config.quiet or None):
@@ -1827,7 +1896,8 @@ def probe(config: Config, data: Any, ranks: Ranks) -> int:
         for i in range(0, len(shuffled), size):
             batch = augment(images[shuffled[i : i + size]], rng)
             truth = torch.from_numpy(labels[shuffled[i : i + size]]).to(net.device)
-            loss = torch.stack([F.cross_entropy(a, truth) for a in answers(batch, epoch)]).sum()  # independent layers
+            found = answers(batch, epoch, shuffled[i : i + size])
+            loss = torch.stack([F.cross_entropy(a, truth) for a in found]).sum()  # of independent layers
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -1836,7 +1906,8 @@ def probe(config: Config, data: Any, ranks: Ranks) -> int:
     test = accuracy(content["test_images"], content["test_labels"])
     best = int(chosen.argmax())
     rows = [{"t": t, "block": k, "held": f"{a:.4f}", "test": f"{b:.4f}"} for (t, k), a, b in zip(names, chosen, test)]
-    runtime.write_csv(config.run_folder / "probe.csv", rows)
+    if ranks.first:
+        runtime.write_csv(config.run_folder / "probe.csv", rows)
     for row in rows:
         say("  ".join(f"{k} {v}" for k, v in row.items()), ranks)
     t, k = names[best]
@@ -1895,6 +1966,7 @@ def predict(config: Config, ranks: Ranks) -> int:
             )
         shares = ", ".join(f"{name} {(result.mask == v).mean():.1%}" for name, v in record["classes"].items())
         say(f"{target}: {image.shape[2]} x {image.shape[1]} pixels; {shares}")
+    faults = [fault for part in runtime.gather(faults, ranks) for fault in part]  # all processes finish first
     if faults:
         raise InputError(f"{len(faults)} of {len(files)} images were left out: {' | '.join(faults)}")
     return 0
@@ -1954,7 +2026,11 @@ def with_pretrained(config: Config, given: dict[str, Any]) -> Config:
     if isinstance(state, dict) and "format" in state:
         every = {field.name for field in fields(Config)}
         return runtime.trained_config(config, given, path, SCRIPT, every - NETWORK, ONCE)
-    return replace(config, **width_of(state, path, given))
+    width = width_of(state, path, given)
+    if config.method == "mdm" and len(state.get("module.out.2.bias", state.get("out.2.bias", ()))) == 6:
+        raise InputError(f"{path} has 6 output channels, mean and variance of noise: a DDPM, not MDM; add "
+                         "--method ddpm (and --schedule linear for FFHQ)")  # fmt: skip
+    return replace(config, **width)
 
 
 def width_of(state: Any, path: Path, given: dict[str, Any]) -> dict[str, Any]:
@@ -1995,6 +2071,8 @@ def resolve(verb: str, config: Config, given: dict[str, Any]) -> Config:
 def main(argv: Sequence[str]) -> int:
     verb, config, given = runtime.parse_flags(Config, argv, VERBS, PRESETS, (__doc__ or "").split("\n\n")[0])
     config = resolve(verb, config, given)
+    if verb in ("", "segment", "cluster", "probe") and config.method != "unet":
+        check_blocks(config)
     ranks, stop = runtime.start_processes(config.device), runtime.StopFlag()
     try:
         if verb == "predict":

@@ -7,12 +7,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 PRESET=${PRESET:-paper}
+ACCUMULATE=${ACCUMULATE:-$([ $PRESET = paper ] && echo 8 || echo 1)} # a step of the paper's network keeps 2.3 GB a crop
 SPLIT=${SPLIT:-test}
 OUT=runs/mdm
 
 for DATA in glas monuseg; do
   for METHOD in mdm ddpm mae; do
-    $PYTHON masked_diffusion.py pretrain --quiet --data $DATA --preset $PRESET --method $METHOD --out $OUT-$DATA-$METHOD
+    $PYTHON masked_diffusion.py pretrain --quiet --accumulate $ACCUMULATE --data $DATA --preset $PRESET --method $METHOD --out $OUT-$DATA-$METHOD
   done
 done
 
@@ -20,7 +21,7 @@ for LABELS in 85 8; do
   for METHOD in mdm ddpm mae; do
     $PYTHON masked_diffusion.py segment --quiet --data glas --preset $PRESET --split $SPLIT --method $METHOD --labels $LABELS --out $OUT-glas-$METHOD
   done
-  $PYTHON masked_diffusion.py segment --quiet --data glas --preset $PRESET --split $SPLIT --method unet --labels $LABELS --out $OUT-glas-unet
+  $PYTHON masked_diffusion.py segment --quiet --accumulate $ACCUMULATE --data glas --preset $PRESET --split $SPLIT --method unet --labels $LABELS --out $OUT-glas-unet
   $PYTHON masked_diffusion.py segment --quiet --data glas --preset $PRESET --split $SPLIT --checkpoint none --labels $LABELS --out $OUT-glas-random
 done
 
@@ -28,7 +29,7 @@ for LABELS in 0 3; do
   for METHOD in mdm ddpm mae; do
     $PYTHON masked_diffusion.py segment --quiet --data monuseg --preset $PRESET --method $METHOD --labels $LABELS --stop-epoch 30 --out $OUT-monuseg-$METHOD
   done
-  $PYTHON masked_diffusion.py segment --quiet --data monuseg --preset $PRESET --method unet --labels $LABELS --out $OUT-monuseg-unet
+  $PYTHON masked_diffusion.py segment --quiet --accumulate $ACCUMULATE --data monuseg --preset $PRESET --method unet --labels $LABELS --out $OUT-monuseg-unet
   $PYTHON masked_diffusion.py segment --quiet --data monuseg --preset $PRESET --checkpoint none --labels $LABELS --stop-epoch 30 --out $OUT-monuseg-random
 done
 

@@ -5,11 +5,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 PRESET=${PRESET:-paper}
+ACCUMULATE=${ACCUMULATE:-$([ $PRESET = paper ] && echo 8 || echo 1)} # a step of the paper's network keeps 2.3 GB a crop
 SPLIT=${SPLIT:-test}
 OUT=runs/mdm-glas
 
-$PYTHON masked_diffusion.py pretrain --quiet --data glas --preset $PRESET --method ddpm --fixed-t 250 --out $OUT-ddpm-t250
-$PYTHON masked_diffusion.py pretrain --quiet --data glas --preset $PRESET --method mdm --fixed-t 50 --out $OUT-mdm-t50
+$PYTHON masked_diffusion.py pretrain --quiet --accumulate $ACCUMULATE --data glas --preset $PRESET --method ddpm --fixed-t 250 --out $OUT-ddpm-t250
+$PYTHON masked_diffusion.py pretrain --quiet --accumulate $ACCUMULATE --data glas --preset $PRESET --method mdm --fixed-t 50 --out $OUT-mdm-t50
 for LABELS in 85 8; do
   $PYTHON masked_diffusion.py segment --quiet --data glas --preset $PRESET --split $SPLIT --labels $LABELS --method ddpm --out $OUT-ddpm-t250
   $PYTHON masked_diffusion.py segment --quiet --data glas --preset $PRESET --split $SPLIT --labels $LABELS --method mdm --out $OUT-mdm-t50

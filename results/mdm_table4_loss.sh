@@ -6,20 +6,21 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 PRESET=${PRESET:-paper}
+ACCUMULATE=${ACCUMULATE:-$([ $PRESET = paper ] && echo 8 || echo 1)} # a step of the paper's network keeps 2.3 GB a crop
 SPLIT=${SPLIT:-test}
 OUT=runs/mdm
 
 for DATA in glas ffhq34; do
   STEPS=$([ $DATA = glas ] && echo 10000 || echo 20000)
   SCHEDULE=$([ $DATA = glas ] && echo cosine || echo linear)
-  $PYTHON masked_diffusion.py pretrain --quiet --data $DATA --preset $PRESET --steps $STEPS --method ddpm --schedule $SCHEDULE --out $OUT-$DATA-ddpm
-  $PYTHON masked_diffusion.py pretrain --quiet --data $DATA --preset $PRESET --steps $STEPS --method ddpm --schedule $SCHEDULE --target x0 --out $OUT-$DATA-ddpm-x0
-  $PYTHON masked_diffusion.py pretrain --quiet --data $DATA --preset $PRESET --steps $STEPS --method ddpm --schedule $SCHEDULE --target x0 --loss ssim --out $OUT-$DATA-ddpm-x0-ssim
-  $PYTHON masked_diffusion.py pretrain --quiet --data $DATA --preset $PRESET --steps $STEPS --method mae --out $OUT-$DATA-mae
-  $PYTHON masked_diffusion.py pretrain --quiet --data $DATA --preset $PRESET --steps $STEPS --method mae --loss ssim --out $OUT-$DATA-mae-ssim
-  $PYTHON masked_diffusion.py pretrain --quiet --data $DATA --preset $PRESET --steps $STEPS --method mdm --loss mse --out $OUT-$DATA-mdm-mse
-  $PYTHON masked_diffusion.py pretrain --quiet --data $DATA --preset $PRESET --steps $STEPS --method mdm --out $OUT-$DATA-mdm
-  $PYTHON masked_diffusion.py pretrain --quiet --data $DATA --preset $PRESET --steps $STEPS --method mdm --ssim-range unit --out $OUT-$DATA-mdm-unit
+  $PYTHON masked_diffusion.py pretrain --quiet --accumulate $ACCUMULATE --data $DATA --preset $PRESET --steps $STEPS --method ddpm --schedule $SCHEDULE --out $OUT-$DATA-ddpm
+  $PYTHON masked_diffusion.py pretrain --quiet --accumulate $ACCUMULATE --data $DATA --preset $PRESET --steps $STEPS --method ddpm --schedule $SCHEDULE --target x0 --out $OUT-$DATA-ddpm-x0
+  $PYTHON masked_diffusion.py pretrain --quiet --accumulate $ACCUMULATE --data $DATA --preset $PRESET --steps $STEPS --method ddpm --schedule $SCHEDULE --target x0 --loss ssim --out $OUT-$DATA-ddpm-x0-ssim
+  $PYTHON masked_diffusion.py pretrain --quiet --accumulate $ACCUMULATE --data $DATA --preset $PRESET --steps $STEPS --method mae --out $OUT-$DATA-mae
+  $PYTHON masked_diffusion.py pretrain --quiet --accumulate $ACCUMULATE --data $DATA --preset $PRESET --steps $STEPS --method mae --loss ssim --out $OUT-$DATA-mae-ssim
+  $PYTHON masked_diffusion.py pretrain --quiet --accumulate $ACCUMULATE --data $DATA --preset $PRESET --steps $STEPS --method mdm --loss mse --out $OUT-$DATA-mdm-mse
+  $PYTHON masked_diffusion.py pretrain --quiet --accumulate $ACCUMULATE --data $DATA --preset $PRESET --steps $STEPS --method mdm --out $OUT-$DATA-mdm
+  $PYTHON masked_diffusion.py pretrain --quiet --accumulate $ACCUMULATE --data $DATA --preset $PRESET --steps $STEPS --method mdm --ssim-range unit --out $OUT-$DATA-mdm-unit
 done
 
 for ROW in ddpm ddpm-x0 ddpm-x0-ssim mae mae-ssim mdm-mse mdm mdm-unit; do

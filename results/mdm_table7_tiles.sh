@@ -5,12 +5,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 PRESET=${PRESET:-paper}
+ACCUMULATE=${ACCUMULATE:-$([ $PRESET = paper ] && echo 8 || echo 1)} # a step of the paper's network keeps 2.3 GB a crop
 SPLIT=${SPLIT:-test}
 TILES=${TILES:-4 8 16}
 OUT=runs/mdm-glas-mdm-tile
 
 for TILE in $TILES; do
-  $PYTHON masked_diffusion.py pretrain --quiet --data glas --preset $PRESET --tile $TILE --out $OUT$TILE
+  $PYTHON masked_diffusion.py pretrain --quiet --accumulate $ACCUMULATE --data glas --preset $PRESET --tile $TILE --out $OUT$TILE
   for LABELS in 85 8; do
     $PYTHON masked_diffusion.py segment --quiet --data glas --preset $PRESET --split $SPLIT --labels $LABELS --out $OUT$TILE
   done

@@ -729,21 +729,59 @@ def test_disagreement_is_the_entropy_of_the_mean_less_the_mean_entropy():
     assert M.disagreement(split) == pytest.approx(math.log(2) / 2)
 
 
+def test_random_features_are_no_linear_map_and_see_the_time():
+    """As the network starts they would be: all branches end in a layer of zeros."""
+    config = replace(TWO, method="ddpm", feature_norm="none", blocks=(0, 1))
+    record = loaders.data_record(loaders.Tissue(0, (1, 1), (8, 8)))
+    x, y = torch.randn(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for make, linear in ((M.fresh, True), (M.untrained, False)):
+        model = make(config, record).eval()
+
+        def maps(x, t, model=model):
+            with torch.no_grad():
+                return torch.cat([m.flatten() for m in model.features(x, torch.tensor([t]), (0, 1))])
+
+        gap = maps(x, 0) + maps(y, 0) - maps(x + y, 0) - maps(0 * x, 0)
+        assert (gap.abs().max() < 1e-4) == linear
+        assert ((maps(x, 50) - maps(x, 900)).abs().max() < 1e-6) == linear
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), M.untrained(config, record).parameters()))
+
+
+def test_each_window_of_a_batch_has_the_mask_of_its_own_key():
+    net = M.Backbone(replace(TWO, method="mdm", feature_mask="on"), None, torch.device("cpu"), None)
+    x0, keys = torch.ones(3, 3, 32, 32), [(0, "a"), (0, "b"), (1, "a")]
+    together = net.shown(x0, 500, keys)
+    for x, key, one in zip(x0, keys, together):
+        assert torch.equal(net.shown(x[None], 500, key)[0], one)
+    assert len({tuple(one.flatten().tolist()) for one in together}) == 3
+
+
+def test_advice_for_memory_divides_the_batch_and_fits(monkeypatch):
+    config, record = M.Config(amp="bf16"), loaders.data_record(loaders.Tissue(0, (1, 1), (8, 8)))
+    monkeypatch.setattr(M.runtime, "free_memory_gb", lambda device: 78.0)
+    ranks = M.Ranks(0, 1, 0, torch.device("cpu"))
+    with pytest.raises(InputError, match=r"needs about 29\d.\d GB.* try --accumulate 8, --recompute"):
+        M.check_memory(config, record, ranks)
+    M.check_memory(replace(config, accumulate=8), record, ranks)
+    monkeypatch.setattr(M.runtime, "free_memory_gb", lambda device: 5.0)  # not even the weights
+    with pytest.raises(InputError, match="free; try --recompute"):
+        M.check_memory(replace(config, accumulate=8), record, ranks)
+
+
 def test_first_labels_are_those_of_the_names_sorted_as_text():
     names = [f"train_{i}" for i in range(1, 21)]
     data = SimpleNamespace(cases=lambda split: list(names), has_label=lambda case: case != "train_3")
     config = replace(PAPER, labels=8)
-    assert M.labelled_cases(data, config, 0) == ["train_1", *(f"train_{i}" for i in range(10, 17))]
-    assert M.labelled_cases(data, config, 5) == M.labelled_cases(data, config, 0)
-    drawn = M.labelled_cases(data, replace(config, draw="3"), 0)
+    assert M.labelled_cases(data, config) == ["train_1", *(f"train_{i}" for i in range(10, 17))]
+    drawn = M.labelled_cases(data, replace(config, draw="3"))
     order = sorted(set(names) - {"train_3"})
     random.Random(3).shuffle(order)
-    assert len(set(drawn)) == 8 and "train_3" not in drawn and drawn != M.labelled_cases(data, config, 0)
+    assert len(set(drawn)) == 8 and "train_3" not in drawn and drawn != M.labelled_cases(data, config)
     assert drawn == order[:8]
-    assert drawn == M.labelled_cases(data, replace(config, draw="3", labels=4), 0) + drawn[4:]  # nested
-    assert len(M.labelled_cases(data, replace(config, labels=0), 0)) == 19
+    assert drawn == M.labelled_cases(data, replace(config, draw="3", labels=4)) + drawn[4:]  # nested
+    assert len(M.labelled_cases(data, replace(config, labels=0))) == 19
     with pytest.raises(InputError, match="--labels 20: glas has 19 labelled training images"):
-        M.labelled_cases(data, replace(config, labels=20), 0)
+        M.labelled_cases(data, replace(config, labels=20))
 
 
 def natural_store(tmp_path, norm="none", classes=3):

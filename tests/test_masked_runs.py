@@ -81,6 +81,9 @@ def test_bare_run_pretrains_segments_and_prints_the_floors(tmp_path, capsys):
     assert M.main([*FAST, *LATER, "--out", str(out), "--steps", "2"]) == 0
     text = capsys.readouterr().out
     assert "MDM (Pan et al. 2023), mdm" in text and "differs   D1 D2 D4 D10 D11" in text and "3 of them test" in text
+    assert "note: 2 of these 2 images may have been seen in pre-training, without labels" in text
+    assert text.count("note: SD: over classifiers on one pre-trained network, with the same labelled images") == 1
+    assert text.count("note: SD: over networks") == 1  # of random weights, a network a run
     side = text.split("side by side")[1]
     for row in ("MDM, 3 labels", "random features, 3 labels", "all foreground", "colour alone", "the truth itself"):
         assert side.count(row) == 1, row
@@ -111,6 +114,8 @@ def test_other_methods_pretrain_and_segment(tmp_path, capsys, method):
     assert f"{method.upper()}, 3 labels" in text and ("t (250,)" in text) == (method == "ddpm")
     assert M.main(["reconstruct", "--out", str(tmp_path / "run"), "--limit", "1", "--quiet"]) == 0
     assert len(table(tmp_path / "run/reconstructions.csv")) == 3
+    if method == "mae":  # its learning rate depends on the number of steps
+        assert "--steps was 2 and is 3" in refused(capsys, "pretrain", *argv, "--steps", "3")
 
 
 def test_supervised_row_trains_a_network_a_run_and_continues(tmp_path, capsys):
@@ -254,6 +259,10 @@ def test_evaluate_gives_what_segment_gave(trained, prepared, tmp_path):
     (trained / "segment-3/table.csv").unlink()
     assert M.main([*argv, "--amp", "off", "--preset", "tiny"]) == 0 and not (trained / "table.csv").exists()
     assert (trained / "segment-3/table.csv").read_text() == before
+    other = ["--split", "train", "--limit", "1", "--preset", "tiny"]  # beside the others, not over them
+    assert M.main([*argv, *other]) == 0 and (trained / "segment-3/table.csv").read_text() == before
+    assert {r["split"] for r in table(trained / "segment-3/train-1/table.csv")} == {"train"}
+    assert {r["split"] for r in table(trained / "segment-3/table.csv")} == {"testA"}
     one = ["evaluate", "--checkpoint", str(trained / "segment-3/run1/last.pt"), "--data", str(prepared)]
     one += ["--split", "testA", "--limit", "1", "--quiet", "--preset", "tiny", "--save-members"]
     assert M.main([*one, "--out", str(tmp_path / "one")]) == 0
@@ -358,6 +367,7 @@ def test_probe_pretrains_on_cifar_and_tells_classes_of_plain_colours(tmp_path, c
         (["reconstruct", "--method", "unet"], "reconstruct needs a pre-trained network"),
         (["cluster", "--checkpoint", "none", "--split", "val"], "has no image in its split val; has train, test"),
         (["probe", "--checkpoint", "none"], "probe needs CIFAR-10, --data synthetic is none"),
+        (["segment", "--checkpoint", "none", "--channel-mult", "1,2,2,2"], "this network has blocks 0 to 11"),
         (["pretrain", "--batch", "3", "--accumulate", "2"], "--batch 3 cannot be shared"),
         (["pretrain", "--num-channels", "1024", "--batch", "4096"], "training on 4096 crops of 64 x 64 needs about"),
     ],
@@ -398,6 +408,9 @@ def test_public_weights_can_be_segmented_with(trained, prepared, tmp_path, capsy
     assert M.main([*argv, *FAST, *LATER, "--checkpoint", str(tmp_path / "public.pt")]) == 0
     ours, theirs = ((p / "segment-3/metrics.csv").read_text() for p in (trained, tmp_path / "x"))
     assert ours == theirs
+    torch.save(state | {k: torch.cat([state[k]] * 2) for k in ("out.2.weight", "out.2.bias")}, tmp_path / "six.pt")
+    error = refused(capsys, *argv, *FAST, *LATER, "--checkpoint", str(tmp_path / "six.pt"))
+    assert "6 output channels" in error and "--method ddpm" in error
     init = ["pretrain", *argv[1:], *FAST, "--out", str(tmp_path / "y"), "--steps", "1", "--lr", "1e-9"]
     assert M.main([*init, "--init", str(tmp_path / "public.pt")]) == 0
     found = torch.load(tmp_path / "y/last.pt", weights_only=True)
@@ -453,7 +466,7 @@ def two_steps(**flags) -> torch.Tensor:
     data = loaders.Tissue()
     training = M.Training(config, loaders.data_record(data), torch.device("cpu"), None)
     ranks = runtime.Ranks(0, 1, 0, torch.device("cpu"))
-    cases = M.labelled_cases(data, config, 0) if config.method == "unet" else M.pretraining_cases(data, config)
+    cases = M.labelled_cases(data, config) if config.method == "unet" else M.pretraining_cases(data, config)
     loader = torch.utils.data.DataLoader(M.Crops(data, config, cases), batch_sampler=M.Sharded(config, ranks, 0))
     batches, by_t = iter(loader), runtime.LossByTime(M.T, ranks.device)
     for _ in range(2):
