@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 PRESET=${PRESET:-paper}
-ACCUMULATE=${ACCUMULATE:-$([ $PRESET = paper ] && echo 8 || echo 1)} # a step of the paper's network keeps 2.3 GB a crop
+ACCUMULATE=${ACCUMULATE:-8} # a step of the paper's network keeps 2.3 GB a crop; with PRESET=laptop use 1
 SPLIT=${SPLIT:-test}
 OUT=runs/mdm-glas
 
