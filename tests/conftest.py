@@ -25,6 +25,19 @@ from common import runtime  # noqa: E402  (found by the line above)
 from data_prep import msd  # noqa: E402
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", default="1/1", metavar="I/N", help="every Nth of the test files, beginning with the Ith")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """--part I/N: two of them at once take two cores. Files stay whole, since their tests share trained networks."""
+    part, parts = (int(n) for n in config.getoption("--part").split("/"))
+    files = sorted({item.path for item in items}, key=lambda path: (-path.stat().st_size, path))
+    mine = set(files[part - 1 :: parts])
+    config.hook.pytest_deselected(items=[item for item in items if item.path not in mine])
+    items[:] = [item for item in items if item.path in mine]
+
+
 class CommandLine:
     """A script as a user runs it; name: without .py, main: its own."""
 
