@@ -68,10 +68,10 @@ Usage
     torchrun --nproc_per_node=4 masked_diffusion.py --data glas --accumulate 4   the paper's setting, 25 GB a GPU
 
 Expect
-    The bare run takes four minutes of one core's time on a server CPU, nearly half of it pre-training, and prints scores of
-    ten unseen sections, with 8 labels: mean Dice 0.48, SD over three classifiers 0.16, beside 0.68 of the same network
-    with random weights, 0.43 of calling all foreground and 0.42 of colour alone. 150 steps of pre-training are too few
-    to help, random convolutions being good at telling textures: the run shows how the comparison is made, no more.
+    The bare run takes four minutes of one core's time on a server CPU, nearly half of it pre-training, and prints the
+    scores of ten unseen sections, with 8 labels: mean Dice 0.48, SD over three classifiers 0.16, beside 0.68 of the
+    same network with random weights, 0.43 of calling all foreground and 0.42 of colour alone. 150 steps of pre-training
+    are too few to help, random convolutions being good at telling textures: the run shows how the comparison is made.
 """
 
 import copy
