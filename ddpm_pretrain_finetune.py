@@ -70,8 +70,8 @@ Usage
 Expect
     The bare run takes four and a half minutes on two cores of a server CPU, two of them pre-training (600 steps), and
     prints the Dice of four organs in 24 unseen scans after learning from 4 slices, over three draws of them: decoder
-    0.48, the same from random weights (the control) 0.28, scratch 0.39 to 0.45 (rounding alone, on one thread or two,
-    moves it so far). The 16 samples show bodies, their brightness is still off.
+    0.48, the same from random weights (the control) 0.28, scratch 0.45 on one thread and 0.39 on two. The 16 samples
+    show bodies, their brightness is still off.
 """
 
 import copy

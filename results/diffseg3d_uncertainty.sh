@@ -33,6 +33,12 @@ for name, sd, gamma in (("noise05", 0.05, 1), ("noise10", 0.1, 1), ("noise20", 0
         np.save(file, image.clip(0, 1).astype(np.float16))
     shutil.copy(source / "dataset.json", folder)  # the last: a folder with it is whole
 PYTHON_END
+# The control: a U-net that saw noise of any SD up to 0.2 in training, in half of the steps of the others
+$PYTHON diffseg3d_recycle.py train $FLAGS --data hippocampus --eval-every 400 --steps 1600 --method unet --image-range 0,1 \
+  --image-noise 0.2 --out $D-unet-noise-0
+for NAME in hippocampus hippocampus-noise05 hippocampus-noise10 hippocampus-noise20; do
+  $PYTHON diffseg3d_recycle.py evaluate $FLAGS --data $NAME --checkpoint $D-unet-noise-0/best.pt --out runs/diffseg3d-$NAME-unet-noise-0
+done
 for NAME in noise05 noise10 noise20 gamma05 gamma20; do
   for ROW in prev none unet; do
     for S in 0 1 2; do
