@@ -81,7 +81,7 @@ def test_bare_run_pretrains_segments_and_prints_the_floors(tmp_path, capsys):
     assert M.main([*FAST, *LATER, "--out", str(out), "--steps", "2"]) == 0
     text = capsys.readouterr().out
     assert "MDM (Pan et al. 2023), mdm" in text and "differs   D1 D2 D4 D10 D11" in text and "3 of them test" in text
-    assert "note: 2 of these 2 images may have been seen in pre-training, without labels" in text
+    assert text.count("note: 2 of these 2 images may have been seen in pre-training, without labels") == 1
     assert text.count("note: SD: over classifiers on one pre-trained network, with the same labelled images") == 1
     assert text.count("note: SD: over networks") == 1  # of random weights, a network a run
     side = text.split("side by side")[1]
