@@ -2,9 +2,9 @@
 # GlaS on a laptop: does masking as pre-training help to segment glands with 8 and 85 labelled images? Rows MDM, DDPM, MAE
 # (small), MDM with the SSIM that sees the sign, the same network untrained, and supervised; floors stand under each
 # table. SRC holds the images at half resolution (a 64-pixel window then shows 79 micrometres); tiles of 4 pixels, as 8 at full.
-# The preset's 3,000 steps of 16 crops of 64 pixels, except MAE, whose steps are cheaper: as many as take the same time.
+# The preset's 3,000 steps of 16 crops of 64 pixels; MAE's steps are cheaper, its number and rate are guesses, not yet timed.
 # Test images are those of testA; nothing is chosen on them. All can be stopped and continued by running this file again.
-# SEEDS="0 1" adds a second pre-training of MDM and DDPM.
+# SEEDS=0 leaves the second pre-training of MDM and DDPM out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SRC=${SRC:?set SRC to the folder of GlaS images}
