@@ -1256,9 +1256,9 @@ def gram(small: int, large: int, device: torch.device) -> Tensor:
 
 
 def square_sum(x: Tensor, size: Sequence[int]) -> Tensor:
-    """The sum of squares of up(x, size), without enlarging: sum over c of <X_c, G_h X_c G_w>."""
+    """The sum of squares of up(x, size), without enlarging: sum over c of <X_c, G_h X_c G_w>. [B, C, h, w] -> [B]."""
     gh, gw = gram(x.shape[2], size[0], x.device), gram(x.shape[3], size[1], x.device)
-    return (x * (gh @ x @ gw)).sum()
+    return (x * (gh @ x @ gw)).sum((1, 2, 3))
 
 
 Key = tuple[int | str, ...]
@@ -1293,9 +1293,9 @@ class Backbone:
 
     @torch.no_grad()
     def features(self, x0: Tensor, key: Key | list[Key]) -> tuple[list[Tensor], Tensor]:
-        """Native maps [1, c, h, w] fp32 of a window, times outer and blocks inner, and the norm that divides them.
+        """Native maps [B, c, h, w] fp32 of windows, times outer and blocks inner, and the norm [B] that divides them.
 
-        l2: the Frobenius norm of all maps enlarged to the window, as if they had been, so it grows with its area.
+        l2: the Frobenius norm of a window's maps enlarged to it, as if they had been, so it grows with its area.
         """
         config, maps = self.config, []
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
@@ -1303,9 +1303,9 @@ class Backbone:
                 xt, tt = self.shown(x0, t, key), torch.tensor([t], device=x0.device)
                 maps += [m.float().contiguous() for m in self.model.features(xt, tt, config.taps)]
         if config.norm == "none":
-            return maps, torch.ones((), device=self.device)
+            return maps, torch.ones(len(x0), device=self.device)
         size = x0.shape[2:]
-        total = torch.stack([square_sum(m, size) for m in maps]).sum().sqrt()
+        total = torch.stack([square_sum(m, size) for m in maps]).sum(0).sqrt()
         values = sum(m.shape[1] for m in maps) * size[0] * size[1] if config.norm == "rms" else 1
         return maps, (total / math.sqrt(values)).clamp(min=1e-12)
 
@@ -1440,14 +1440,18 @@ def window_weights(r: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def window_logits(run: Run, x0: Tensor, key: Key) -> Tensor:
-    """Logits of each member for a window [1, 3, r, r]: [M, classes, r, r] fp32."""
+def window_logits(run: Run, x0: Tensor, keys: list[Key]) -> Tensor:
+    """Logits of each member for windows [N, 3, r, r], of which each has a key: [N, M, classes, r, r] fp32."""
     net, size = run.net, x0.shape[2:]
     if net.config.method == "unet":
         with torch.autocast(net.device.type, net.dtype, enabled=net.dtype is not None):
-            return net.model(x0, torch.zeros(1, device=net.device)).float()
-    maps, norm = net.features(x0, key)
-    return torch.stack([c(maps, norm, size).T.unflatten(1, tuple(size)) for c in run.classifiers])
+            return net.model(x0, torch.zeros(len(x0), device=net.device)).float()[:, None]
+    maps, norms = net.features(x0, keys)
+    logits = [
+        torch.stack([c([m[i : i + 1] for m in maps], norm, size).T.unflatten(1, tuple(size)) for c in run.classifiers])
+        for i, norm in enumerate(norms)
+    ]
+    return torch.stack(logits)
 
 
 @dataclass(frozen=True)
@@ -1470,14 +1474,16 @@ def segment_image(run: Run, image: np.ndarray, case: str) -> Segmentation:
     front = loaders.symmetric_pad(shape, full)
     x0 = loaders.read_window(as_input(image), [-f for f in front], full)  # [3, *full]
     weight = torch.from_numpy(window_weights(r)).float().to(run.net.device)  # [r, r]
-    total: Any = 0.0
+    total: Any = None
     sums = torch.zeros(*full, device=run.net.device)
-    for y in window_starts(full[0], r):
-        for x in window_starts(full[1], r):
-            window = torch.from_numpy(np.ascontiguousarray(x0[:, y : y + r, x : x + r]))[None].to(run.net.device)
-            logits = window_logits(run, window, (run.seed, case, y, x, "test"))  # [M, classes, r, r]
-            if isinstance(total, float):
-                total = torch.zeros(*logits.shape[:2], *full, device=run.net.device)
+    corners = [(y, x) for y in window_starts(full[0], r) for x in window_starts(full[1], r)]
+    count = max(1, 256 * 256 // (r * r))  # of windows at once: as many pixels as in one of the paper's
+    for some in (corners[i : i + count] for i in range(0, len(corners), count)):
+        windows = torch.from_numpy(np.stack([x0[:, y : y + r, x : x + r] for y, x in some])).to(run.net.device)
+        found = window_logits(run, windows, [(run.seed, case, y, x, "test") for y, x in some])
+        if total is None:
+            total = torch.zeros(*found.shape[1:3], *full, device=run.net.device)
+        for (y, x), logits in zip(some, found):  # [M, classes, r, r]
             total[:, :, y : y + r, x : x + r] += weight * logits
             sums[y : y + r, x : x + r] += weight
     inside = tuple(slice(f, f + n) for f, n in zip(front, shape))

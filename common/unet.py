@@ -278,14 +278,15 @@ class PixelClassifier(nn.Module):
 
         maps: [1, c, h, w] each. The layer works on the native maps, and only its few channels are enlarged.
         """
-        total: Any = self.first.bias
+        sums: dict[tuple[int, ...], Tensor] = {}  # maps of one size are enlarged once, as their sum
         for f, weight in zip(maps, self.first.weight.split(self.widths, dim=1)):
+            f = f.contiguous(memory_format=torch.channels_last)  # then rows of pixels need no copy below
             small = F.conv2d(f, (weight / norm)[..., None, None])  # [1, a, h, w]
-            if where is not None:
-                total = total + pixels_of(small, where, size)  # [P, a]
-            else:
-                total = total + up(small, size)[0].flatten(1).T  # [H W, a]
-        return total
+            sums[small.shape[2:]] = sums[small.shape[2:]] + small if small.shape[2:] in sums else small
+        if where is not None:
+            return self.first.bias + sum(pixels_of(small, where, size) for small in sums.values())  # [P, a]
+        total: Any = sum(up(small, size) for small in sums.values())  # [1, a, H, W]
+        return total.permute(0, 2, 3, 1).flatten(0, 2) + self.first.bias  # [H W, a]
 
     def forward(self, maps: Sequence[Tensor], norm: Tensor, size: Sequence[int], where: Tensor | None = None) -> Tensor:
         return self.rest(self.enlarge(maps, norm, size, where))  # [P, classes]

@@ -586,6 +586,20 @@ def test_features_are_divided_by_the_frobenius_norm_of_the_whole_window():
     assert replace(PAPER).norm == "l2" and replace(PAPER, data="ffhq34").norm == "none"
 
 
+@pytest.mark.parametrize("method", ["mdm", "ddpm", "unet"])
+def test_windows_at_once_have_the_logits_of_one_at_a_time(method):
+    config = replace(TWO, method=method)
+    net = backbone(config)
+    torch.manual_seed(1)
+    heads = [M.PixelClassifier(net.widths(), 2).eval() for _ in range(2)] if method != "unet" else []
+    x, keys = image(3, 3, 16, 16), [("a", i) for i in range(3)]
+    run, each = M.Run(0, net, heads), range(3)
+    together = M.window_logits(run, x, keys)
+    assert together.shape[:2] == (3, max(1, len(heads)))
+    alone = torch.cat([M.window_logits(run, x[i : i + 1], keys[i : i + 1]) for i in each])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("size", [(16, 16), (12, 20), (7, 9)])
 def test_pixels_by_grid_sample_equal_enlarge_then_index(size):
     x = image(1, 5, 4, 6)
@@ -601,10 +615,11 @@ def test_pixels_by_grid_sample_equal_enlarge_then_index(size):
 def test_first_layer_before_enlarging_equals_after(some):
     torch.manual_seed(0)
     maps, norm, size = [image(1, 3, 4, 4), image(1, 5, 8, 8, seed=1)], torch.tensor(2.5), (16, 16)
-    classifier = M.PixelClassifier([3, 5], 2).eval()
+    maps += [image(1, 2, 8, 8, seed=2)]
+    classifier = M.PixelClassifier([3, 5, 2], 2).eval()
     torch.nn.init.normal_(classifier.first.bias)
     where = torch.tensor([[0, 0], [15, 15], [3, 9], [8, 0]]) if some else None
-    features = torch.cat([unet.up(m, size) for m in maps], dim=1) / norm  # [1, 8, 16, 16]
+    features = torch.cat([unet.up(m, size) for m in maps], dim=1) / norm  # [1, 10, 16, 16]
     flat = features[0].flatten(1).T
     flat = flat[where[:, 0] * 16 + where[:, 1]] if where is not None else flat
     torch.testing.assert_close(
@@ -869,15 +884,15 @@ def test_window_weights_equal_the_specifications():
 
 
 class Fake:
-    """window_logits that gives the window's own first channel, twice, and counts its calls."""
+    """window_logits that gives each window's own first channel, twice, and counts the windows."""
 
     def __init__(self):
         self.keys = []
 
-    def __call__(self, run, x0, key):
-        self.keys.append(key)
-        assert x0.shape == (1, 3, 16, 16)
-        return torch.stack([torch.stack([x0[0, 0], -x0[0, 0]])] * 2)
+    def __call__(self, run, x0, keys):
+        self.keys += keys
+        assert x0.shape == (len(keys), 3, 16, 16)
+        return torch.stack([torch.stack([x0[:, 0], -x0[:, 0]], dim=1)] * 2, dim=1)
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (40, 21), (9, 30), (5, 5)])
@@ -895,8 +910,10 @@ def test_logits_of_windows_are_averaged_and_cut_to_the_image(monkeypatch, shape)
 
 
 def test_windows_are_weighted_by_their_gaussian(monkeypatch):
-    calls = iter(range(9))
-    monkeypatch.setattr(M, "window_logits", lambda run, x0, key: torch.full((1, 2, 16, 16), float(next(calls))))
+    def numbered(run, x0, keys):
+        return torch.arange(len(keys)).float().reshape(-1, 1, 1, 1, 1).expand(-1, 1, 2, 16, 16)
+
+    monkeypatch.setattr(M, "window_logits", numbered)
     seen = {}
     monkeypatch.setattr(M, "vote", lambda masks: masks[0])
     plain = torch.Tensor.softmax
