@@ -33,7 +33,7 @@ Equations
 Differs
     D1  SSIM is the public code's: 5 x 5 Gaussian window, zero padding, c1 and c2 for a range of 1 although the image
         spans 2, and no gradient where SSIM < 0. On signed data it cannot tell an image from its negative: `reconstruct`
-        prints the share of sign-flipped blocks. --ssim-range unit is the correct form.
+        prints the share of sign-flipped blocks. --ssim-range unit is the correct form, which the small presets use.
     D2  tiles are hidden when features are taken, too, as in the public code (the text suggests the intact image); the
         mask is a function of (run, image, window, epoch), the public one is not seeded. --feature-mask off is the text.
     D3  ddpm: no learned variance; one noise image for all windows in training and test (public: fresh in the test).
@@ -48,10 +48,13 @@ Differs
         (iou_from_dice) and its AJI on MoNuSeg is the foreground's IoU (aji_binary). Real AJI stands beside it.
     D9  run r seeds crops, masks and classifier; the labelled images are the same in all runs (--draw). SD with ddof 1.
     D10 small images are reflected to the size of a crop; any batch size works (public: endless loop below 128 images).
-    D11 the small presets: narrow network, larger learning rate, small crops, a fixed number of classifier steps.
+    D11 the small presets: narrow network, larger learning rate, small crops (tiny: few classifier steps); see D1, D14.
     D12 FFHQ with ddpm: blocks 5, 6, 7, 8, 12, as in the public settings; the paper says 5 to 12.
     D13 --checkpoint none draws the layers too that a new network starts at zero: else all features were linear in the
         image and blind to t, no test of what pre-training adds.
+    D14 --feature-norm standard (small presets) takes out each channel's mean and SD on the labelled images. The means of
+        trained features are several times their SD: a step of Adam then shifts the first layer's output by more than
+        it varies, and batch norm's running averages, which prediction uses, lag behind.
 
 Usage
     python masked_diffusion.py                                    all of it on fake tissue: pre-train, segment, score
@@ -120,6 +123,7 @@ from common.unet import (
 SCRIPT = "masked_diffusion"
 T = 1000  # levels of masking or noise; t = 0..T-1 throughout this file
 LOG_EVERY = 50  # steps
+WINDOWS = 256 * 256  # pixels of the windows that pass a frozen network together: one of the paper's
 PATIENCE = {"medical": 20, "natural": 50}  # epochs, or steps, without a better loss before a classifier is done
 NATURAL = ("ffhq34", "celeba19")  # data sets that get the natural-image settings
 
@@ -182,7 +186,9 @@ class Config:
     blocks: tuple[int, ...] = flag((), "decoder blocks of features; empty: 8-12 medical, 5-12 natural; mae: last half")
     feature_t: tuple[int, ...] = flag((), "times of features; empty: mdm 50, ddpm 250, natural ddpm 50,150,250")
     feature_mask: Literal["on", "off"] = flag("on", "mdm: features of the masked image, or of the intact one (D2)")
-    feature_norm: Literal["auto", "l2", "rms", "none"] = flag("auto", "of a window's features; auto: medical l2")
+    feature_norm: Literal["auto", "l2", "rms", "none", "standard"] = flag(
+        "auto", "what divides a window's features; standard: mean and SD of each channel (D14); auto: medical l2"
+    )
     share_noise: Literal["on", "off"] = flag("on", "ddpm: one noise image for all features (D3)")
     # classifier
     labels: int = flag(8, "labelled training images (GlaS: 8 and 85); 0: all")
@@ -302,6 +308,7 @@ class Config:
 
 
 SMALL: dict[str, Any] = {"num_channels": 32, "vit": "small", "tile": 4, "lr": 3e-4, "ema": 0.999, "workers": 0}  # D11
+SMALL |= {"ssim_range": "unit", "feature_norm": "standard"}
 LAPTOP: dict[str, Any] = {"crop": 64, "batch": 16, "steps": 3000, "eval_every": 500, "save_every": 100, "runs": 3}
 TINY: dict[str, Any] = {
     "crop": 64,
@@ -1119,29 +1126,33 @@ def classifier_batches(
 ) -> Iterator[tuple[int, bool, list[tuple[list[Tensor], Tensor, Tensor | None]], Tensor]]:
     """Medical: (epoch, whether it ends, [(maps, norm, pixels) of each crop], labels [P]), new crops at each step.
 
-    Nothing is kept from one step to the next, so memory does not depend on the number of labelled images.
+    Maps of a few steps are kept at most, so memory does not depend on the number of labelled images.
     """
     side, device = config.crop, net.device
+    ahead = max(1, WINDOWS // (side * side * config.crops))  # steps whose windows pass the network together
     for epoch in range(5000):
         rng = np.random.default_rng(seed_of(seed, "classifier", epoch))
         order = [cases[i] for i in rng.permutation(len(cases))]
         groups = [order[i : i + config.crops] for i in range(0, len(order), config.crops)]
-        for i, group in enumerate(groups):
-            parts, labels = [], []
-            for case in group:
+        for i in range(0, len(groups), ahead):
+            windows, keys, pixels, labels = [], [], [], []
+            for case in (case for group in groups[i : i + ahead] for case in group):
                 image = data.image(case)
                 start = [int(rng.integers(0, max(n - side, 0) + 1)) for n in image.shape[1:]]
-                x0 = torch.from_numpy(as_input(cut(image, start, side)))[None].to(device)
-                maps, norm = net.features(x0, (seed, case, *start, epoch))
-                label = torch.from_numpy(cut(data.label(case), start, side).astype(np.int64)).to(device)
-                where = None
+                windows.append(as_input(cut(image, start, side)))
+                keys.append((seed, case, *start, epoch))
+                label, where = torch.from_numpy(cut(data.label(case), start, side).astype(np.int64)), None
                 if 0 < config.pixels < side * side:
-                    flat = torch.from_numpy(rng.permutation(side * side)[: config.pixels]).to(device)
-                    where = torch.stack([flat // side, flat % side], dim=1)  # [P, 2]
-                    label = label[where[:, 0], where[:, 1]]
-                parts.append((maps, norm, where))
-                labels.append(label.flatten())
-            yield epoch, i == len(groups) - 1, parts, torch.cat(labels)
+                    flat = torch.from_numpy(rng.permutation(side * side)[: config.pixels])
+                    where = torch.stack([flat // side, flat % side], dim=1).to(device)  # [P, 2]
+                    label = label.flatten()[flat]
+                pixels.append(where)
+                labels.append(label.flatten().to(device))
+            maps, norms = net.features(torch.from_numpy(np.stack(windows)).to(device), keys)
+            parts = [([m[k : k + 1] for m in maps], norm, pixels[k]) for k, norm in enumerate(norms)]
+            for k, group in enumerate(groups[i : i + ahead]):
+                step = slice(k * config.crops, (k + 1) * config.crops)
+                yield epoch, group is groups[-1], parts[step], torch.cat(labels[step])
 
 
 def fit_medical(
@@ -1224,6 +1235,22 @@ class Run:
     random: bool = False  # the network is untrained
 
 
+def standardised(net: "Backbone", data: Any, cases: Sequence[str], seed: int) -> "Backbone":
+    """The network whose features have mean 0 and SD 1 in each channel over random windows of `cases`, 64 or more."""
+    side, rng = net.config.crop, np.random.default_rng(seed_of(seed, "scale"))
+    sums: list[Any] = [[0.0, 0.0] for _ in net.widths()]  # of values and of squares, [c] each
+    count = -(-64 // len(cases))
+    for case, k in ((case, k) for case in cases for k in range(count)):
+        image = data.image(case)
+        start = [int(rng.integers(0, max(n - side, 0) + 1)) for n in image.shape[1:]]
+        x0 = torch.from_numpy(as_input(cut(image, start, side)))[None].to(net.device)
+        for total, m in zip(sums, net.features(x0, (seed, case, "scale", k))[0]):
+            total[0] += m.double().mean((0, 2, 3)) / (count * len(cases))
+            total[1] += m.double().square().mean((0, 2, 3)) / (count * len(cases))
+    means, sds = [a.float() for a, _ in sums], [(b - a * a).clamp(min=1e-12).sqrt().float() for a, b in sums]
+    return replace(net, scale=(means, sds))
+
+
 def fit(config: Config, net: "Backbone", data: Any, seed: int, out: Path) -> list[PixelClassifier]:
     """The classifiers of one run."""
     cases, name = labelled_cases(data, config), f"run of seed {seed}"
@@ -1266,12 +1293,16 @@ Key = tuple[int | str, ...]
 
 @dataclass(frozen=True)
 class Backbone:
-    """A network in use: frozen for features, or the supervised one. dtype: of autocast."""
+    """A network in use: frozen for features, or the supervised one. dtype: of autocast.
+
+    scale: --feature-norm standard: mean and SD of the features on labelled images, a vector for each map.
+    """
 
     config: Config
     model: Any
     device: torch.device
     dtype: torch.dtype | None
+    scale: tuple[list[Tensor], list[Tensor]] | None = None
 
     def shown(self, x0: Tensor, t: int, key: Key | list[Key]) -> Tensor:
         """What the network sees of a window [1, 3, H, W] at t; its mask (or noise) is a function of `key`.
@@ -1302,7 +1333,9 @@ class Backbone:
             for t in config.times:
                 xt, tt = self.shown(x0, t, key), torch.tensor([t], device=x0.device)
                 maps += [m.float().contiguous() for m in self.model.features(xt, tt, config.taps)]
-        if config.norm == "none":
+        if self.scale:
+            maps = [(m - a[:, None, None]) / b[:, None, None] for m, a, b in zip(maps, *self.scale)]  # D14
+        if config.norm in ("none", "standard"):
             return maps, torch.ones(len(x0), device=self.device)
         size = x0.shape[2:]
         total = torch.stack([square_sum(m, size) for m in maps]).sum(0).sqrt()
@@ -1477,7 +1510,7 @@ def segment_image(run: Run, image: np.ndarray, case: str) -> Segmentation:
     total: Any = None
     sums = torch.zeros(*full, device=run.net.device)
     corners = [(y, x) for y in window_starts(full[0], r) for x in window_starts(full[1], r)]
-    count = max(1, 256 * 256 // (r * r))  # of windows at once: as many pixels as in one of the paper's
+    count = max(1, WINDOWS // (r * r))
     for some in (corners[i : i + count] for i in range(0, len(corners), count)):
         windows = torch.from_numpy(np.stack([x0[:, y : y + r, x : x + r] for y, x in some])).to(run.net.device)
         found = window_logits(run, windows, [(run.seed, case, y, x, "test") for y, x in some])
@@ -1779,12 +1812,14 @@ def load_runs(config: Config, path: Path, ranks: Ranks) -> tuple[list[Run], dict
             net = shared = frozen(mine, model, ranks)
         else:
             net = shared
+        scale = [[v.to(ranks.device) for v in vectors] for vectors in state.get("scale", ())]
         members = []
         for weights in state["model"].values():
             classifier = PixelClassifier(state["widths"], len(record["classes"]) + 1)
             classifier.load_state_dict(weights)
             members.append(classifier.to(ranks.device).eval())
-        runs.append(Run(seed, net, members, state["backbone"] == "random"))
+        mine_net = replace(net, scale=(scale[0], scale[1]) if scale else None)
+        runs.append(Run(seed, mine_net, members, state["backbone"] == "random"))
     return runs, record
 
 
@@ -1839,11 +1874,13 @@ def segment(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> 
                 continue
             if random_start:
                 net = frozen(mine, untrained(mine, record), ranks)
+            if config.norm == "standard":
+                net = standardised(replace(net, scale=None), data, cases, seed)
             classifiers = fit(mine, net, data, seed, folder)
             state: dict[str, Any] = {"format": runtime.FORMAT, "script": SCRIPT, "config": asdict(mine), "step": 0}
             state |= {"model": {str(i): c.state_dict() for i, c in enumerate(classifiers)}, "ema": {}, "optimizer": {}}
             state |= {"scaler": {}, "best": {}, "data": record, "widths": net.widths()}
-            state["backbone"] = "random" if random_start else "backbone.pt"
+            state |= {"backbone": "random" if random_start else "backbone.pt", "scale": net.scale or ()}
             file.parent.mkdir(parents=True, exist_ok=True)
             runtime.save_checkpoint(file, state)
     runtime.gather(None, ranks)

@@ -24,6 +24,7 @@ needs_fixtures = pytest.mark.skipif(
 )
 TINY = M.Config(**M.PRESETS["tiny"])
 TWO = replace(TINY, channel_mult=(1, 2), num_res_blocks=1, crop=16, attention_resolutions=(2,), blocks=(0, 1, 2))
+TWO = replace(TWO, ssim_range="signed", feature_norm="l2")  # the public forms
 LAPTOP = M.Config(**M.PRESETS["laptop"])
 PAPER = M.Config(data="glas")
 RECORD = {"channels": ["r", "g", "b"], "classes": {"gland": 1}}
@@ -584,6 +585,17 @@ def test_features_are_divided_by_the_frobenius_norm_of_the_whole_window():
     assert float((large / rms).square().mean()) == pytest.approx(1, rel=1e-4)
     assert float(replace(net, config=replace(TWO, feature_norm="none")).features(x, ("k",))[1]) == 1
     assert replace(PAPER).norm == "l2" and replace(PAPER, data="ffhq34").norm == "none"
+
+
+def test_standard_features_have_mean_0_and_sd_1_in_each_channel_over_the_labelled_windows():
+    config = replace(TWO, feature_norm="standard", feature_mask="off")
+    data, plain = SimpleNamespace(image=lambda case: 255 * (image(3, 20, 24, seed=case).numpy() > 0)), backbone(config)
+    net = M.standardised(plain, data, (1, 2, 3), 0)
+    x = torch.from_numpy(np.stack([M.as_input(data.image(c))[:, y : y + 16, :16] for c in (1, 2, 3) for y in range(5)]))
+    for raw, m in zip(plain.features(x, ("k",))[0], net.features(x, ("k",))[0]):
+        assert float(raw.mean((0, 2, 3)).abs().max()) > 0.1 or float((raw.std((0, 2, 3)) - 1).abs().max()) > 0.1
+        assert float(m.mean((0, 2, 3)).abs().max()) < 0.1 and float((m.std((0, 2, 3)) - 1).abs().max()) < 0.1
+    assert net.features(x, ("k",))[1].tolist() == [1] * 15
 
 
 @pytest.mark.parametrize("method", ["mdm", "ddpm", "unet"])
