@@ -52,9 +52,9 @@ Differs
     D12 FFHQ with ddpm: blocks 5, 6, 7, 8, 12, as in the public settings; the paper says 5 to 12.
     D13 --checkpoint none draws the layers too that a new network starts at zero: else all features were linear in the
         image and blind to t, no test of what pre-training adds.
-    D14 --feature-norm standard (small presets) takes out each channel's mean and SD on the labelled images. The means of
-        trained features are several times their SD: a step of Adam then shifts the first layer's output by more than
-        it varies, and batch norm's running averages, which prediction uses, lag behind.
+    D14 --feature-norm standard (small presets) takes out each channel's mean and SD on the labelled images. The mean of
+        a trained feature is several times its SD: a step of Adam then shifts the first layer's output by more than it
+        varies, and batch norm's running averages, which prediction uses, lag behind.
 
 Usage
     python masked_diffusion.py                                    all of it on fake tissue: pre-train, segment, score

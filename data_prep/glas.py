@@ -14,6 +14,8 @@ Splits    train, testA, testB, test (A and B), and pretrain: all images, since p
           code takes. There is no val. Train and test share patients; dataset.json names them where Grade.csv does.
 Counts    85, 60 and 20. A part that is absent as a whole is left out; one in pieces is refused without --subset.
 Stored    uint8 as published, [3, Y, X]; sizes differ.
+--reduce  K: pixels K times as wide and high, for small machines: means of K x K pixels, numbers of the middle one
+          (K even: of that right and below it); what is left over at the right and lower end is cut off.
 """
 
 import argparse
@@ -43,7 +45,7 @@ FOLDER = "Warwick QU Dataset (Released 2016_07_08)"
 def read_source(src: Path, options: argparse.Namespace) -> Source:
     """List the images and annotations; faults of single cases are collected, not raised.
 
-    options: subset. Raises: InputError where nothing of GlaS is there.
+    options: reduce, subset. Raises: InputError where nothing of GlaS is there.
     """
     files: dict[str, dict[str, list[Path]]] = {}
     tables: list[Path] = []
@@ -86,7 +88,8 @@ def read_source(src: Path, options: argparse.Namespace) -> Source:
         rules=({"kind": "none"},) * 3,
         splits={**names, "test": test, "pretrain": sorted(names["train"] + test), "val": []},
         counts={part: (len(names[part]), published) for part, published in PUBLISHED.items()},
-        read=functools.partial(read_case, grades),
+        read=functools.partial(read_case, grades, options.reduce),
+        settings={"reduce": options.reduce} if options.reduce > 1 else {},
     )
 
 
@@ -117,8 +120,8 @@ def read_grades(file: Path) -> dict[str, dict[str, str]]:
     return {row[0]: {"patient": row[1], "grade": row[2]} for row in rows[1:] if len(row) >= 3}
 
 
-def read_case(grades: dict[str, dict[str, str]], case: Case, report: Report) -> Flat | None:
-    """Image, gland or not, and objects of one case; faults and notes go into the report."""
+def read_case(grades: dict[str, dict[str, str]], reduce: int, case: Case, report: Report) -> Flat | None:
+    """Image, gland or not, and objects of one case, `reduce` times smaller; faults and notes go into the report."""
     assert case.label
     image = _prepare.read_flat(report, read_image, case.images[0])
     objects = _prepare.read_flat(report, read_mask, case.label)
@@ -138,7 +141,18 @@ def read_case(grades: dict[str, dict[str, str]], case: Case, report: Report) -> 
             objects = pieces
         what = "which are numbered here" if case.id in ONE_ID else "taken as one object; is it a binary copy?"
         report.notes.append(f"{case.label}: one number for {pieces.max()} separate pieces, {what}")
+    if report.faults:
+        return None
+    image, objects = reduced(image, objects, reduce)
     return Flat(image, (objects > 0).astype(np.uint8), objects, grades.get(case.id, {}))
+
+
+def reduced(image: np.ndarray, objects: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean colours of k x k pixels and the number of their middle one: [3, Y, X], [Y, X] -> sides divided by k."""
+    rows, columns = (n // k for n in objects.shape)
+    blocks = image[:, : rows * k, : columns * k].reshape(3, rows, k, columns, k)
+    small = np.rint(blocks.mean((2, 4))).astype(np.uint8)
+    return small, objects[k // 2 :: k, k // 2 :: k][:rows, :columns]
 
 
 # --- a tiny copy of the layout ---------------------------------------------------------------------------------------
@@ -180,6 +194,13 @@ def draw_glands(rng: np.random.Generator, shape: tuple[int, int]) -> tuple[np.nd
 
 def add_flags(parser: _prepare.Parser) -> None:
     parser.add_argument("--subset", action="store_true", help="accept fewer images than published")
+    parser.add_argument("--reduce", type=parse_reduce, default=1, metavar="K", help="K times smaller images, see above")
+
+
+def parse_reduce(text: str) -> int:
+    if not re.fullmatch(r"[1-9]|1[0-6]", text):
+        raise InputError(f"--reduce is {text}, expected a whole number from 1 to 16; correct the flag")
+    return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -126,6 +126,26 @@ def test_glas_reads_an_archive_and_a_folder_above_alike(fakes, glands, tmp_path)
     np.testing.assert_array_equal(one.image("testB_1"), two.image("testB_1"))
 
 
+def test_glas_reduced_holds_means_of_colours_and_middle_numbers(glands, tmp_path):
+    whole = prepared_glas(glands, tmp_path / "p")
+    assert run(glas, "--src", glands, "--dst", tmp_path / "q", "--subset", "--reduce", 3)[0] == 0
+    data = open_prepared(tmp_path / "q")
+    image, objects = np.asarray(whole.image("train_2")), np.asarray(whole.instances("train_2"))
+    assert data.image("train_2").shape == (3, image.shape[1] // 3, image.shape[2] // 3)
+    assert abs(int(data.image("train_2")[1, 2, 4]) - image[1, 6:9, 12:15].mean()) <= 0.5
+    assert np.array_equal(data.instances("train_2"), objects[1::3, 1::3][: image.shape[1] // 3, : image.shape[2] // 3])
+    assert np.array_equal(data.label("train_2"), data.instances("train_2") > 0)
+    assert data.meta["settings"] == {"reduce": 3} and "settings" not in whole.meta
+
+
+def test_glas_refuses_to_mix_sizes_and_a_reduction_that_is_none(glands, tmp_path, capsys):
+    prepared_glas(glands, tmp_path / "p")
+    code, _, lines = run(glas, "--src", glands, "--dst", tmp_path / "p", "--subset", "--reduce", 2, capsys=capsys)
+    assert code == 2 and len(lines) == 1 and open_prepared(tmp_path / "p").image("train_2").shape[2] == 48
+    code, _, lines = run(glas, "--src", glands, "--dst", tmp_path / "q", "--reduce", "0.5", capsys=capsys)
+    assert code == 2 and "--reduce is 0.5, expected a whole number from 1 to 16" in lines[0]
+
+
 def test_glas_keeps_patients_and_grades(glands, tmp_path):
     facts = prepared_glas(glands, tmp_path / "p").meta["cases"]["testA_3"]
     assert facts["grade"] == "benign" and facts["patient"] == "7"
