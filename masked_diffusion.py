@@ -55,6 +55,8 @@ Differs
     D14 --feature-norm standard (small presets) takes out each channel's mean and SD on the labelled images. The mean of
         a trained feature is several times its SD: a step of Adam then shifts the first layer's output by more than it
         varies, and batch norm's running averages, which prediction uses, lag behind.
+    D15 --classifier-norm none (small presets) leaves batch norm out: it sees the pixels of one crop at a time in
+        training and averages of the last ten in prediction, so the classifier never learns how images differ.
 
 Usage
     python masked_diffusion.py                                    all of it on fake tissue: pre-train, segment, score
@@ -202,6 +204,7 @@ class Config:
     stop_loss: Literal["last", "epoch"] = flag("last", "stop medical: of the last batch (public code), or the mean")
     classifier_steps: int = flag(200, "stop steps: so many steps")
     classifier_lr: float = flag(1e-3, "learning rate of Adam (paper: 1e-3)")
+    classifier_norm: Literal["batch", "none"] = flag("batch", "batch norm after its two hidden layers (D15)")
     # evaluation and use
     split: str = flag("test", "which cases: a split's name")
     limit: int = flag(0, "at most so many cases; 0: all")
@@ -308,7 +311,7 @@ class Config:
 
 
 SMALL: dict[str, Any] = {"num_channels": 32, "vit": "small", "tile": 4, "lr": 3e-4, "ema": 0.999, "workers": 0}  # D11
-SMALL |= {"ssim_range": "unit", "feature_norm": "standard"}
+SMALL |= {"ssim_range": "unit", "feature_norm": "standard", "classifier_norm": "none"}
 LAPTOP: dict[str, Any] = {"crop": 64, "batch": 16, "steps": 3000, "eval_every": 500, "save_every": 100, "runs": 3}
 TINY: dict[str, Any] = {
     "crop": 64,
@@ -1121,6 +1124,10 @@ class Stopping:
         return self.missed > PATIENCE[rule]
 
 
+def new_classifier(config: Config, widths: Sequence[int], classes: int) -> PixelClassifier:
+    return PixelClassifier(widths, classes, batch_norm=config.classifier_norm == "batch")  # D15
+
+
 def classifier_batches(
     config: Config, net: "Backbone", data: Any, cases: Sequence[str], seed: int
 ) -> Iterator[tuple[int, bool, list[tuple[list[Tensor], Tensor, Tensor | None]], Tensor]]:
@@ -1161,7 +1168,7 @@ def fit_medical(
     """One classifier on random crops: the paper's on GlaS and MoNuSeg. The last weights are kept, as in its code."""
     size = (config.crop, config.crop)
     torch.manual_seed(seed_of(seed, "classifier") % 2**32)
-    classifier = PixelClassifier(net.widths(), len(data.classes) + 1).to(net.device).train()
+    classifier = new_classifier(config, net.widths(), len(data.classes) + 1).to(net.device).train()
     optimizer = torch.optim.Adam(classifier.parameters(), lr=config.classifier_lr, fused=True)
     stopping = Stopping(config)
     bar = tqdm(desc=name, unit="step", leave=False, disable=config.quiet or None)
@@ -1199,7 +1206,7 @@ def fit_natural(
 ) -> PixelClassifier:
     """One member on single random pixels of all images: the paper's on FFHQ-34 and CelebA-19."""
     torch.manual_seed(seed_of(seed, "classifier") % 2**32)
-    classifier = PixelClassifier(net.widths(), classes).to(net.device).train()
+    classifier = new_classifier(config, net.widths(), classes).to(net.device).train()
     optimizer = torch.optim.Adam(classifier.parameters(), lr=config.classifier_lr, fused=True)
     stopping, size, done = Stopping(config), config.pixels or 64, False
     bar = tqdm(desc=name, unit="step", leave=False, disable=config.quiet or None)
@@ -1815,7 +1822,7 @@ def load_runs(config: Config, path: Path, ranks: Ranks) -> tuple[list[Run], dict
         scale = [[v.to(ranks.device) for v in vectors] for vectors in state.get("scale", ())]
         members = []
         for weights in state["model"].values():
-            classifier = PixelClassifier(state["widths"], len(record["classes"]) + 1)
+            classifier = new_classifier(mine, state["widths"], len(record["classes"]) + 1)
             classifier.load_state_dict(weights)
             members.append(classifier.to(ranks.device).eval())
         mine_net = replace(net, scale=(scale[0], scale[1]) if scale else None)
@@ -2047,7 +2054,7 @@ MAY_DIFFER |= {"save_every"}
 # What pre-training does not look at.
 LATER = {"init_weights", "protocol", "blocks", "feature_t", "feature_mask", "feature_norm", "share_noise", "labels"}
 LATER |= {"draw", "runs", "ensemble", "pixels", "crops", "stop", "stop_epoch", "stop_loss", "classifier_steps"}
-LATER |= {"classifier_lr"}
+LATER |= {"classifier_lr", "classifier_norm"}
 # What a pre-trained network is: other values are refused by all later verbs.
 NETWORK = {"num_channels", "channel_mult", "num_res_blocks", "num_groups", "num_head_channels", "vit", "tile"}
 NETWORK |= {"attention_resolutions", "method", "target", "schedule", "fixed_t"}

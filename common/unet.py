@@ -257,20 +257,20 @@ class PixelClassifier(nn.Module):
     """Three layers on the feature vector of a pixel; ReLU, then batch norm, as the public codes order them.
 
     widths: channels of each feature map, in order; their sum is the vector's length. classes: with background.
+    batch_norm: False leaves it out, and draws the weights so that their outputs have the inputs' variance (He et al.).
     Source: Baranchuk et al. 2022.
     """
 
-    def __init__(self, widths: Sequence[int], classes: int):
+    def __init__(self, widths: Sequence[int], classes: int, batch_norm: bool = True):
         super().__init__()
         a, b = (128, 32) if classes < 30 else (256, 128)
         self.widths = list(widths)
         self.first = nn.Linear(sum(widths), a)
-        self.rest = nn.Sequential(
-            nn.ReLU(), nn.BatchNorm1d(a), nn.Linear(a, b), nn.ReLU(), nn.BatchNorm1d(b), nn.Linear(b, classes)
-        )
+        norm = nn.BatchNorm1d if batch_norm else nn.Identity
+        self.rest = nn.Sequential(nn.ReLU(), norm(a), nn.Linear(a, b), nn.ReLU(), norm(b), nn.Linear(b, classes))
         for m in self.modules():
             if isinstance(m, nn.Linear):
-                nn.init.normal_(m.weight, std=0.02)
+                nn.init.normal_(m.weight, std=0.02 if batch_norm else math.sqrt(2 / m.in_features))
                 nn.init.zeros_(m.bias)
 
     def enlarge(self, maps: Sequence[Tensor], norm: Tensor, size: Sequence[int], where: Tensor | None = None) -> Tensor:

@@ -24,7 +24,7 @@ needs_fixtures = pytest.mark.skipif(
 )
 TINY = M.Config(**M.PRESETS["tiny"])
 TWO = replace(TINY, channel_mult=(1, 2), num_res_blocks=1, crop=16, attention_resolutions=(2,), blocks=(0, 1, 2))
-TWO = replace(TWO, ssim_range="signed", feature_norm="l2")  # the public forms
+TWO = replace(TWO, ssim_range="signed", feature_norm="l2", classifier_norm="batch")  # the public forms
 LAPTOP = M.Config(**M.PRESETS["laptop"])
 PAPER = M.Config(data="glas")
 RECORD = {"channels": ["r", "g", "b"], "classes": {"gland": 1}}
@@ -685,6 +685,8 @@ def test_defaults_of_times_and_blocks_are_the_papers():
 )
 def test_classifier_has_the_public_number_of_parameters(dimension, classes, parameters):
     assert count(M.PixelClassifier([dimension], classes)) == parameters
+    hidden = 256 + 128 if classes >= 30 else 128 + 32
+    assert count(M.PixelClassifier([dimension], classes, batch_norm=False)) == parameters - 2 * hidden
 
 
 def test_classifier_has_batch_norm_after_relu_and_small_normal_weights():

@@ -533,6 +533,7 @@ def test_flags_of_one_method_change_it(a, b):
         {"pixels": 50},
         {"crops": 2},
         {"classifier_lr": 1e-2},
+        {"classifier_norm": "batch"},
         {"classifier_steps": 5},
         {"stop": "medical", "stop_epoch": 0},
     ],
