@@ -310,6 +310,25 @@ def read_flat(report: Report, reader: Callable[[Path, bytes], Any], path: Path) 
     return None if blob is None else attempt(report, reader, path, blob)
 
 
+def add_reduce(parser: "Parser") -> None:
+    """--reduce K, for `reduced`."""
+    parser.add_argument("--reduce", type=parse_reduce, default=1, metavar="K", help="K times smaller images, see above")
+
+
+def parse_reduce(text: str) -> int:
+    if not re.fullmatch(r"[1-9]|1[0-6]", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 16")
+    return int(text)
+
+
+def reduced(image: np.ndarray, objects: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean colours of k x k pixels and the number of their middle one: [3, Y, X], [Y, X] -> sides divided by k."""
+    rows, columns = (n // k for n in objects.shape)
+    blocks = image[:, : rows * k, : columns * k].reshape(len(image), rows, k, columns, k)
+    small = np.rint(blocks.mean((2, 4))).astype(np.uint8)
+    return small, objects[k // 2 :: k, k // 2 :: k][:rows, :columns]
+
+
 def check_case(source: Source, case: Case, allow: bool) -> Report:
     """First pass: read all files of a case, write nothing. facts["quantiles"]: of each CT channel's foreground."""
     report = Report(case.id)

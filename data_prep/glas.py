@@ -143,16 +143,8 @@ def read_case(grades: dict[str, dict[str, str]], reduce: int, case: Case, report
         report.notes.append(f"{case.label}: one number for {pieces.max()} separate pieces, {what}")
     if report.faults:
         return None
-    image, objects = reduced(image, objects, reduce)
+    image, objects = _prepare.reduced(image, objects, reduce)
     return Flat(image, (objects > 0).astype(np.uint8), objects, grades.get(case.id, {}))
-
-
-def reduced(image: np.ndarray, objects: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean colours of k x k pixels and the number of their middle one: [3, Y, X], [Y, X] -> sides divided by k."""
-    rows, columns = (n // k for n in objects.shape)
-    blocks = image[:, : rows * k, : columns * k].reshape(3, rows, k, columns, k)
-    small = np.rint(blocks.mean((2, 4))).astype(np.uint8)
-    return small, objects[k // 2 :: k, k // 2 :: k][:rows, :columns]
 
 
 # --- a tiny copy of the layout ---------------------------------------------------------------------------------------
@@ -194,13 +186,7 @@ def draw_glands(rng: np.random.Generator, shape: tuple[int, int]) -> tuple[np.nd
 
 def add_flags(parser: _prepare.Parser) -> None:
     parser.add_argument("--subset", action="store_true", help="accept fewer images than published")
-    parser.add_argument("--reduce", type=parse_reduce, default=1, metavar="K", help="K times smaller images, see above")
-
-
-def parse_reduce(text: str) -> int:
-    if not re.fullmatch(r"[1-9]|1[0-6]", text):
-        raise InputError(f"--reduce is {text}, expected a whole number from 1 to 16; correct the flag")
-    return int(text)
+    _prepare.add_reduce(parser)
 
 
 def main(argv: list[str] | None = None) -> int:

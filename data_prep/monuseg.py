@@ -13,6 +13,8 @@ Labels    Every <Region> of the XML is a nucleus, its number in instances.npy it
           vertices, or without a pixel, are left out and counted. Label 1 is every nucleus.
 --offset  o. 0.5 (default) is the pixel's centre, where the step in grey across the outline is largest on 7 images; the
           organisers' converter amounts to 1.
+--reduce  K: pixels K times as wide and high, for small machines: means of K x K pixels, numbers of the middle one
+          (K even: of that right and below it); what is left over at the right and lower end is cut off.
 Splits    train: the 30 images of the challenge; test; extra: seven that today's archive has besides. Names in the order
           of text. Images without XML are in `unlabelled`; pretrain is train and test with those. There is no val.
 Counts    30 and 14. Fewer are refused without --subset.
@@ -46,7 +48,7 @@ TRAINING, TEST = "MoNuSeg 2018 Training Data", "MoNuSegTestData"
 def read_source(src: Path, options: argparse.Namespace) -> Source:
     """List the images and their XML; faults of single cases are collected, not raised.
 
-    options: offset, subset. Raises: InputError where nothing of MoNuSeg is there.
+    options: offset, reduce, subset. Raises: InputError where nothing of MoNuSeg is there.
     """
     files: dict[str, dict[str, list[Path]]] = {}
     parts: dict[str, list[str]] = {"train": [], "test": [], "extra": []}
@@ -87,8 +89,8 @@ def read_source(src: Path, options: argparse.Namespace) -> Source:
             "val": [],
         },
         counts={part: (len(parts[part]), published) for part, published in PUBLISHED.items()},
-        read=functools.partial(read_case, options.offset),
-        settings={"offset": options.offset},
+        read=functools.partial(read_case, options.offset, options.reduce),
+        settings={"offset": options.offset} | ({"reduce": options.reduce} if options.reduce > 1 else {}),
     )
 
 
@@ -182,8 +184,8 @@ def draw_instances(
     return instances, counts
 
 
-def read_case(offset: float, case: Case, report: Report) -> Flat | None:
-    """Image, nucleus or not, and nuclei of one case; faults and notes go into the report."""
+def read_case(offset: float, reduce: int, case: Case, report: Report) -> Flat | None:
+    """Image, nucleus or not, and nuclei of one case, `reduce` times smaller; faults and notes go into the report."""
     image = _prepare.read_flat(report, read_image, case.images[0])
     read = _prepare.read_flat(report, read_outlines, case.label) if case.label else None
     if image is None or (case.label and read is None):
@@ -191,7 +193,7 @@ def read_case(offset: float, case: Case, report: Report) -> Flat | None:
     if len(image) != 3:
         report.faults.append(f"{case.images[0]}: a grey image, expected colours; is it a mask?")
     if read is None:
-        return Flat(image)
+        return Flat(_prepare.reduced(image, np.empty(image.shape[1:]), reduce)[0])
     instances, counts = draw_instances(read[0], image.shape[1:], offset)
     outside, few = counts["no_pixel"], counts["few_vertices"]
     if 2 * outside > counts["regions"]:
@@ -200,7 +202,8 @@ def read_case(offset: float, case: Case, report: Report) -> Flat | None:
     elif outside or few:
         what = f"{few} of fewer than 3 vertices, {outside} without a pixel in the image"
         report.notes.append(f"{case.label}: of {counts['regions']} regions left out: {what}")
-    facts = {"outlines": counts, "micrometres_per_pixel": read[1]}
+    facts = {"outlines": counts, "micrometres_per_pixel": read[1] and read[1] * reduce}
+    image, instances = _prepare.reduced(image, instances, reduce)
     return Flat(image, (instances > 0).astype(np.uint8), instances, facts)
 
 
@@ -261,6 +264,7 @@ def add_flags(parser: _prepare.Parser) -> None:
     parser.add_argument(
         "--offset", type=parse_offset, default=0.5, metavar="O", help="where a pixel is tested, see above"
     )
+    _prepare.add_reduce(parser)
     parser.add_argument("--subset", action="store_true", help="accept fewer images than published")
 
 

@@ -143,7 +143,7 @@ def test_glas_refuses_to_mix_sizes_and_a_reduction_that_is_none(glands, tmp_path
     code, _, lines = run(glas, "--src", glands, "--dst", tmp_path / "p", "--subset", "--reduce", 2, capsys=capsys)
     assert code == 2 and len(lines) == 1 and open_prepared(tmp_path / "p").image("train_2").shape[2] == 48
     code, _, lines = run(glas, "--src", glands, "--dst", tmp_path / "q", "--reduce", "0.5", capsys=capsys)
-    assert code == 2 and "--reduce is 0.5, expected a whole number from 1 to 16" in lines[0]
+    assert code == 2 and "'0.5' is not a whole number from 1 to 16" in lines[0]
 
 
 def test_glas_keeps_patients_and_grades(glands, tmp_path):
@@ -381,6 +381,23 @@ def test_monuseg_offset_moves_the_outlines(nuclei, tmp_path):
     one = prepared_monuseg(nuclei.parent, tmp_path / "b", "--subset", "--offset", "1")
     case = half.cases("test")[0]
     assert half.meta["settings"] == {"offset": 0.5} and (np.array(half.label(case)) != one.label(case)).any()
+
+
+def test_monuseg_reduced_holds_means_of_colours_and_middle_numbers(fakes, tmp_path):
+    whole, half = (tmp_path / name for name in "pq")
+    assert run(monuseg, "--src", fakes / "monuseg", "--dst", whole)[0] == 0
+    assert run(monuseg, "--src", fakes / "monuseg", "--dst", half, "--reduce", 2)[0] == 0
+    whole, half = open_prepared(whole), open_prepared(half)
+    assert half.meta["settings"] == {"offset": 0.5, "reduce": 2} and whole.meta["settings"] == {"offset": 0.5}
+    for case in whole.cases("pretrain"):
+        blocks = np.asarray(whole.image(case))
+        rows, columns = (n // 2 for n in blocks.shape[1:])
+        means = blocks[:, : 2 * rows, : 2 * columns].reshape(3, rows, 2, columns, 2).mean((2, 4))
+        assert np.abs(half.image(case) - means).max() <= 0.5
+        if whole.has_label(case):
+            np.testing.assert_array_equal(
+                half.instances(case), np.asarray(whole.instances(case))[1::2, 1::2][:rows, :columns]
+            )
 
 
 def test_monuseg_refuses_a_folder_of_another_offset(nuclei, tmp_path, capsys):
