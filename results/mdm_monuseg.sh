@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # MoNuSeg on a laptop: nuclei with 3 and with all labelled images; rows MDM, DDPM, the same network untrained, supervised.
-# SRC holds the publisher's archives or folders, full resolution, so tiles are 8 pixels. Under each table stands what perfect
-# masks reach when nuclei that touch are not parted (`the truth itself`). Nothing is chosen on test images. All can be stopped
-# and continued by running this file again.
+# SRC holds the publisher's archives or folders, of which images of half the width and height are made. Under each table
+# stands what perfect masks reach when nuclei that touch are not parted (`the truth itself`). Nothing is chosen on test
+# images. All can be stopped and continued by running this file again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SRC=${SRC:?set SRC to the folder of MoNuSeg}
 PYTHON=${PYTHON:-python}
-D=runs/mdm-monuseg64
-FLAGS="--data monuseg --preset laptop --tile 8 --quiet"
+D=runs/mdm-monuseg
+FLAGS="--data monuseg-small --preset laptop --quiet"
 
-[ -e data/monuseg/dataset.json ] || $PYTHON -m data_prep.monuseg --src "$SRC" --dst data/monuseg --subset
+[ -e data/monuseg-small/dataset.json ] ||
+  $PYTHON -m data_prep.monuseg --src "$SRC" --dst data/monuseg-small --subset --reduce 2
 
 $PYTHON masked_diffusion.py pretrain $FLAGS --out $D-mdm
 $PYTHON masked_diffusion.py pretrain $FLAGS --method ddpm --out $D-ddpm
