@@ -325,7 +325,7 @@ def reduced(image: np.ndarray, objects: np.ndarray, k: int) -> tuple[np.ndarray,
     """Mean colours of k x k pixels and the number of their middle one: [3, Y, X], [Y, X] -> sides divided by k."""
     rows, columns = (n // k for n in objects.shape)
     blocks = image[:, : rows * k, : columns * k].reshape(len(image), rows, k, columns, k)
-    small = np.rint(blocks.mean((2, 4))).astype(np.uint8)
+    small = np.floor(blocks.mean((2, 4)) + 0.5).astype(np.uint8)
     return small, objects[k // 2 :: k, k // 2 :: k][:rows, :columns]
 
 
