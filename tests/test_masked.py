@@ -867,6 +867,22 @@ def test_medical_classifier_is_the_same_for_the_same_seed_and_keeps_no_images():
     assert epochs == [(0, False, 2, 200), (0, True, 1, 100), (1, False, 2, 200), (1, True, 1, 100)]
 
 
+@pytest.mark.parametrize("crops, pixels", [(1, 0), (2, 0), (2, 50)])
+def test_each_step_has_the_maps_of_its_own_labels(crops, pixels):
+    labels = {c: np.random.default_rng(i).integers(0, 2, (20, 30)).astype(np.uint8) for i, c in enumerate("abcde")}
+    data = SimpleNamespace(label=labels.get, image=lambda case: np.stack([255 * labels[case]] * 3))
+    net = SimpleNamespace(device=CPU, features=lambda x0, keys: ([x0[:, :1]], torch.arange(len(keys)) + 1.0))
+    config, steps = replace(TWO, crops=crops, pixels=pixels), 0
+    for epoch, ends, parts, label in M.classifier_batches(config, net, data, "abcde", 0):
+        seen = [(maps[0] > 0).long()[0, 0] for maps, _, _ in parts]  # the label itself, from the image
+        seen = [v[where[:, 0], where[:, 1]] if where is not None else v for v, (_, _, where) in zip(seen, parts)]
+        assert torch.equal(torch.cat([v.flatten() for v in seen]), label)
+        steps += 1
+        if epoch == 1 and ends:
+            break
+    assert steps == 2 * math.ceil(5 / crops)
+
+
 # --- windows ---------------------------------------------------------------------------------------------------------
 
 

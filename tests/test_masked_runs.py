@@ -118,6 +118,16 @@ def test_other_methods_pretrain_and_segment(tmp_path, capsys, method):
         assert "--steps was 2 and is 3" in refused(capsys, "pretrain", *argv, "--steps", "3")
 
 
+def test_scale_of_the_features_is_kept_with_each_run(trained, prepared):
+    ranks = runtime.Ranks(0, 1, 0, torch.device("cpu"))
+    config = M.Config(**runtime.load_checkpoint(trained / "segment-3/run0/last.pt", M.SCRIPT)["config"])
+    data = loaders.open_data(str(prepared), axes=2)
+    for run_ in M.load_runs(config, trained / "segment-3", ranks)[0]:
+        again = M.standardised(replace(run_.net, scale=None), data, M.labelled_cases(data, config), run_.seed)
+        for kept, expected in zip(run_.net.scale, again.scale):
+            torch.testing.assert_close(kept, expected)
+
+
 def test_supervised_row_trains_a_network_a_run_and_continues(tmp_path, capsys):
     argv = ["segment", *FAST, "--method", "unet", "--labels", "3", "--runs", "2", "--limit", "2"]
     argv += ["--out", str(tmp_path / "run"), "--steps", "2"]
