@@ -60,15 +60,15 @@ Differs
 
 Usage
     python masked_diffusion.py                                    all of it on fake tissue: pre-train, segment, score
-    python -m data_prep.glas --src GlaS --dst data/glas
-    python masked_diffusion.py pretrain --data glas --preset laptop
-    python masked_diffusion.py segment --data glas --preset laptop --labels 8 --split testA
-    python masked_diffusion.py segment --data glas --preset laptop --labels 8 --split testA --checkpoint none
-    python masked_diffusion.py segment --data glas --preset laptop --labels 8 --split testA --method unet
-    python masked_diffusion.py evaluate --data glas --preset laptop --labels 8 --split testA
-    python masked_diffusion.py predict --data glas --preset laptop --labels 8 --image slide.png --output mask.png
-    python masked_diffusion.py reconstruct --data glas --preset laptop --ratio 0.25,0.5,0.75
-    python masked_diffusion.py cluster --data glas --preset laptop --blocks 5,8,12
+    python -m data_prep.glas --src GlaS --dst data/glas-small --reduce 4      a quarter of the width, for laptops
+    python masked_diffusion.py pretrain --data glas-small --preset laptop
+    python masked_diffusion.py segment --data glas-small --preset laptop --labels 8 --split testA
+    python masked_diffusion.py segment --data glas-small --preset laptop --labels 8 --split testA --checkpoint none
+    python masked_diffusion.py segment --data glas-small --preset laptop --labels 8 --split testA --method unet
+    python masked_diffusion.py evaluate --data glas-small --preset laptop --labels 8 --split testA
+    python masked_diffusion.py predict --data glas-small --preset laptop --labels 8 --image slide.png --output mask.png
+    python masked_diffusion.py reconstruct --data glas-small --preset laptop --ratio 0.25,0.5,0.75
+    python masked_diffusion.py cluster --data glas-small --preset laptop --blocks 5,8,12
     python masked_diffusion.py probe --data cifar-10-batches-py --out RUN   RUN: see results/mdm_table8_cifar.sh
     torchrun --nproc_per_node=4 masked_diffusion.py --data glas --accumulate 4   the paper's setting, 25 GB a GPU
 
@@ -1843,6 +1843,8 @@ def evaluate(config: Config, data: Any, ranks: Ranks) -> int:
     for key in ("channels", "classes"):
         if record[key] != loaders.data_record(data)[key]:
             raise InputError(f"{config.data} has {key} {data.meta[key]}, the classifier {record[key]}; prepare alike")
+    if (here := loaders.data_record(data).get("reduce", 1)) != (there := record.get("reduce", 1)):
+        raise InputError(f"{config.data} was made with --reduce {here}, the classifier's with {there}; prepare alike")
     path, out = classifier_path(config), config.run_folder
     old = runtime.load_checkpoint(run_files(path)[0], SCRIPT)["config"]
     fewer = f"-{config.limit}" if config.limit not in (0, old["limit"]) else ""
@@ -1984,7 +1986,10 @@ def augment(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def predict(config: Config, ranks: Ranks) -> int:
-    """Masks for image files or a folder of them, of any size, as PNG with the published label values."""
+    """Masks for image files or a folder of them, of any size, as PNG with the published label values.
+
+    Where the training images were reduced (data_prep's --reduce), these are too, and their masks enlarged again.
+    """
     if not config.image or not config.output:
         raise InputError("predict needs --image FILE... (or one folder) and --output FILE.png (or folder)")
     runs, record = load_runs(config, classifier_path(config), ranks)
@@ -1994,7 +1999,9 @@ def predict(config: Config, ranks: Ranks) -> int:
     if to_file and len(files) > 1:
         raise InputError(f"--output {output} is one file, --image names {len(files)} images; give a folder")
     values, faults = {int(k): v for k, v in record["label_values"].items()}, []
-    say(f"{classifier_path(config)}: {record['name']}, run of seed {run.seed}", ranks)
+    reduce = record.get("reduce", 1)
+    smaller = f"; images are made {reduce} times smaller, as those it learned from" if reduce > 1 else ""
+    say(f"{classifier_path(config)}: {record['name']}, run of seed {run.seed}{smaller}", ranks)
     for file in files[ranks.rank :: ranks.world]:
         target = output if to_file else output / f"{file.stem}.png"
         loaders.check_not_input(target, [file])
@@ -2002,10 +2009,14 @@ def predict(config: Config, ranks: Ranks) -> int:
             image = loaders.read_image(file)
             if len(image) != len(record["channels"]):
                 raise InputError(f"{file}: {len(image)} channel, expected {len(record['channels'])} (RGB); convert it")
+            if min(image.shape[1:]) < reduce:
+                raise InputError(f"{file}: {image.shape[2]} x {image.shape[1]} pixels, too few for --reduce {reduce}")
         except InputError as error:
             faults.append(str(error))
             continue
-        result = segment_image(run, image, file.stem)
+        result = segment_image(run, loaders.shrink(image, reduce), file.stem)
+        if reduce > 1:
+            result = enlarged(result, image.shape[1:], reduce)
         write_mask(target, result.mask, values)
         if config.save_maps:
             maps, colours = target.parent / "maps", figures.class_colours(len(record["classes"]))
@@ -2022,6 +2033,12 @@ def predict(config: Config, ranks: Ranks) -> int:
     if faults:
         raise InputError(f"{len(faults)} of {len(files)} images were left out: {' | '.join(faults)}")
     return 0
+
+
+def enlarged(found: Segmentation, shape: Sequence[int], k: int) -> Segmentation:
+    """Each pixel k times as wide and high; at the right and lower end the last one is repeated to `shape`."""
+    rows, columns = (np.minimum(np.arange(n) // k, size - 1) for n, size in zip(shape, found.mask.shape))
+    return Segmentation(found.mask[rows][:, columns], found.prob[:, rows][:, :, columns], found.uncertainty)
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:

@@ -800,11 +800,20 @@ def data_record(data: Prepared) -> dict:
 
     spacing: the common target spacing in mm, or None where each case keeps its own. Only where the set names them:
     grid; regions, what validation scores (a network may be evaluated on data with others); channel_suffixes, see
-    `find_inputs`; ignore, the label value that nothing counts; slices, {"side": pixels}.
+    `find_inputs`; ignore, the label value that nothing counts; slices, {"side": pixels}; reduce, see `shrink`.
     """
     keys = ("name", "channels", "classes", "label_values", "spacing", "orientation", "normalisation", "statistics")
     more = [key for key in ("grid", "regions", "channel_suffixes", "ignore", "slices") if key in data.meta]
-    return json.loads(json.dumps({key: data.meta[key] for key in (*keys, *more)}))
+    record = json.loads(json.dumps({key: data.meta[key] for key in (*keys, *more)}))
+    reduce = data.meta.get("settings", {}).get("reduce", 1)
+    return record | ({"reduce": reduce} if reduce > 1 else {})
+
+
+def shrink(image: np.ndarray, k: int) -> np.ndarray:
+    """Means of k x k pixels: uint8 [C, Y, X] -> [C, Y // k, X // k]; what is left over at the end is cut off."""
+    rows, columns = (n // k for n in image.shape[1:])
+    blocks = image[:, : rows * k, : columns * k].reshape(len(image), rows, k, columns, k)
+    return np.floor(blocks.mean((2, 4)) + 0.5).astype(np.uint8)
 
 
 def make_splits(

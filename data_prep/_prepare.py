@@ -51,6 +51,7 @@ from common.loaders import (
     orientation_name,
     read_nifti,
     resample,
+    shrink,
     slices_of,
     stack_channels,
     to_ras,
@@ -323,10 +324,8 @@ def parse_reduce(text: str) -> int:
 
 def reduced(image: np.ndarray, objects: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean colours of k x k pixels and the number of their middle one: [3, Y, X], [Y, X] -> sides divided by k."""
-    rows, columns = (n // k for n in objects.shape)
-    blocks = image[:, : rows * k, : columns * k].reshape(len(image), rows, k, columns, k)
-    small = np.floor(blocks.mean((2, 4)) + 0.5).astype(np.uint8)
-    return small, objects[k // 2 :: k, k // 2 :: k][:rows, :columns]
+    small = shrink(image, k)
+    return small, objects[k // 2 :: k, k // 2 :: k][: small.shape[1], : small.shape[2]]
 
 
 def check_case(source: Source, case: Case, allow: bool) -> Report:

@@ -30,7 +30,7 @@ from PIL import Image
 from scipy import ndimage
 
 from common import InputError
-from common.loaders import Prepared, open_prepared
+from common.loaders import Prepared, data_record, open_prepared
 from data_prep import _prepare, glas
 from data_prep._prepare import Case, Flat, Report, Source
 
@@ -319,7 +319,7 @@ def read_source(src: Path, options: argparse.Namespace) -> Source:
         for severity in options.severities
     }
     where = {f"{case}-{split}": case for split in splits for case in labelled}
-    left = len(clean) - len(labelled)
+    left, reduce = len(clean) - len(labelled), data_record(data).get("reduce", 1)
     return Source(
         name=f"{data.name}-corrupted",
         channels=tuple(data.channels),
@@ -334,7 +334,7 @@ def read_source(src: Path, options: argparse.Namespace) -> Source:
         entries={"ignore": data.ignore} if data.ignore is not None else {},
         read=functools.partial(read_case, options.seed, options.warp_label == "on"),
         check=check_case,
-        settings={"seed": options.seed, "warp_label": options.warp_label},
+        settings={"seed": options.seed, "warp_label": options.warp_label} | ({"reduce": reduce} if reduce > 1 else {}),
     )
 
 

@@ -1,6 +1,7 @@
 """masked_diffusion.py as a user runs it: pre-train, continue, segment, evaluate, predict, two processes, faults."""
 
 import json
+import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -300,6 +301,27 @@ def test_predict_reads_a_folder_of_all_kinds_and_sizes(trained, tmp_path):
     assert {"a_gland.png", "a_overlay.png", "e_overlay.png"} <= maps and len(maps) == 10
     prob = np.asarray(Image.open(tmp_path / "out/maps/a_gland.png"))
     assert ((prob > 128) <= (masks["a.png"] == 7)).all()
+
+
+def test_images_are_reduced_as_those_of_the_training_and_masks_enlarged_again(trained, prepared, tmp_path, capsys):
+    shutil.copytree(trained / "segment-3", tmp_path / "segment-3")
+    for file in (tmp_path / "segment-3").glob("run*/last.pt"):
+        state = runtime.load_checkpoint(file, M.SCRIPT)
+        torch.save(state | {"data": state["data"] | {"reduce": 3}}, file)
+    (tmp_path / "in").mkdir()
+    small = np.random.default_rng(0).integers(0, 256, (14, 20, 3)).astype(np.uint8)
+    large = np.pad(small.repeat(3, 0).repeat(3, 1), ((0, 2), (0, 1), (0, 0)), mode="edge")
+    masks = []
+    for folder, image in ((trained / "segment-3", small), (tmp_path / "segment-3", large)):
+        Image.fromarray(image).save(tmp_path / "in/a.png")
+        argv = ["predict", "--checkpoint", str(folder), "--preset", "tiny", "--image", str(tmp_path / "in/a.png")]
+        assert M.main([*argv, "--output", str(tmp_path / "out/mask.png")]) == 0
+        masks.append([np.asarray(Image.open(tmp_path / "out" / n)) for n in ("mask.png", "maps/mask_gland.png")])
+    assert "made 3 times smaller" in capsys.readouterr().out and masks[1][0].shape == (44, 61)
+    for one, other in zip(*masks):
+        assert np.array_equal(np.pad(one.repeat(3, 0).repeat(3, 1), ((0, 2), (0, 1)), mode="edge"), other)
+    argv = ["evaluate", "--checkpoint", str(tmp_path / "segment-3"), "--data", str(prepared), "--split", "testA"]
+    assert "--reduce 1, the classifier's with 3" in refused(capsys, *argv, "--out", str(tmp_path / "e"))
 
 
 def test_predict_writes_one_file_and_no_maps_where_told(trained, tmp_path):
