@@ -73,10 +73,10 @@ Usage
     torchrun --nproc_per_node=4 masked_diffusion.py --data glas --accumulate 4   the paper's setting, 25 GB a GPU
 
 Expect
-    The bare run takes two minutes on two cores of a server CPU, most of it pre-training, and prints the scores of ten
-    unseen sections, with 8 labels: mean Dice 0.58, SD over three classifiers 0.04 (0.62 and 0.05 on one thread), beside
-    0.61 (0.08) of the same network with random weights, 0.43 of calling all foreground and 0.42 of colour alone: 150
-    steps of pre-training do not help yet, the run shows how the comparison is made. On GlaS 3,000 do (results/).
+    The bare run takes four minutes on two cores of a server CPU, most of it pre-training, and prints the scores of ten
+    unseen sections, with 8 labels: mean Dice 0.66, SD over three classifiers 0.06, beside 0.61 (0.08) of the same
+    network with random weights, 0.43 of calling all foreground and 0.42 of colour alone. After 150 steps the first was
+    0.58: pre-training needs its time, on real images thousands of steps (results/mdm_glas.md).
 """
 
 import copy
@@ -315,11 +315,11 @@ LAPTOP: dict[str, Any] = {"crop": 64, "batch": 16, "steps": 3000, "eval_every": 
 TINY: dict[str, Any] = {
     "crop": 64,
     "batch": 8,
-    "steps": 150,
+    "steps": 400,
     "lr": 1e-3,
     "ema": 0.99,
-    "eval_every": 50,
-    "save_every": 50,
+    "eval_every": 100,
+    "save_every": 100,
     "runs": 3,
 }
 TINY |= {"stop": "steps", "grad_clip": 1.0}
