@@ -48,15 +48,15 @@ Differs
         (iou_from_dice) and its AJI on MoNuSeg is the foreground's IoU (aji_binary). Real AJI stands beside it.
     D9  run r seeds crops, masks and classifier; the labelled images are the same in all runs (--draw). SD with ddof 1.
     D10 small images are reflected to the size of a crop; any batch size works (public: endless loop below 128 images).
-    D11 the small presets: narrow network, larger learning rate, small crops (tiny: few classifier steps); see D1, D14.
+    D11 the small presets: narrow network, larger learning rate, small crops (tiny: few classifier steps); D1, D14, D15.
     D12 FFHQ with ddpm: blocks 5, 6, 7, 8, 12, as in the public settings; the paper says 5 to 12.
     D13 --checkpoint none draws the layers too that a new network starts at zero: else all features were linear in the
         image and blind to t, no test of what pre-training adds.
     D14 --feature-norm standard (small presets) takes out each channel's mean and SD on the labelled images. The mean of
         a trained feature is several times its SD: a step of Adam then shifts the first layer's output by more than it
         varies, and batch norm's running averages, which prediction uses, lag behind.
-    D15 --classifier-norm none (small presets) leaves batch norm out: it sees the pixels of one crop at a time in
-        training and averages of the last ten in prediction, so the classifier never learns how images differ.
+    D15 --classifier-norm none (small presets) leaves batch norm out: in training it normalises each crop by its own
+        pixels, in prediction all by running averages over the last crops.
 
 Usage
     python masked_diffusion.py                                    all of it on fake tissue: pre-train, segment, score
@@ -310,7 +310,7 @@ class Config:
 
 
 SMALL: dict[str, Any] = {"num_channels": 32, "vit": "small", "tile": 4, "lr": 3e-4, "ema": 0.999, "workers": 0}  # D11
-SMALL |= {"ssim_range": "unit", "feature_norm": "standard", "classifier_norm": "none"}
+SMALL |= {"ssim_range": "unit", "feature_norm": "standard", "classifier_norm": "none"}  # D1, D14, D15
 LAPTOP: dict[str, Any] = {"crop": 64, "batch": 16, "steps": 3000, "eval_every": 500, "save_every": 100, "runs": 3}
 TINY: dict[str, Any] = {
     "crop": 64,
