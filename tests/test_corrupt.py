@@ -1,13 +1,15 @@
 """Corruptions: the specification's values, the definitions by loops, what is random, labels, the prepared folder."""
 
 import io
+import json
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 from scipy import ndimage
 
-from common.loaders import open_prepared
+from common.loaders import data_record, open_prepared
 from data_prep import corrupt
 from data_prep.corrupt import CORRUPTIONS
 
@@ -240,6 +242,17 @@ def test_copy_depends_on_seed_case_corruption_and_severity_alone(clean, tmp_path
     copy = b.cases("gaussian_noise-2")[1]
     np.testing.assert_array_equal(a.image(copy), b.image(copy))
     assert (np.array(a.image(copy)) != c.image(copy)).any()
+
+
+def test_copies_of_reduced_images_say_so(clean, tmp_path):
+    shutil.copytree(clean, tmp_path / "half")
+    file = tmp_path / "half" / "dataset.json"
+    meta = json.loads(file.read_text())
+    file.write_text(json.dumps(meta | {"settings": meta.get("settings", {}) | {"reduce": 2}}))
+    flags = ("--corruptions", "jpeg", "--severities", 1, "--limit", 1)
+    assert run(tmp_path / "half", tmp_path / "p", *flags) == 0 and run(clean, tmp_path / "q", *flags) == 0
+    assert data_record(open_prepared(tmp_path / "p"))["reduce"] == 2
+    assert "reduce" not in open_prepared(tmp_path / "q").meta["settings"]
 
 
 def test_corrupt_continues(clean, tmp_path, capsys):
