@@ -19,7 +19,7 @@ Symbols
     eps        eps   [B, 3, H, W]      standard normal noise (ddpm)
     abar_t     abar[t]                 product of 1 - beta_s for s = 0..t
     f_theta    model(x_t, t)           the network: restored image (mdm), noise (ddpm)
-    f_k        maps                    output of decoder block k, [1, C m_k, h_k, w_k]
+    f_k        maps                    output of decoder block k, [B, C m_k, h_k, w_k]
     D          sum of channels         of all maps and times: the length of a pixel's vector
 
 Equations
@@ -56,7 +56,8 @@ Differs
         a trained feature is several times its SD: a step of Adam then shifts the first layer's output by more than it
         varies, and batch norm's running averages, which prediction uses, lag behind.
     D15 --classifier-norm none (small presets) leaves batch norm out: in training it normalises each crop by its own
-        pixels, in prediction all by running averages over the last crops.
+        pixels, in prediction all by running averages over the last crops. Weights are then drawn by He et al. instead
+        of with SD 0.02, which needs the norm.
 
 Usage
     python masked_diffusion.py                                    all of it on fake tissue: pre-train, segment, score
@@ -125,7 +126,7 @@ SCRIPT = "masked_diffusion"
 T = 1000  # levels of masking or noise; t = 0..T-1 throughout this file
 LOG_EVERY = 50  # steps
 WINDOWS = 256 * 256  # pixels of the windows that pass a frozen network together: one of the paper's
-PATIENCE = {"medical": 20, "natural": 50}  # epochs, or steps, without a better loss before a classifier is done
+PATIENCE = {"medical": 20, "natural": 50}  # a classifier is done at miss 21 (epochs) or 51 (steps) in a row
 NATURAL = ("ffhq34", "celeba19")  # data sets that get the natural-image settings
 
 # =====================================================================================================================
@@ -181,7 +182,7 @@ class Config:
     eval_every: int = flag(1000, "steps between reconstructions of the same crops")
     save_every: int = flag(500, "steps between saves")
     # features (section 4.2)
-    checkpoint: str = flag("", "segment: pre-trained weights, ours, public or `none`; evaluate, predict: a classifier")
+    checkpoint: str = flag("", "segment: pre-trained weights, ours, public or `none`; evaluate, predict: a run")
     init_weights: Literal["ema", "raw"] = flag("ema", "segment: averaged or last pre-trained weights")
     protocol: Literal["auto", "medical", "natural"] = flag("auto", "natural: settings of FFHQ-34 and CelebA-19")
     blocks: tuple[int, ...] = flag((), "decoder blocks of features; empty: 8-12 medical, 5-12 natural; mae: last half")
@@ -192,14 +193,14 @@ class Config:
     )
     share_noise: Literal["on", "off"] = flag("on", "ddpm: one noise image for all features (D3)")
     # classifier
-    labels: int = flag(8, "labelled training images (GlaS: 8 and 85); 0: all")
+    labels: int = flag(8, "labelled training images (GlaS: 8 and 85; FFHQ-34 and CelebA-19: 20); 0: all")
     draw: str = flag("first", "which ones: `first` by name (paper), or a number K that seeds a draw")
     runs: int = flag(10, "classifiers of different seeds, mean and SD over them (paper: 10)")
     ensemble: int = flag(0, "members of a run that vote; 0: medical 1, natural 10 (paper)")
     pixels: int = flag(0, "pixels a step; 0: medical all of a crop (paper: 65,536), natural 64")
     crops: int = flag(1, "crops a step (paper: 1; public settings of MoNuSeg: 16)")
     stop: Literal["auto", "medical", "natural", "steps"] = flag("auto", "when a classifier is done; auto: --protocol's")
-    stop_epoch: int = flag(40, "stop medical: index of the first epoch that counts, less 1 (MoNuSeg: 30)")
+    stop_epoch: int = flag(40, "stop medical: epochs 0 to this one do not count (GlaS: 40, MoNuSeg: 30)")
     stop_loss: Literal["last", "epoch"] = flag("last", "stop medical: of the last batch (public code), or the mean")
     classifier_steps: int = flag(200, "stop steps: so many steps")
     classifier_lr: float = flag(1e-3, "learning rate of Adam (paper: 1e-3)")
@@ -207,7 +208,7 @@ class Config:
     # evaluation and use
     split: str = flag("test", "which cases: a split's name")
     limit: int = flag(0, "at most so many cases; 0: all")
-    save_members: bool = flag(False, "evaluate: write each run's masks, not the first run's alone")
+    save_members: bool = flag(False, "segment, evaluate: write each run's masks, not the first run's alone")
     save_maps: bool = flag(True, "predict: write probabilities and an overlay beside each mask")
     image: tuple[str, ...] = flag((), "predict: PNG, JPG, BMP or TIF files, or one folder")
     output: str = flag("", "predict: file (for one image) or folder")
@@ -735,7 +736,7 @@ def pretraining_cases(data: Any, config: Config) -> list[str]:
     """All images, the test images too, since no label is used (as in the paper); --pretrain-on train leaves them."""
     splits = data.meta["splits"]
     if config.pretrain_on == "train":
-        return list(splits["train"]) + list(splits.get("unlabelled", []))
+        return [*splits.get("train", []), *splits.get("unlabelled", [])]
     return list(splits.get("pretrain") or dict.fromkeys(case for cases in splits.values() for case in cases))
 
 
@@ -746,7 +747,9 @@ def labelled_cases(data: Any, config: Config) -> list[str]:
     """
     cases = sorted(case for case in data.cases("train") if data.has_label(case))
     n = config.labels or len(cases)
-    if not cases or n > len(cases):
+    if not cases:
+        raise InputError(f"{config.data} has no labelled image in its split train; prepare data that has some")
+    if n > len(cases):
         raise InputError(f"--labels {n}: {config.data} has {len(cases)} labelled training images; lower --labels")
     if config.draw != "first":
         random.Random(int(config.draw)).shuffle(cases)
@@ -765,6 +768,11 @@ def cut(array: np.ndarray, start: Sequence[int], side: int) -> np.ndarray:
     return (
         np.pad(window, [(0, 0)] * (array.ndim - 2) + short, mode="reflect") if any(b for _, b in short) else window
     )  # D10
+
+
+def random_corner(rng: np.random.Generator, image: np.ndarray, side: int) -> list[int]:
+    """First row and column of a window somewhere in an image [3, Y, X]; 0 along an axis shorter than the window."""
+    return [int(rng.integers(0, max(n - side, 0) + 1)) for n in image.shape[1:]]
 
 
 class Crops(Dataset):
@@ -787,7 +795,7 @@ class Crops(Dataset):
         case = self.cases[order[place]]
         rng = np.random.default_rng(seed_of(config.seed, self.stream, n))
         image = self.data.image(case)
-        start = [int(rng.integers(0, max(size - side, 0) + 1)) for size in image.shape[1:]]
+        start = random_corner(rng, image, side)
         turn = slice(None, None, -1 if rng.random() < 0.5 else 1)  # left and right; a slide has neither
         x0 = as_input(cut(image, start, side))[..., turn]
         label = np.zeros((side, side), np.int64)
@@ -1051,7 +1059,8 @@ def print_header(config: Config, data: Any, cases: Sequence[str], ranks: Ranks, 
     splits = data.meta["splits"]
     test = {case for name, ids in splits.items() if name.startswith("test") for case in ids}
     seen = sum(case in test for case in cases)
-    notes = {"mdm": ["D2"], "ddpm": ["D3"], "mae": ["D6"], "unet": ["D5"]}[config.method] + ["D4", "D10"]
+    notes = {"mdm": [], "ddpm": ["D3"], "mae": ["D6"], "unet": ["D5"]}[config.method]
+    notes += ["D10"] + ["D4"] * (config.ema > 0)
     notes += ["D1"] * (config.loss_kind == "ssim" and config.ssim_range == "signed" and config.method != "unet")
     notes += ["D11"] * (config.preset != "paper")
     what = f"labels of {len(cases)} images" if config.method == "unet" else f"{len(cases)} images without labels"
@@ -1096,8 +1105,8 @@ def load_start(path: str, model: Any, ranks: Ranks, raw: bool = False) -> None:
 class Stopping:
     """Called after each step: True when a classifier is done, by the rule of --stop.
 
-    medical: the loss at the end of an epoch counts, from epoch index --stop-epoch + 1 on; natural: the loss of each
-    step, from epoch index 4 on. Done after more than PATIENCE counted losses in a row that were not the best; NaN is
+    medical: the loss at the end of an epoch counts, epochs 0 to --stop-epoch left out; natural: the loss of each step,
+    epochs 0 to 3 left out. Done after more than PATIENCE counted losses in a row that were not the best; NaN is
     never better. steps: after --classifier-steps.
     """
 
@@ -1127,12 +1136,24 @@ def new_classifier(config: Config, widths: Sequence[int], classes: int) -> Pixel
     return PixelClassifier(widths, classes, batch_norm=config.classifier_norm == "batch")  # D15
 
 
-def classifier_batches(
-    config: Config, net: "Backbone", data: Any, cases: Sequence[str], seed: int
-) -> Iterator[tuple[int, bool, list[tuple[list[Tensor], Tensor, Tensor | None]], Tensor]]:
-    """Medical: (epoch, whether it ends, [(maps, norm, pixels) of each crop], labels [P]), new crops at each step.
+@dataclass(frozen=True)
+class Step:
+    """What a classifier learns from in one step: --crops windows, and the class of each of their pixels.
 
-    Maps of a few steps are kept at most, so memory does not depend on the number of labelled images.
+    windows: (maps, what divides them, pixels [P, 2] or None for all) of each; labels: [pixels of all windows].
+    """
+
+    epoch: int
+    ends: bool  # the epoch is over after this step
+    windows: list[tuple[list[Tensor], Tensor, Tensor | None]]
+    labels: Tensor
+
+
+def classifier_steps(config: Config, net: "Backbone", data: Any, cases: Sequence[str], seed: int) -> Iterator[Step]:
+    """Medical: new crops of the labelled images at each step; an epoch has each image once.
+
+    The frozen network sees the windows of a few steps at once, the classifier those of one. Nothing else is kept, so
+    memory does not depend on the number of labelled images.
     """
     side, device = config.crop, net.device
     ahead = max(1, WINDOWS // (side * side * config.crops))  # steps whose windows pass the network together
@@ -1144,7 +1165,7 @@ def classifier_batches(
             windows, keys, pixels, labels = [], [], [], []
             for case in (case for group in groups[i : i + ahead] for case in group):
                 image = data.image(case)
-                start = [int(rng.integers(0, max(n - side, 0) + 1)) for n in image.shape[1:]]
+                start = random_corner(rng, image, side)
                 windows.append(as_input(cut(image, start, side)))
                 keys.append((seed, case, *start, epoch))
                 label, where = torch.from_numpy(cut(data.label(case), start, side).astype(np.int64)), None
@@ -1154,11 +1175,11 @@ def classifier_batches(
                     label = label.flatten()[flat]
                 pixels.append(where)
                 labels.append(label.flatten().to(device))
-            maps, norms = net.features(torch.from_numpy(np.stack(windows)).to(device), keys)
-            parts = [([m[k : k + 1] for m in maps], norm, pixels[k]) for k, norm in enumerate(norms)]
+            maps, divisors = net.window_features(torch.from_numpy(np.stack(windows)).to(device), keys)
+            found = [([m[k : k + 1] for m in maps], divisor, pixels[k]) for k, divisor in enumerate(divisors)]
             for k, group in enumerate(groups[i : i + ahead]):
                 step = slice(k * config.crops, (k + 1) * config.crops)
-                yield epoch, group is groups[-1], parts[step], torch.cat(labels[step])
+                yield Step(epoch, group is groups[-1], found[step], torch.cat(labels[step]))
 
 
 def fit_medical(
@@ -1171,17 +1192,17 @@ def fit_medical(
     optimizer = torch.optim.Adam(classifier.parameters(), lr=config.classifier_lr, fused=True)
     stopping = Stopping(config)
     bar = tqdm(desc=name, unit="step", leave=False, disable=config.quiet or None)
-    for epoch, ends, parts, label in classifier_batches(config, net, data, cases, seed):
-        first = torch.cat([classifier.enlarge(maps, norm, size, where) for maps, norm, where in parts])  # [P, a]  # D7
-        loss = F.cross_entropy(classifier.rest(first), label, ignore_index=255)  # eq. (5)
+    for step in classifier_steps(config, net, data, cases, seed):
+        outputs = [classifier.enlarge(maps, by, size, where) for maps, by, where in step.windows]  # [P, a] each  # D7
+        loss = F.cross_entropy(classifier.rest(torch.cat(outputs)), step.labels, ignore_index=255)  # eq. (5)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         bar.update()
-        if stopping(epoch, loss.detach(), ends):
+        if stopping(step.epoch, loss.detach(), step.ends):
             break
     bar.close()
-    say(f"{name}: {stopping.steps} steps, {epoch + 1} epochs, last loss {float(loss.detach()):.4f}")
+    say(f"{name}: {stopping.steps} steps, {step.epoch + 1} epochs, last loss {float(loss.detach()):.4f}")
     return classifier.eval()
 
 
@@ -1195,8 +1216,9 @@ def store_features(
         if image.shape[1:] != size:
             raise InputError(f"{config.data}: {case} has {image.shape[1:]} pixels, expected {size[0]} x {size[1]} for "
                              "--protocol natural; use --crop or --protocol medical")  # fmt: skip
-        maps, norm = net.features(torch.from_numpy(as_input(image))[None].to(net.device), (seed, case, 0, 0, 0))
-        store.add(maps, float(norm), data.label(case))
+        x0 = torch.from_numpy(as_input(image))[None].to(net.device)
+        maps, divisor = net.window_features(x0, (seed, case, 0, 0, 0))
+        store.add(maps, float(divisor), data.label(case))
     return store
 
 
@@ -1208,13 +1230,17 @@ def fit_natural(
     classifier = new_classifier(config, net.widths(), classes).to(net.device).train()
     optimizer = torch.optim.Adam(classifier.parameters(), lr=config.classifier_lr, fused=True)
     stopping, size, done = Stopping(config), config.pixels or 64, False
+    if size > len(store.pixels):
+        raise InputError(
+            f"--pixels {size}: the labelled images have {len(store.pixels)} pixels to learn from; lower it"
+        )
     bar = tqdm(desc=name, unit="step", leave=False, disable=config.quiet or None)
     for epoch in range(100):
         order = np.random.default_rng(seed_of(seed, "pixels", epoch)).permutation(store.pixels)
         count = len(order) // size  # what is left over waits for the next epoch
         for i in range(count):
             pixels = order[i * size : (i + 1) * size]
-            vectors = torch.from_numpy(store.gather(pixels)).to(net.device)  # [64, D]
+            vectors = torch.from_numpy(store.gather(pixels)).to(net.device)  # [P, D]
             label = torch.from_numpy(store.label[pixels].astype(np.int64)).to(net.device)
             loss = F.cross_entropy(classifier.rest(classifier.first(vectors)), label)  # eq. (5)
             optimizer.zero_grad(set_to_none=True)
@@ -1248,9 +1274,9 @@ def standardised(net: "Backbone", data: Any, cases: Sequence[str], seed: int) ->
     count = -(-64 // len(cases))
     for case, k in ((case, k) for case in cases for k in range(count)):
         image = data.image(case)
-        start = [int(rng.integers(0, max(n - side, 0) + 1)) for n in image.shape[1:]]
+        start = random_corner(rng, image, side)
         x0 = torch.from_numpy(as_input(cut(image, start, side)))[None].to(net.device)
-        for total, m in zip(sums, net.features(x0, (seed, case, "scale", k))[0]):
+        for total, m in zip(sums, net.window_features(x0, (seed, case, "scale", k))[0]):
             total[0] += m.double().mean((0, 2, 3)) / (count * len(cases))
             total[1] += m.double().square().mean((0, 2, 3)) / (count * len(cases))
     means, sds = [a.float() for a, _ in sums], [(b - a * a).clamp(min=1e-12).sqrt().float() for a, b in sums]
@@ -1294,7 +1320,7 @@ def square_sum(x: Tensor, size: Sequence[int]) -> Tensor:
     return (x * (gh @ x @ gw)).sum((1, 2, 3))
 
 
-Key = tuple[int | str, ...]
+Key = tuple[int | str, ...]  # seeds the mask (or noise) of one window: run, image, corner, epoch
 
 
 @dataclass(frozen=True)
@@ -1329,8 +1355,8 @@ class Backbone:
         return hide(x0, torch.from_numpy(np.stack(masks)).to(x0.device))  # D2
 
     @torch.no_grad()
-    def features(self, x0: Tensor, key: Key | list[Key]) -> tuple[list[Tensor], Tensor]:
-        """Native maps [B, c, h, w] fp32 of windows, times outer and blocks inner, and the norm [B] that divides them.
+    def window_features(self, x0: Tensor, key: Key | list[Key]) -> tuple[list[Tensor], Tensor]:
+        """Native maps [B, c, h, w] fp32 of windows, times outer and blocks inner, and what divides them [B].
 
         l2: the Frobenius norm of a window's maps enlarged to it, as if they had been, so it grows with its area.
         """
@@ -1349,10 +1375,9 @@ class Backbone:
         return maps, (total / math.sqrt(values)).clamp(min=1e-12)
 
     def widths(self) -> list[int]:
-        """Channels of each feature map; their sum is D. From one forward pass of the smallest image."""
-        side = math.lcm(self.config.tile, 2 ** (len(self.config.channel_mult) - 1))
-        x0 = torch.zeros(1, 3, side, side, device=self.device)
-        return [m.shape[1] for m in self.features(x0, ("widths",))[0]]
+        """Channels of each feature map; their sum is D. From one forward pass of an empty window."""
+        x0 = torch.zeros(1, 3, self.config.crop, self.config.crop, device=self.device)
+        return [m.shape[1] for m in self.window_features(x0, ("widths",))[0]]
 
 
 @torch.no_grad()
@@ -1398,25 +1423,30 @@ def picture(x: Any) -> np.ndarray:
     return np.rint((x[0].clamp(-1, 1).cpu().numpy().transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8)
 
 
+def shown_share(config: Config) -> Any:
+    """How a ratio t / T is called: a share of hidden tiles, or a level of noise."""
+    return lambda ratio: f"noise, t {round(ratio * T)}" if config.method == "ddpm" else f"{ratio:.0%} hidden"
+
+
 def draw_reconstructions(net: Backbone, data: Any, cases: Sequence[str], file: Path) -> list[dict[str, Any]]:
     """Each image, what is shown and what is restored at each ratio, as a picture; and scores, a row a case and ratio.
 
     psnr and ssim are of pixel values in [0, 1] over the whole window (11 x 11, L = 1); flipped: see flipped_share.
     """
-    ratios = net.config.ratio or (0.25, 0.5, 0.75)
+    ratios, name_of = net.config.ratio or (0.25, 0.5, 0.75), shown_share(net.config)
     images, titles, rows = [], [], []
     for case in cases:
         x0 = torch.from_numpy(centre(data.image(case), net.config.crop))[None].to(net.device)
         images.append(picture(x0))
         titles.append(case)
         for ratio in ratios:
-            xt, y = reconstruct_window(net, x0, min(round(ratio * T), T - 1), ("reconstruct", case))
+            xt, y = reconstruct_window(net, x0, round(ratio * T), ("reconstruct", case))
             a, b = (x0 + 1) / 2, (y.clamp(-1, 1) + 1) / 2
             row = {"case": case, "ratio": ratio, "psnr": -10 * math.log10(float((a - b).square().mean()) + 1e-10)}
             row |= {"ssim": float(ssim_map(a, b, 11).mean()), "flipped": flipped_share(x0, y)}
             rows.append(row)
             images += [picture(xt), picture(y)]
-            titles += [f"{ratio:.0%} hidden", f"flipped {row['flipped']:.1%}"]
+            titles += [name_of(ratio), f"flipped {row['flipped']:.1%}"]
     figures.montage(images, titles, file, columns=1 + 2 * len(ratios), title="image, and what is restored of it")
     return rows
 
@@ -1432,7 +1462,7 @@ def reconstruct(config: Config, data: Any, ranks: Ranks) -> int:
     for ratio in dict.fromkeys(row["ratio"] for row in rows):
         same = [row for row in rows if row["ratio"] == ratio]
         text = ", ".join(f"{k} {np.mean([row[k] for row in same]):.3f}" for k in ("psnr", "ssim", "flipped"))
-        say(f"{ratio:.0%} hidden, {len(same)} images: {text}", ranks)
+        say(f"{shown_share(config)(ratio)}, {len(same)} images: {text}", ranks)
     say(f"{out / 'figures/reconstructions.png'}", ranks)
     return 0
 
@@ -1445,7 +1475,7 @@ def cluster(config: Config, data: Any, ranks: Ranks) -> int:
         x0 = torch.from_numpy(centre(data.image(case), config.crop))[None].to(net.device)
         images.append(picture(x0))
         titles.append(case)
-        for n, f in enumerate(net.features(x0, (config.seed, case, "cluster"))[0]):
+        for n, f in enumerate(net.window_features(x0, (config.seed, case, "cluster"))[0]):
             points = f[0].flatten(1).T.double().cpu().numpy()  # [h w, c]
             rng = np.random.default_rng(seed_of(config.seed, "cluster", case, n))
             labels = kmeans2(points, config.k, iter=50, minit="++", seed=rng)[1]
@@ -1485,10 +1515,10 @@ def window_logits(run: Run, x0: Tensor, keys: list[Key]) -> Tensor:
     if net.config.method == "unet":
         with torch.autocast(net.device.type, net.dtype, enabled=net.dtype is not None):
             return net.model(x0, torch.zeros(len(x0), device=net.device)).float()[:, None]
-    maps, norms = net.features(x0, keys)
+    maps, divisors = net.window_features(x0, keys)
     logits = [
-        torch.stack([c([m[i : i + 1] for m in maps], norm, size).T.unflatten(1, tuple(size)) for c in run.classifiers])
-        for i, norm in enumerate(norms)
+        torch.stack([c([m[i : i + 1] for m in maps], by, size).T.unflatten(1, tuple(size)) for c in run.classifiers])
+        for i, by in enumerate(divisors)
     ]
     return torch.stack(logits)
 
@@ -1611,8 +1641,8 @@ def cases_of(config: Config, data: Any, labelled: bool = True) -> list[str]:
 def score(config: Config, data: Any, runs: Sequence[Run], ranks: Ranks, out: Path) -> int:
     """Score all runs on --split: table.csv with floors, metrics.csv, summary.json, masks, pictures."""
     cases, begin, one = cases_of(config, data), time.perf_counter(), len(data.classes) == 1
-    learned = any(data.has_label(case) for case in data.meta["splits"].get("train", []))  # not in a set of tests alone
-    rule = colour_rule(data, labelled_cases(data, config)) if learned else None
+    known = sum(data.has_label(case) for case in data.meta["splits"].get("train", []))  # none in a set of tests alone
+    rule = colour_rule(data, labelled_cases(data, replace(config, labels=min(config.labels, known)))) if known else None
     values = {int(k): v for k, v in data.meta["label_values"].items()}
     results: dict[str, dict[str, Scores]] = {}  # name of a run or floor -> case -> scores
     shown = []
@@ -1673,8 +1703,10 @@ def caveats(config: Config, data: Any, cases: Sequence[str], runs: Sequence[Run]
         own = config.method == "unet" or runs[0].random
         notes += ["SD: over networks" if own else "SD: over classifiers on one pre-trained network"]
         notes[-1] += ", with the same labelled images"
-    if config.method != "unet":
-        notes += ["t, blocks, tile and loss are the paper's, which chose them on its test images"]
+    usual = {"t": not config.feature_t and config.fixed_t < 0, "blocks": not config.blocks, "tile": config.tile == 8}
+    usual["loss"] = config.loss == "auto" and (config.method != "mdm" or config.ssim_range == "signed")
+    if config.method in ("mdm", "ddpm") and (names := [k for k, same in usual.items() if same]):
+        notes += [f"{', '.join(names)}: as in the paper, which chose on its test images"]
     return notes
 
 
@@ -1737,7 +1769,8 @@ def print_table(folders: Sequence[Path]) -> None:
                 same.append(row)
     order = sorted(rows, key=lambda name: not rows[name][0]["run"])  # runs first
     columns = [k for k in TITLES if any(row[k] != "nan" for same in rows.values() for row in same)]
-    lines = [f"{'':<28}" + "".join(f"{TITLES[k]:>16}" for k in columns) + f"{'runs':>6}{'images':>8}"]
+    width = max(28, *(len(name) + 1 for name in order))
+    lines = [" " * width + "".join(f"{TITLES[k]:>16}" for k in columns) + f"{'runs':>6}{'images':>8}"]
     for name in order:
         cells = []
         for k in columns:
@@ -1745,7 +1778,7 @@ def print_table(folders: Sequence[Path]) -> None:
             spread = f"±{values.std(ddof=1):.3f}" if len(values) > 1 else ""
             cells.append("-" if np.isnan(values).all() else f"{values.mean():.3f}{spread}")
         runs = len(rows[name]) if rows[name][0]["run"] else ""
-        lines.append(f"{name:<28}" + "".join(f"{c:>16}" for c in cells) + f"{runs:>6}{rows[name][0]['images']:>8}")
+        lines.append(f"{name:<{width}}" + "".join(f"{c:>16}" for c in cells) + f"{runs:>6}{rows[name][0]['images']:>8}")
     say("\n".join(lines))
 
 
@@ -1798,13 +1831,15 @@ def frozen(config: Config, model: Any, ranks: Ranks) -> Backbone:
     return Backbone(config, model, ranks.device, runtime.number_format(config.amp, ranks.device)[0])
 
 
-def load_runs(config: Config, path: Path, ranks: Ranks) -> tuple[list[Run], dict[str, Any]]:
-    """All runs of a folder that `segment` wrote, or the one of a file; and the record of the data they learned from."""
+def load_runs(config: Config, files: Sequence[Path], ranks: Ranks) -> tuple[list[Run], dict[str, Any]]:
+    """Runs that `segment` wrote into one folder, and the record of the data they learned from."""
     runs, record, shared = [], {}, None
-    for file in run_files(path):
+    for file in files:
         state = runtime.load_checkpoint(file, SCRIPT)
         seed, record = state["config"]["seed"], state["data"]
         mine = replace(config, seed=seed)
+        if mine.method != "unet" and "backbone" not in state:
+            raise InputError(f"{file} is a pre-trained network, not a classifier; run `segment`, or name its folder")
         if mine.method == "unet":
             model = network_for(mine, record)
             model.load_state_dict(state["ema"] or state["model"])
@@ -1838,7 +1873,7 @@ def run_files(path: Path) -> list[Path]:
 
 def evaluate(config: Config, data: Any, ranks: Ranks) -> int:
     """Score the classifiers of `segment` again: on another split, or on other data of the same classes."""
-    runs, record = load_runs(config, classifier_path(config), ranks)
+    runs, record = load_runs(config, run_files(classifier_path(config)), ranks)
     for key in ("channels", "classes"):
         if record[key] != loaders.data_record(data)[key]:
             raise InputError(f"{config.data} has {key} {data.meta[key]}, the classifier {record[key]}; prepare alike")
@@ -1846,9 +1881,10 @@ def evaluate(config: Config, data: Any, ranks: Ranks) -> int:
         raise InputError(f"{config.data} was made with --reduce {here}, the classifier's with {there}; prepare alike")
     path, out = classifier_path(config), config.run_folder
     old = runtime.load_checkpoint(run_files(path)[0], SCRIPT)["config"]
+    other = f"{Path(config.data).name}-" * (config.data != old["data"])
     fewer = f"-{config.limit}" if config.limit not in (0, old["limit"]) else ""
-    if out == (path if path.is_dir() else path.parent) and config.split + fewer != old["split"]:
-        out = out / (config.split + fewer)  # the scores of `segment` stay
+    if out == (path if path.is_dir() else path.parent) and other + config.split + fewer != old["split"]:
+        out = out / (other + config.split + fewer)  # the scores of `segment` stay
     return score(config, data, runs, ranks, out)
 
 
@@ -1858,6 +1894,8 @@ def segment(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> 
     cases_of(config, data)  # before hours of work: is there something to score, and something to learn from
     cases = labelled_cases(data, config)
     seeds = range(config.seed, config.seed + config.runs)
+    empty: dict[str, Any] = {"format": runtime.FORMAT, "script": SCRIPT, "step": 0, "data": record}
+    empty |= {"ema": {}, "optimizer": {}, "scaler": {}, "best": {}}  # keys that every checkpoint has
     if config.method == "unet":
         for seed in seeds:
             code = train(replace(config, seed=seed, out=str(folder / f"run{seed}")), data, ranks, stop)
@@ -1865,49 +1903,54 @@ def segment(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> 
                 return code
         stop.restore()  # from here on there is nothing to save
     else:
-        net = load_backbone(config, data, ranks)
-        runtime.make_run(folder, asdict(config), config.overwrite, ranks)
+        net, backbone = load_backbone(config, data, ranks), folder / "backbone.pt"
         random_start = config.checkpoint == "none"
-        if ranks.first and not random_start:
-            keep_backbone(folder / "backbone.pt", net, record)
+        if not config.overwrite:
+            check_started(config, net, folder)
+        runtime.make_run(folder, asdict(config), config.overwrite, ranks)
+        if ranks.first and not random_start and not backbone.exists():
+            runtime.save_checkpoint(backbone, empty | {"config": asdict(config), "model": net.model.state_dict()})
         runtime.gather(None, ranks)  # all wait until it is there
         t, blocks = config.times, config.taps
         what = f"t {t}, blocks {blocks}, {sum(net.widths())} features, norm {config.norm}, stop {config.stops}"
-        say(f"classifiers on {len(cases)} labelled images -> {folder}\n  {', '.join(cases[:8])}; {what}", ranks)
+        notes = ["D2"] * (config.method == "mdm" and config.feature_mask == "on") + ["D3"] * (config.method == "ddpm")
+        notes += ["D7", "D8", "D9"] + ["D12"] * (config.natural and config.method == "ddpm" and not config.blocks)
+        notes += ["D13"] * random_start + ["D14"] * (config.norm == "standard")
+        notes += ["D15"] * (config.classifier_norm == "none")
+        say(f"classifiers on {len(cases)} labelled images -> {folder}\n  {', '.join(cases[:8])}; {what}\n"
+            f"  differs   {' '.join(notes)} (see the top of {SCRIPT}.py)", ranks)  # fmt: skip
         for seed in seeds[ranks.rank :: ranks.world]:
             mine, file = replace(config, seed=seed), folder / f"run{seed}/last.pt"
             if file.exists():
-                old = runtime.load_checkpoint(file, SCRIPT)["config"]
-                runtime.check_same_config(old, asdict(mine), MAY_DIFFER | {"runs"}, folder)
                 continue
             if random_start:
                 net = frozen(mine, untrained(mine, record), ranks)
             if config.norm == "standard":
                 net = standardised(replace(net, scale=None), data, cases, seed)
             classifiers = fit(mine, net, data, seed, folder)
-            state: dict[str, Any] = {"format": runtime.FORMAT, "script": SCRIPT, "config": asdict(mine), "step": 0}
-            state |= {"model": {str(i): c.state_dict() for i, c in enumerate(classifiers)}, "ema": {}, "optimizer": {}}
-            state |= {"scaler": {}, "best": {}, "data": record, "widths": net.widths()}
+            state = empty | {"config": asdict(mine), "widths": net.widths()}
+            state |= {"model": {str(i): c.state_dict() for i, c in enumerate(classifiers)}}
             state |= {"backbone": "random" if random_start else "backbone.pt", "scale": net.scale or ()}
             file.parent.mkdir(parents=True, exist_ok=True)
             runtime.save_checkpoint(file, state)
     runtime.gather(None, ranks)
-    runs = [run for seed in seeds for run in load_runs(config, folder / f"run{seed}/last.pt", ranks)[0]]
+    runs, _ = load_runs(config, [folder / f"run{seed}/last.pt" for seed in seeds], ranks)
     return score(config, data, runs, ranks, folder)
 
 
-def keep_backbone(file: Path, net: Backbone, record: dict[str, Any]) -> None:
-    """The frozen weights beside the classifiers that belong to them; refuses where others lie there."""
-    weights = net.model.state_dict()
-    if file.exists():
-        old = runtime.load_checkpoint(file, SCRIPT)["model"]
+def check_started(config: Config, net: Backbone, folder: Path) -> None:
+    """Refuse to continue what `segment` began in `folder` with other settings or another frozen network."""
+    for seed in range(config.seed, config.seed + config.runs):
+        file = folder / f"run{seed}/last.pt"
+        if file.exists():
+            old = runtime.load_checkpoint(file, SCRIPT)["config"]
+            runtime.check_same_config(old, asdict(replace(config, seed=seed)), MAY_DIFFER | {"runs"}, folder)
+    file = folder / "backbone.pt"
+    if config.checkpoint != "none" and file.exists():
+        old, weights = runtime.load_checkpoint(file, SCRIPT)["model"], net.model.state_dict()
         if old.keys() != weights.keys() or any(not torch.equal(old[k], weights[k].cpu()) for k in old):
             raise InputError(f"{file} holds other weights than --checkpoint: its classifiers belong to an earlier "
                              "state; use --overwrite, or another --out")  # fmt: skip
-        return
-    state: dict[str, Any] = {"format": runtime.FORMAT, "script": SCRIPT, "config": asdict(net.config), "step": 0}
-    state |= {"model": weights, "ema": {}, "optimizer": {}, "scaler": {}, "best": {}, "data": record}
-    runtime.save_checkpoint(file, state)
 
 
 def probe(config: Config, data: Any, ranks: Ranks) -> int:
@@ -1931,7 +1974,8 @@ def probe(config: Config, data: Any, ranks: Ranks) -> int:
 
     def answers(batch: np.ndarray, epoch: int | str, numbers: Iterable[int]) -> list[Tensor]:
         x0 = torch.from_numpy(as_input(batch)).to(net.device)
-        maps, _ = net.features(x0, [(config.seed, "probe", epoch, int(n)) for n in numbers])  # each image its own mask
+        keys: list[Key] = [(config.seed, "probe", epoch, int(n)) for n in numbers]  # each image its own mask
+        maps, _ = net.window_features(x0, keys)
         return [layer(m.mean((2, 3))) for layer, m in zip(layers, maps)]  # each [B, 10]
 
     def accuracy(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -1991,10 +2035,12 @@ def predict(config: Config, ranks: Ranks) -> int:
     """
     if not config.image or not config.output:
         raise InputError("predict needs --image FILE... (or one folder) and --output FILE.png (or folder)")
-    runs, record = load_runs(config, classifier_path(config), ranks)
+    runs, record = load_runs(config, run_files(classifier_path(config)), ranks)
     files = find_images([Path(p) for p in config.image])
     output, run = Path(config.output), runs[0]
     to_file = output.suffix.lower() == ".png"
+    if not to_file and output.suffix.lower() in loaders.IMAGE_ENDINGS:
+        raise InputError(f"--output {output}: masks are PNG; end it with .png, or give a folder")
     if to_file and len(files) > 1:
         raise InputError(f"--output {output} is one file, --image names {len(files)} images; give a folder")
     values, faults = {int(k): v for k, v in record["label_values"].items()}, []
@@ -2043,9 +2089,10 @@ def enlarged(found: Segmentation, shape: Sequence[int], k: int) -> Segmentation:
 def find_images(paths: Sequence[Path]) -> list[Path]:
     """The files themselves, or the images of one folder, in order of name. Raises: InputError."""
     if len(paths) == 1 and paths[0].is_dir():
-        paths = sorted(p for p in paths[0].iterdir() if p.suffix.lower() in loaders.IMAGE_ENDINGS)
+        folder = paths[0]
+        paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in loaders.IMAGE_ENDINGS)
         if not paths:
-            raise InputError(f"{paths}: no {', '.join(loaders.IMAGE_ENDINGS)} in the folder; check --image")
+            raise InputError(f"{folder}: no {', '.join(loaders.IMAGE_ENDINGS)} in the folder; check --image")
     if missing := [str(p) for p in paths if not p.is_file()]:
         raise InputError(f"--image {', '.join(missing)}: not there, expected image files or one folder; check the path")
     names: dict[str, Path] = {}
@@ -2061,7 +2108,13 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 # =====================================================================================================================
 
 VERBS = ("pretrain", "segment", "evaluate", "predict", "reconstruct", "cluster", "probe")
-# How something trained is used once: neither kept from a training nor compared on continuing it.
+# What becomes of the flags when a later command continues or uses what an earlier one made:
+#              taken from the checkpoint   may differ                        another value is refused
+#   pretrain   -                           MAY_DIFFER, LATER                 all others
+#   segment    NETWORK, of our files       all others                        NETWORK
+#   evaluate,
+#   predict    all but ONCE                USE                               all others
+# ONCE: how something is used this time.
 ONCE = {"checkpoint", "split", "limit", "save_members", "save_maps", "image", "output", "overwrite", "quiet"}
 ONCE |= {"device", "amp", "workers", "k"}
 # On continuing a run these may differ: they change where, how fast and how long, not what.
@@ -2071,7 +2124,7 @@ MAY_DIFFER |= {"save_every"}
 LATER = {"init_weights", "protocol", "blocks", "feature_t", "feature_mask", "feature_norm", "share_noise", "labels"}
 LATER |= {"draw", "runs", "ensemble", "pixels", "crops", "stop", "stop_epoch", "stop_loss", "classifier_steps"}
 LATER |= {"classifier_lr", "classifier_norm"}
-# What a pre-trained network is: other values are refused by all later verbs.
+# What a pre-trained network is; a public file does not hold it.
 NETWORK = {"num_channels", "channel_mult", "num_res_blocks", "num_groups", "num_head_channels", "vit", "tile"}
 NETWORK |= {"attention_resolutions", "method", "target", "schedule", "fixed_t"}
 # For evaluate and predict these may differ from those of segment.
@@ -2079,7 +2132,8 @@ USE = ONCE | {"data", "preset", "out", "labels", "draw", "recompute", "compile"}
 
 
 def pretrained_path(config: Config) -> Path:
-    return Path(config.checkpoint) if config.checkpoint else config.run_folder / "last.pt"
+    path = Path(config.checkpoint) if config.checkpoint else config.run_folder
+    return path / "last.pt" if path.is_dir() or not config.checkpoint else path
 
 
 def classifier_path(config: Config) -> Path:
@@ -2093,16 +2147,23 @@ def with_pretrained(config: Config, given: dict[str, Any]) -> Config:
     state = runtime.load_tensors(path)
     if isinstance(state, dict) and "format" in state:
         every = {field.name for field in fields(Config)}
-        return runtime.trained_config(config, given, path, SCRIPT, every - NETWORK, ONCE)
-    width = width_of(state, path, given)
+        found = runtime.trained_config(config, given, path, SCRIPT, every - NETWORK, ONCE)
+        if found.method == "unet" or "backbone" in state:
+            what = "a supervised network" if found.method == "unet" else "a classifier"
+            raise InputError(f"{path} is {what}, expected a pre-trained network; choose another --checkpoint")
+        return found
+    width = network_flags_of(state, path, given)
     if config.method == "mdm" and len(state.get("module.out.2.bias", state.get("out.2.bias", ()))) == 6:
         raise InputError(f"{path} has 6 output channels, mean and variance of noise: a DDPM, not MDM; add "
                          "--method ddpm (and --schedule linear for FFHQ)")  # fmt: skip
     return replace(config, **width)
 
 
-def width_of(state: Any, path: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """num_channels of a state dict, unless it was given. Depth and multipliers cannot be told from its shapes."""
+def network_flags_of(state: Any, path: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The network's flags that were not given, as one of our checkpoints says; of a state dict only num_channels.
+
+    Depth and multipliers cannot be told from its shapes.
+    """
     if isinstance(state, dict) and "format" in state:
         saved = runtime.load_checkpoint(path, SCRIPT)["config"]
         return {k: saved[k] for k in NETWORK - {"fixed_t", "tile", "target", "schedule", "method"} if k not in given}
@@ -2118,12 +2179,16 @@ def resolve(verb: str, config: Config, given: dict[str, Any]) -> Config:
     if verb in ("", "pretrain"):
         if config.method == "unet":
             raise InputError("--method unet learns from labels, there is nothing to pre-train; use the verb segment")
+        if config.checkpoint:
+            raise InputError("--checkpoint is for the verbs after pretrain, which starts from --init; leave it out")
         if not config.init:
             return config
-        return replace(config, **width_of(runtime.load_tensors(Path(config.init)), Path(config.init), given))
+        return replace(config, **network_flags_of(runtime.load_tensors(Path(config.init)), Path(config.init), given))
     if verb in ("evaluate", "predict"):
         path = classifier_path(config)
         found = runtime.trained_config(config, given, run_files(path)[0], SCRIPT, USE, ONCE)
+        saved = runtime.load_checkpoint(run_files(path)[0], SCRIPT)["config"]
+        found = replace(found, labels=saved["labels"], draw=saved["draw"])  # the flags only said where to look
         beside = str(path if path.is_dir() else path.parent)  # without --checkpoint, --out only says where to look
         out = given.get("out", beside) if given.get("checkpoint", "none") != "none" else beside
         return replace(found, checkpoint=str(path), out=out)
@@ -2147,7 +2212,11 @@ def main(argv: Sequence[str]) -> int:
             stop.restore()
             code = predict(config, ranks)
         elif verb in ("", "pretrain", "segment"):
-            data, config = open_images(config), runtime.shared_batch(config, given, ranks)
+            data = open_images(config)
+            if verb != "segment" or config.method == "unet":
+                config = runtime.shared_batch(config, given, ranks)
+            if not verb:  # before the training: is there something to learn from afterwards, and something to score
+                cases_of(config, data), labelled_cases(data, config)
             code = train(config, data, ranks, stop) if verb != "segment" else 0
             if verb != "pretrain" and code == 0:
                 supervised = verb == "segment" and config.method == "unet"

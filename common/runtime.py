@@ -248,7 +248,8 @@ def run_main(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[str
     """Call `main`; InputError becomes one line `NAME: what is wrong; what to do` on stderr and exit code 2.
 
     Under torchrun the first process prints the line; another one waits, to be ended by torchrun, and speaks only if
-    it is alone with its error. Every other exception is a defect of ours and keeps its traceback (exit code 1).
+    it is alone with its error. So does an error of the system that names a file (no permission, no such folder, disk
+    full). Every other exception is a defect of ours and keeps its traceback (exit code 1).
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     try:
@@ -263,6 +264,10 @@ def run_main(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[str
         if rank:  # the first process has most likely met the same, or ended and thereby caused this
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(15)
+        if isinstance(error, OSError) and error.filename is not None:
+            error = InputError(
+                f"{error.filename}: {error.strerror}; check the path, its permissions and the free space"
+            )
         if not isinstance(error, InputError):
             raise
         line = (

@@ -273,23 +273,23 @@ class PixelClassifier(nn.Module):
                 nn.init.normal_(m.weight, std=0.02 if batch_norm else math.sqrt(2 / m.in_features))
                 nn.init.zeros_(m.bias)
 
-    def enlarge(self, maps: Sequence[Tensor], norm: Tensor, size: Sequence[int], where: Tensor | None = None) -> Tensor:
-        """W up(f) / norm + b for all pixels of a window [H W, a], or for those in `where` [P, 2]: [P, a].
+    def enlarge(self, maps: Sequence[Tensor], by: Tensor, size: Sequence[int], where: Tensor | None = None) -> Tensor:
+        """W up(f) / by + b for all pixels of a window [H W, a], or for those in `where` [P, 2]: [P, a].
 
         maps: [1, c, h, w] each. The layer works on the native maps, and only its few channels are enlarged.
         """
         sums: dict[tuple[int, ...], Tensor] = {}  # maps of one size are enlarged once, as their sum
         for f, weight in zip(maps, self.first.weight.split(self.widths, dim=1)):
             f = f.contiguous(memory_format=torch.channels_last)  # then rows of pixels need no copy below
-            small = F.conv2d(f, (weight / norm)[..., None, None])  # [1, a, h, w]
+            small = F.conv2d(f, (weight / by)[..., None, None])  # [1, a, h, w]
             sums[small.shape[2:]] = sums[small.shape[2:]] + small if small.shape[2:] in sums else small
         if where is not None:
             return self.first.bias + sum(pixels_of(small, where, size) for small in sums.values())  # [P, a]
         total: Any = sum(up(small, size) for small in sums.values())  # [1, a, H, W]
         return total.permute(0, 2, 3, 1).flatten(0, 2) + self.first.bias  # [H W, a]
 
-    def forward(self, maps: Sequence[Tensor], norm: Tensor, size: Sequence[int], where: Tensor | None = None) -> Tensor:
-        return self.rest(self.enlarge(maps, norm, size, where))  # [P, classes]
+    def forward(self, maps: Sequence[Tensor], by: Tensor, size: Sequence[int], where: Tensor | None = None) -> Tensor:
+        return self.rest(self.enlarge(maps, by, size, where))  # [P, classes]
 
 
 class FeatureStore:
@@ -305,7 +305,7 @@ class FeatureStore:
         self.shapes: list[tuple[int, ...]] = []  # [c, h, w] of each map
         self.starts: list[int] = []  # in the file, of each map of each image
         self.labels: list[np.ndarray] = []
-        self.norms: list[float] = []
+        self.divisors: list[float] = []
 
     @cached_property
     def label(self) -> np.ndarray:
@@ -317,14 +317,14 @@ class FeatureStore:
         """Numbers of the pixels to learn from."""
         return np.nonzero(self.label != 255)[0]
 
-    def add(self, maps: Sequence[Tensor], norm: float, label: np.ndarray) -> None:
+    def add(self, maps: Sequence[Tensor], by: float, label: np.ndarray) -> None:
         """maps [1, c, h, w], what divides them, and the classes [rows, columns] of the next image."""
         if not self.shapes:
             self.shapes = [tuple(m.shape[1:]) for m in maps]
             self.file.parent.mkdir(parents=True, exist_ok=True)
             total = sum(m.numel() for m in maps) * self.count
             self.values = np.lib.format.open_memmap(self.file, "w+", np.float16, (total,))
-        at = len(self.norms) * sum(m.numel() for m in maps)
+        at = len(self.divisors) * sum(m.numel() for m in maps)
         for m in maps:
             self.starts.append(at)
             self.values[at : at + m.numel()] = m[0].permute(1, 2, 0).half().cpu().numpy().ravel()
@@ -333,7 +333,7 @@ class FeatureStore:
         counts = np.bincount(label, minlength=256)
         label[np.isin(label, np.nonzero((counts > 0) & (counts < 20))[0])] = 255
         self.labels.append(label)
-        self.norms.append(norm)
+        self.divisors.append(by)
 
     def gather(self, pixels: np.ndarray) -> np.ndarray:
         """Feature vectors [P, D] fp32 of pixels (numbers over all images): bilinear between their four neighbours."""
@@ -354,7 +354,7 @@ class FeatureStore:
             top = (1 - fx) * read(y0, x0) + fx * read(y0, x0 + 1)
             bottom = (1 - fx) * read(y0 + 1, x0) + fx * read(y0 + 1, x0 + 1)
             parts.append((1 - fy) * top + fy * bottom)
-        return np.concatenate(parts, axis=1) / np.array(self.norms, np.float32)[image][:, None]
+        return np.concatenate(parts, axis=1) / np.array(self.divisors, np.float32)[image][:, None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

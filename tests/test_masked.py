@@ -394,7 +394,7 @@ def test_feature_dimension_equals_the_table(flags, dimension):
 def test_widths_are_derived_from_a_forward_pass():
     net = M.Backbone(TINY, M.build_model(TINY, 3, 3).eval(), CPU, None)
     assert net.widths() == [64, 64, 64, 64, 32]
-    maps, _ = net.features(torch.zeros(1, 3, 64, 64), ("x",))
+    maps, _ = net.window_features(torch.zeros(1, 3, 64, 64), ("x",))
     assert [m.shape[2] for m in maps] == [16, 16, 16, 32, 32]
     several = replace(net, config=replace(TINY, feature_t=(0, 250), blocks=(5, 12)))
     assert several.widths() == [128, 32, 128, 32]  # times outer, blocks inner
@@ -538,7 +538,7 @@ def test_mae_keeps_a_quarter_and_its_features_see_all():
     assert int((~M.Crops(loaders.Tissue(), replace(MAE, ratio=(0.5,)), ["tissue_000"])[0][3]).sum()) == 8
     net = M.Backbone(MAE, awake(MAE), CPU, None)
     x = image(1, 3, 16, 16)
-    maps, _ = net.features(x, ("a",))
+    maps, _ = net.window_features(x, ("a",))
     assert net.widths() == [192] * 4 and [tuple(m.shape) for m in maps] == [(1, 192, 4, 4)] * 4
     y = x.clone()
     y[:, :, 12:, :4] += 1  # the tile in row 3, column 0
@@ -578,12 +578,12 @@ def test_square_sum_is_exact_without_enlarging():
 def test_features_are_divided_by_the_frobenius_norm_of_the_whole_window():
     net = backbone()
     x = image(1, 3, 16, 16)
-    maps, norm = net.features(x, ("k",))
+    maps, norm = net.window_features(x, ("k",))
     large = torch.cat([unet.up(m, (16, 16)) for m in maps], dim=1)
     assert float(norm) == pytest.approx(float(large.norm()), rel=1e-5)
-    rms = replace(net, config=replace(TWO, feature_norm="rms")).features(x, ("k",))[1]
+    rms = replace(net, config=replace(TWO, feature_norm="rms")).window_features(x, ("k",))[1]
     assert float((large / rms).square().mean()) == pytest.approx(1, rel=1e-4)
-    assert float(replace(net, config=replace(TWO, feature_norm="none")).features(x, ("k",))[1]) == 1
+    assert float(replace(net, config=replace(TWO, feature_norm="none")).window_features(x, ("k",))[1]) == 1
     assert replace(PAPER).norm == "l2" and replace(PAPER, data="ffhq34").norm == "none"
 
 
@@ -592,10 +592,10 @@ def test_standard_features_have_mean_0_and_sd_1_in_each_channel_over_the_labelle
     data, plain = SimpleNamespace(image=lambda case: 255 * (image(3, 20, 24, seed=case).numpy() > 0)), backbone(config)
     net = M.standardised(plain, data, (1, 2, 3), 0)
     x = torch.from_numpy(np.stack([M.as_input(data.image(c))[:, y : y + 16, :16] for c in (1, 2, 3) for y in range(5)]))
-    for raw, m in zip(plain.features(x, ("k",))[0], net.features(x, ("k",))[0]):
+    for raw, m in zip(plain.window_features(x, ("k",))[0], net.window_features(x, ("k",))[0]):
         assert float(raw.mean((0, 2, 3)).abs().max()) > 0.1 or float((raw.std((0, 2, 3)) - 1).abs().max()) > 0.1
         assert float(m.mean((0, 2, 3)).abs().max()) < 0.1 and float((m.std((0, 2, 3)) - 1).abs().max()) < 0.1
-    assert net.features(x, ("k",))[1].tolist() == [1] * 15
+    assert net.window_features(x, ("k",))[1].tolist() == [1] * 15
 
 
 @pytest.mark.parametrize("method", ["mdm", "ddpm", "unet"])
@@ -831,7 +831,7 @@ def natural_store(tmp_path, norm="none", classes=3):
 def test_stored_features_of_single_pixels_equal_the_enlarged_ones(tmp_path, norm):
     _, net, data, store = natural_store(tmp_path, norm)
     for i, case in enumerate("abc"):
-        maps, size = net.features(torch.from_numpy(M.as_input(data.image(case)))[None], (0, case, 0, 0, 0))
+        maps, size = net.window_features(torch.from_numpy(M.as_input(data.image(case)))[None], (0, case, 0, 0, 0))
         large = torch.cat([unet.up(m, (16, 16)) for m in maps], dim=1)[0].flatten(1).T / size  # [256, D]
         pixels = np.array([0, 15, 240, 255, 17, 100])
         found = store.gather(i * 256 + pixels)
@@ -860,8 +860,8 @@ def test_medical_classifier_is_the_same_for_the_same_seed_and_keeps_no_images():
     assert torch.equal(fits[0].first.weight, fits[1].first.weight)
     assert not torch.equal(fits[0].first.weight, fits[2].first.weight)
     epochs = []
-    for epoch, ends, parts, label in M.classifier_batches(config, net, data, data.cases("train")[:3], 0):
-        epochs.append((epoch, ends, len(parts), len(label)))
+    for step in M.classifier_steps(config, net, data, data.cases("train")[:3], 0):
+        epochs.append((step.epoch, step.ends, len(step.windows), len(step.labels)))
         if len(epochs) == 4:
             break
     assert epochs == [(0, False, 2, 200), (0, True, 1, 100), (1, False, 2, 200), (1, True, 1, 100)]
@@ -871,14 +871,14 @@ def test_medical_classifier_is_the_same_for_the_same_seed_and_keeps_no_images():
 def test_each_step_has_the_maps_of_its_own_labels(crops, pixels):
     labels = {c: np.random.default_rng(i).integers(0, 2, (20, 30)).astype(np.uint8) for i, c in enumerate("abcde")}
     data = SimpleNamespace(label=labels.get, image=lambda case: np.stack([255 * labels[case]] * 3))
-    net = SimpleNamespace(device=CPU, features=lambda x0, keys: ([x0[:, :1]], torch.arange(len(keys)) + 1.0))
+    net = SimpleNamespace(device=CPU, window_features=lambda x0, keys: ([x0[:, :1]], torch.arange(len(keys)) + 1.0))
     config, steps = replace(TWO, crops=crops, pixels=pixels), 0
-    for epoch, ends, parts, label in M.classifier_batches(config, net, data, "abcde", 0):
-        seen = [(maps[0] > 0).long()[0, 0] for maps, _, _ in parts]  # the label itself, from the image
-        seen = [v[where[:, 0], where[:, 1]] if where is not None else v for v, (_, _, where) in zip(seen, parts)]
-        assert torch.equal(torch.cat([v.flatten() for v in seen]), label)
+    for step in M.classifier_steps(config, net, data, "abcde", 0):
+        seen = [(maps[0] > 0).long()[0, 0] for maps, _, _ in step.windows]  # the label itself, from the image
+        seen = [v[where[:, 0], where[:, 1]] if where is not None else v for v, (_, _, where) in zip(seen, step.windows)]
+        assert torch.equal(torch.cat([v.flatten() for v in seen]), step.labels)
         steps += 1
-        if epoch == 1 and ends:
+        if step.epoch == 1 and step.ends:
             break
     assert steps == 2 * math.ceil(5 / crops)
 

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -81,7 +82,12 @@ def test_bare_run_pretrains_segments_and_prints_the_floors(tmp_path, capsys):
     out = tmp_path / "run"
     assert M.main([*FAST, *LATER, "--out", str(out), "--steps", "2"]) == 0
     text = capsys.readouterr().out
-    assert "MDM (Pan et al. 2023), mdm" in text and "differs   D2 D4 D10 D11" in text and "3 of them test" in text
+    assert (
+        "MDM (Pan et al. 2023), mdm" in text
+        and "differs   D4 D10 D11 " in text
+        and "differs   D2 D7 D8 D9 D14 D15" in text
+        and "3 of them test" in text
+    )
     assert text.count("note: 2 of these 2 images may have been seen in pre-training, without labels") == 1
     assert text.count("note: SD: over classifiers on one pre-trained network, with the same labelled images") == 1
     assert text.count("note: SD: over networks") == 1  # of random weights, a network a run
@@ -123,7 +129,7 @@ def test_scale_of_the_features_is_kept_with_each_run(trained, prepared):
     ranks = runtime.Ranks(0, 1, 0, torch.device("cpu"))
     config = M.Config(**runtime.load_checkpoint(trained / "segment-3/run0/last.pt", M.SCRIPT)["config"])
     data = loaders.open_data(str(prepared), axes=2)
-    for run_ in M.load_runs(config, trained / "segment-3", ranks)[0]:
+    for run_ in M.load_runs(config, M.run_files(trained / "segment-3"), ranks)[0]:
         again = M.standardised(replace(run_.net, scale=None), data, M.labelled_cases(data, config), run_.seed)
         for kept, expected in zip(run_.net.scale, again.scale):
             torch.testing.assert_close(kept, expected)
@@ -245,7 +251,17 @@ def test_finished_classifiers_are_kept_and_a_missing_one_is_trained_again(traine
     a, b = (torch.load(f, weights_only=True)["model"]["0"]["first.weight"] for f in (first, second))
     expected = torch.load(trained / "segment-3/run1/last.pt", weights_only=True)["model"]["0"]["first.weight"]
     assert torch.equal(b, expected) and not torch.equal(a, b)
+    before = (out / "segment-3/config.json").read_text()
     assert "--classifier-lr was 0.001 and is 0.5" in refused(capsys, *argv, "--classifier-lr", "0.5")
+    assert (out / "segment-3/config.json").read_text() == before  # a refusal changes nothing
+    assert M.main([*argv, "--accumulate", "3"]) == 0  # of pre-training alone, whose batch it would change
+
+
+def test_runs_of_one_folder_share_the_frozen_network(trained):
+    config = M.Config(**runtime.load_checkpoint(trained / "segment-3/run0/last.pt", M.SCRIPT)["config"])
+    ranks = runtime.Ranks(0, 1, 0, torch.device("cpu"))
+    runs = M.load_runs(config, M.run_files(trained / "segment-3"), ranks)[0]
+    assert [r.seed for r in runs] == [0, 1] and runs[0].net.model is runs[1].net.model
 
 
 def test_classifiers_of_earlier_weights_are_not_mixed_with_new_ones(trained, prepared, tmp_path, capsys):
@@ -279,6 +295,31 @@ def test_evaluate_gives_what_segment_gave(trained, prepared, tmp_path):
     assert M.main([*one, "--out", str(tmp_path / "one")]) == 0
     assert (tmp_path / "one/predictions/run1/s3.png").exists()
     assert [r["run"] for r in table(tmp_path / "one/table.csv") if r["run"]] == ["1"]
+
+
+def test_scores_on_other_data_stand_beside_those_of_segment(trained, prepared, tmp_path, capsys):
+    shutil.copytree(prepared, tmp_path / "other")
+    meta = json.loads((prepared / "dataset.json").read_text())
+    meta["splits"] |= {"train": meta["splits"]["train"][:1]}  # fewer labelled images than the classifier learned from
+    (tmp_path / "other/dataset.json").write_text(json.dumps(meta))
+    before = (trained / "segment-3/table.csv").read_text()
+    argv = ["evaluate", "--checkpoint", str(trained / "segment-3"), "--preset", "tiny", "--split", "testA", "--quiet"]
+    assert M.main([*argv, "--data", str(tmp_path / "other"), "--labels", "1"]) == 0
+    assert (trained / "segment-3/table.csv").read_text() == before
+    names = [r["name"] for r in table(trained / "segment-3/other-testA/table.csv")]
+    assert names.count("MDM, 3 labels") == 2 and "colour alone" in names  # not the one label of the flag
+    assert "MDM, 3 labels" in capsys.readouterr().out
+
+
+def test_table_says_what_was_taken_from_the_paper(prepared):
+    data = loaders.open_data(str(prepared), axes=2)
+    net = SimpleNamespace(random=False)
+    paper = M.Config(data=str(prepared))
+    notes = M.caveats(paper, data, ["s3"], [net])
+    assert notes[-1] == "t, blocks, tile, loss: as in the paper, which chose on its test images"
+    other = replace(paper, tile=4, ssim_range="unit", blocks=(1, 2))
+    assert M.caveats(other, data, ["s3"], [net])[-1] == "t: as in the paper, which chose on its test images"
+    assert "as in the paper" not in " ".join(M.caveats(replace(other, fixed_t=9), data, ["s3"], [net]))
 
 
 def save_images(folder: Path) -> list[Path]:
@@ -329,6 +370,16 @@ def test_predict_writes_one_file_and_no_maps_where_told(trained, tmp_path):
     argv = ["predict", "--checkpoint", str(trained / "segment-3/run1/last.pt"), "--preset", "tiny", "--no-save-maps"]
     assert M.main([*argv, "--image", str(tmp_path / "in/a.png"), "--output", str(tmp_path / "x/mask.png")]) == 0
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["mask.png"]
+
+
+def test_predict_refuses_a_place_for_masks_that_is_no_png_and_an_empty_folder(trained, tmp_path, capsys):
+    save_images(tmp_path / "in")
+    argv = ["predict", "--checkpoint", str(trained / "segment-3"), "--preset", "tiny", "--image"]
+    error = refused(capsys, *argv, str(tmp_path / "in/a.png"), "--output", str(tmp_path / "mask.jpg"))
+    assert "mask.jpg: masks are PNG" in error and not (tmp_path / "mask.jpg").exists()
+    (tmp_path / "empty").mkdir()
+    error = refused(capsys, *argv, str(tmp_path / "empty"), "--output", str(tmp_path / "out"))
+    assert f"{tmp_path / 'empty'}: no .png" in error
 
 
 def test_predict_names_each_bad_file_and_does_the_others(trained, tmp_path, capsys):
@@ -386,6 +437,9 @@ def test_probe_pretrains_on_cifar_and_tells_classes_of_plain_colours(tmp_path, c
     [
         (["pretrain", "--crop", "50"], "--crop 50 is not a multiple of 4, which --tile asks for"),
         (["pretrain", "--method", "unet"], "--method unet learns from labels"),
+        (["pretrain", "--checkpoint", "x.pt"], "--checkpoint is for the verbs after pretrain"),
+        (["--labels", "99"], "--labels 99: synthetic has 4 labelled training images"),  # not after the pre-training
+        (["--split", "valid"], "no split 'valid'"),
         (["pretrain", "--lables", "3"], "unknown flag --lables; did you mean --labels?"),
         (["pretrain", "--data", "nowhere"], "data/nowhere: the data folder does not exist"),
         (["segment", "--out", "nothing/here"], "last.pt does not exist"),
@@ -431,6 +485,43 @@ def test_another_network_or_a_damaged_file_is_refused(capsys, trained, prepared,
     argv = ["evaluate", "--checkpoint", str(trained / "segment-3"), "--data", str(prepared), "--preset", "tiny"]
     error = refused(capsys, *argv, "--crop", "64")
     assert "was trained with --crop 32" in error
+    for verb in ("evaluate", "predict"):
+        error = refused(capsys, verb, "--checkpoint", str(trained / "last.pt"), "--image", "x.png", "--output", "y.png")
+        assert "last.pt is a pre-trained network, not a classifier" in error
+    argv = ["--data", str(prepared), "--out", str(tmp_path / "x"), "--split", "testA", "--preset", "tiny"]
+    for verb in ("segment", "reconstruct"):
+        error = refused(capsys, verb, *argv, "--checkpoint", str(trained / "segment-3/run0/last.pt"))
+        assert "run0/last.pt is a classifier, expected a pre-trained network" in error
+
+
+def test_supervised_network_is_no_pretrained_one(capsys, prepared, tmp_path):
+    argv = ["--data", str(prepared), "--split", "testA", "--preset", "tiny", "--quiet"]
+    supervised = ["--method", "unet", "--labels", "3", "--runs", "1", "--steps", "1", "--out", str(tmp_path / "a")]
+    assert M.main(["segment", *argv, *FAST, *supervised]) == 0
+    for verb in ("segment", "reconstruct"):
+        file = tmp_path / "a/segment-3-unet/run0/last.pt"
+        error = refused(capsys, verb, *argv, "--checkpoint", str(file), "--out", str(tmp_path / "b"))
+        assert "is a supervised network, expected a pre-trained network" in error and not (tmp_path / "b").exists()
+
+
+def test_data_without_a_training_split_can_be_scored_and_not_trained_on(capsys, trained, prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "tests")
+    meta = json.loads((prepared / "dataset.json").read_text())
+    meta["splits"] = {"testA": meta["splits"]["testA"]}
+    (tmp_path / "tests/dataset.json").write_text(json.dumps(meta))
+    argv = ["--data", str(tmp_path / "tests"), "--preset", "tiny", "--quiet"]
+    error = refused(capsys, "pretrain", *argv, "--pretrain-on", "train", "--out", str(tmp_path / "x"))
+    assert "has no image to train on" in error
+    argv += ["--checkpoint", str(trained / "segment-3"), "--split", "testA", "--out", str(tmp_path / "y")]
+    assert M.main(["evaluate", *argv]) == 0
+
+
+def test_run_folder_that_cannot_be_made_is_one_line(capsys, trained, prepared, tmp_path):
+    (tmp_path / "file").write_text("")
+    argv = ["--data", str(prepared), "--preset", "tiny", "--split", "testA", "--checkpoint", str(trained)]
+    for verb in ("reconstruct", "cluster"):
+        flags = ["--blocks", "1"] if verb == "cluster" else []
+        assert str(tmp_path / "file") in refused(capsys, verb, *argv, *flags, "--out", str(tmp_path / "file/run"))
 
 
 def test_public_weights_can_be_segmented_with(trained, prepared, tmp_path, capsys):
