@@ -77,6 +77,7 @@ Expect
 import copy
 import math
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -699,7 +700,7 @@ def write_labels(out: Path, slices: Sequence[Slice], total: int) -> None:
     runtime.write_json(out / "labels.json", share | {"slices": [list(at) for at in slices]})
 
 
-class Slices(Dataset):
+class Samples(Dataset):
     """Sample n = 0, 1, 2, ... of the training: which slice, its flip and t are a function of (seed, n).
 
     n counts over the global batches, so the number of processes, workers and restarts changes nothing; it runs through
@@ -860,6 +861,12 @@ def train_step(
     return norm
 
 
+SHARED = ["lr", "grad_norm", "samples_per_s", "memory_gb", "left_s", "skipped"]  # columns of log.csv
+COLUMNS = ["step", "seconds", "loss", *(f"loss_q{i}" for i in range(1, 5)), *SHARED]
+COLUMNS += ["val_loss", *(f"val_loss_t{t}" for t in PROBES)]
+FINE_COLUMNS = ["step", "seconds", "loss", *SHARED, "val_dice"]
+
+
 def train(stage: str, config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> int:
     """Pre-training or fine-tuning. Returns 0, or 130 / 143 after a signal, with everything saved."""
     device, record = ranks.device, loaders.data_record(data)
@@ -891,7 +898,7 @@ def train(stage: str, config: Config, data: Any, ranks: Ranks, stop: runtime.Sto
     net: Any = DistributedDataParallel(look) if ranks.world > 1 else look
     net.train()
     loader = DataLoader(
-        Slices(data, config, slices, fine),
+        Samples(data, config, slices, fine),
         batch_sampler=Sharded(config, ranks, run.step),
         num_workers=config.workers,
         pin_memory=device.type == "cuda",
@@ -940,12 +947,6 @@ def train(stage: str, config: Config, data: Any, ranks: Ranks, stop: runtime.Sto
     if ranks.first and run.step:
         figures.loss_curve(out / "log.csv", out / "loss.png", title=f"{stage}, {Path(config.data).name}")
     return 0
-
-
-FINE_COLUMNS = ["step", "seconds", "loss", "lr", "grad_norm", "samples_per_s", "memory_gb", "left_s", "skipped"]
-COLUMNS = [*FINE_COLUMNS[:3], *(f"loss_q{i}" for i in range(1, 5)), *FINE_COLUMNS[3:]]
-COLUMNS += ["val_loss", *(f"val_loss_t{t}" for t in PROBES)]
-FINE_COLUMNS += ["val_dice"]
 
 
 def look_at_held(run: Training, data: Any, ranks: Ranks, log: runtime.Log) -> None:
@@ -1019,10 +1020,11 @@ def print_header(run: Training, data: Any, count: int, ranks: Ranks, reason: str
     """What this run is, before it starts."""
     config, fine = run.config, run.stage == "finetune"
     share = f"{ranks.world} processes x {config.accumulate} parts x {config.batch // (ranks.world * config.accumulate)}"
-    notes = ["D2"] + ["D1"] * (config.schedule == "linear") + ["D12"] * (config.preset != "paper")
+    plain = fine and config.strategy == "scratch"  # without noise and t
+    notes = ["D2"] + ["D1"] * (config.schedule == "linear" and not plain) + ["D12"] * (config.preset != "paper")
     notes += ["D3"] * bool(config.ema) + ["D8"] * (not fine)
     if fine:
-        notes += ["D5", "D6", "D7", "D10"] + ["D4"] * (config.dice != "joint")
+        notes += ["D5", "D6", "D7"] + ["D10"] * (not plain) + ["D4"] * (config.dice != "joint")
         notes += ["D9"] * (config.strategy == "full" or (config.init == "none" and config.strategy != "scratch"))
     learn = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     lines = [f"DDPM pre-training, few labels (Huang et al. 2025), {run.stage} -> {run.out}"]
@@ -1243,10 +1245,10 @@ def ddim_step(s: Steps, i: int, xt: Tensor, eps: Tensor, eta: float, z: Tensor) 
 
 
 @torch.no_grad()
-def generate(net: "Network", numbers: Sequence[int], quiet: bool = True) -> np.ndarray:
-    """Slices [N, H, W] in [-1, 1]; the noise of each is a function of (seed, its number), whatever the batch."""
+def generate(net: "Network", numbers: Sequence[int], quiet: bool = True) -> Iterator[tuple[int, np.ndarray]]:
+    """(number, slice [H, W] in [-1, 1]); the noise of each is a function of (seed, its number), whatever the batch."""
     config, device = net.config, net.device
-    s, found = respaced(config.schedule, config.sampling_steps), []
+    s = respaced(config.schedule, config.sampling_steps)
     bar = tqdm(total=-(-len(numbers) // AT_ONCE) * len(s.t), desc="sample", leave=False, disable=quiet or None)
     for first in range(0, len(numbers), AT_ONCE):
         ns = list(numbers[first : first + AT_ONCE])
@@ -1261,9 +1263,8 @@ def generate(net: "Network", numbers: Sequence[int], quiet: bool = True) -> np.n
             else:
                 x = ddim_step(s, i, x, eps, config.eta, z)
             bar.update()
-        found.append(x[:, 0].cpu().numpy())
+        yield from zip(ns, x[:, 0].cpu().numpy())
     bar.close()
-    return np.concatenate(found) if found else np.zeros((0, config.size, config.size), np.float32)
 
 
 def hounsfield(x: np.ndarray, record: Mapping[str, Any]) -> np.ndarray:
@@ -1281,22 +1282,44 @@ def display(x: np.ndarray, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {k: np.floor(255 * u + 0.5).astype(np.uint8) for k, u in shown.items()}
 
 
+def started(net: "Network", config: Config, ranks: Ranks) -> Path:
+    """The folder samples.part, empty unless it holds slices of the same weights and settings."""
+    folder = config.run_folder / "samples.part"
+    names = ("size", "seed", "schedule", "sampler", "sampling_steps", "eta", "variance", "init_weights")
+    key = repr([getattr(net.config, k) for k in names]) + str(checkpoint_path(config).stat().st_mtime_ns)
+    if ranks.first and (not (folder / "key").exists() or (folder / "key").read_text() != key):
+        shutil.rmtree(folder, ignore_errors=True)
+        loaders.atomic_write(folder / "key", key.encode())
+    runtime.gather(None, ranks)
+    return folder
+
+
+def write_array(file: Path, array: np.ndarray) -> None:
+    buffer = BytesIO()
+    np.save(buffer, array)
+    loaders.atomic_write(file, buffer.getvalue())
+
+
 def sample(config: Config, data: Any, ranks: Ranks) -> int:
-    """Write samples.npy (HU, or [-1, 1] for MR) and a grid of them as PNG for each window."""
+    """Write samples.npy (HU, or [-1, 1] for MR) and a grid of them as PNG for each window.
+
+    Finished slices wait in samples.part: the same command after an interruption makes the others.
+    """
     (net, record), out = load_network(config, "pretrain", ranks), config.run_folder
     if config.sampler == "ddpm" and config.variance == "large" and 0 < config.sampling_steps < 250:
         say(f"note: --variance large with {config.sampling_steps} steps gives noisy slices; use small, or 250", ranks)
     begin = time.perf_counter()
-    mine = range(ranks.rank, config.num_samples, ranks.world)
-    parts = runtime.gather(generate(net, mine, config.quiet or not ranks.first), ranks)
+    folder = started(net, config, ranks)
+    files = [folder / f"{n}.npy" for n in range(config.num_samples)]
+    todo = [n for n in range(ranks.rank, config.num_samples, ranks.world) if not files[n].exists()]
+    for n, made in generate(net, todo, config.quiet or not ranks.first):
+        write_array(files[n], made)
+    runtime.gather(None, ranks)  # all are there
     if not ranks.first:
         return 0
-    x = np.empty((config.num_samples, config.size, config.size), np.float32)
-    for rank, part in enumerate(parts):
-        x[rank :: ranks.world] = part
-    buffer = BytesIO()
-    np.save(buffer, hounsfield(x, record).astype(np.float32))
-    loaders.atomic_write(out / "samples.npy", buffer.getvalue())
+    x = np.stack([np.load(file, allow_pickle=False) for file in files])
+    write_array(out / "samples.npy", hounsfield(x, record).astype(np.float32))
+    shutil.rmtree(folder)
     columns = max(1, math.isqrt(min(len(x), 64)))
     for name, shown in display(x[: columns * columns], record).items():
         rows = [np.concatenate(list(shown[i : i + columns]), axis=1) for i in range(0, len(shown), columns)]
@@ -1407,12 +1430,13 @@ def score(config: Config, data: Any, ranks: Ranks) -> int:
         row: dict[str, Any] = {"what": what, "n": n, "side": config.size, "memorised": ""}
         rows.append(row | {f"{k}_{suffix}" if suffix else k: f"{v:.6g}" for k, v in zip(names, values)})
         if pr["zero_radii"]:
-            say(f"warning: {pr['zero_radii']} of the {what} and the real slices are copies of each other", ranks)
+            say(f"warning: {what} and real slices: {pr['zero_radii']} have three exact copies in their own set", ranks)
     if scans[0] not in trained:
         train = features_of(call, data, near, ranks)[0]
         held = np.concatenate([b, found["real slices (floor)"][0]])
         rows[0]["memorised"] = f"{metrics.memorisation(found['samples'][0], train, held)['ratio']:.4g}"
     runtime.write_csv(path.parent / f"score_{suffix or 'inception'}.csv", rows)
+    say(f"{path}:", ranks)
     for row in rows:
         say("  ".join(f"{k} {v}" for k, v in row.items() if v != ""))
     return 0
@@ -1568,10 +1592,10 @@ def evaluate(config: Config, data: Any, ranks: Ranks, out: Path | None = None) -
         return 0
     summary = metrics.summarise(volumes)  # D7
     metrics.write_metrics_csv(out / "metrics.csv", volumes)
-    metrics.write_summary(out / "summary.json", summary)
     runtime.write_csv(
         out / "metrics_slices.csv", flat or [{"case": "", "slice": "", "class": "", "dice": "", "iou": ""}]
     )
+    metrics.write_summary(out / "summary.json", summary)  # last: a run that has it is done
     seconds = time.perf_counter() - begin
     say(f"\n{config.split} split of {config.data}, {len(cases)} cases, {seconds:.0f} s; {net.config.strategy}, {where}")
     say(metrics.format_summary(summary))
@@ -1580,7 +1604,7 @@ def evaluate(config: Config, data: Any, ranks: Ranks, out: Path | None = None) -
     say(f"mean over cases, then over organs: Dice {over['dice']:.3f}, IoU {over['iou']:.3f}{lost}")
     names = [c for c in summary["classes"] if any(r["class"] == c for r in flat)]
     per = {k: [np.mean([r[k] for r in flat if r["class"] == c]) for c in names] for k in ("dice", "iou")}
-    say(f"the same over slices that show the organ: Dice {np.mean(per['dice'] or [math.nan]):.3f}, "
+    say(f"over slices with the organ in truth or prediction: Dice {np.mean(per['dice'] or [math.nan]):.3f}, "
         f"IoU {np.mean(per['iou'] or [math.nan]):.3f}")  # fmt: skip
     say(f"masks, pictures and tables are in {out}")
     return 0
@@ -1629,15 +1653,20 @@ def predict(config: Config, ranks: Ranks) -> int:
 # =====================================================================================================================
 
 VERBS = ("pretrain", "sample", "score", "finetune", "ddpmseg", "evaluate", "predict")
-# How something trained is used once: neither kept from a training nor compared on continuing it.
+# ONCE: how something is used this time, neither kept from a training nor compared on continuing it.
 ONCE = {"checkpoint", "split", "limit", "image", "output", "overwrite", "quiet", "device", "amp", "workers"}
 ONCE |= {"num_samples", "features", "sampler", "sampling_steps", "eta", "variance"}
-# On continuing a run these may differ: they change where, how fast and how long, not what.
+# MAY_DIFFER: on continuing a training, since they change where, how fast and how long, not what.
 MAY_DIFFER = ONCE | {"out", "preset", "steps", "minutes", "compile", "recompute", "accumulate", "eval_every"}
 MAY_DIFFER |= {"save_every"}
-# What a network is: later verbs take it from its checkpoint.
-NETWORK = {"arch", "size", "num_channels", "channel_mult", "num_res_blocks", "num_head_channels", "schedule"}
-NETWORK |= {"attention_resolutions", "strategy", "t", "input", "variant", "dice", "blocks", "t_list", "members"}
+# FREE: for the verbs that use a trained network; other flags are refused where they differ from its training.
+FREE = ONCE | {"data", "preset", "out", "recompute", "compile"}
+# PRETRAINED: what a pre-trained network is, which finetune takes over; NETWORK: also what fine-tuning made of it.
+PRETRAINED = {"arch", "size", "num_channels", "channel_mult", "num_res_blocks", "num_head_channels", "schedule"}
+PRETRAINED |= {"attention_resolutions"}
+NETWORK = PRETRAINED | {"strategy", "t", "input", "variant", "dice", "blocks", "t_list", "members"}
+# STORY: flags of the bare run that also concern its fine-tuning.
+STORY = {"labels", "dice", "variant", "select"}
 
 
 def checkpoint_path(config: Config) -> Path:
@@ -1699,10 +1728,6 @@ def as_finetuning(config: Config, given: dict[str, Any]) -> Config:
     return replace(config, t=config.time)
 
 
-PRETRAINED = NETWORK - {"strategy", "t", "input", "variant", "dice", "blocks", "t_list", "members"}
-FREE = ONCE | {"data", "preset", "out", "recompute", "compile"}
-
-
 def with_labels(config: Config, data: Any, given: Mapping[str, Any]) -> Config:
     """Steps and batch of fine-tuning, which depend on the number of labelled slices."""
     total = len(slices_of(data, [case for case in data.cases("train") if data.has_label(case)]))
@@ -1757,9 +1782,6 @@ def story(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag, given
         say("\nthe same slices, with and without pre-training:")
         return metrics.main(["draws", *folders])
     return 0
-
-
-STORY = {"labels", "dice", "variant", "select"}  # flags of the bare run that also concern its fine-tuning
 
 
 def main(argv: Sequence[str]) -> int:

@@ -827,7 +827,8 @@ def _source(path: str, prefer: str) -> Path:
     if found.is_dir():
         options = [found / name for name in dict.fromkeys((prefer, "metrics.csv")) if (found / name).is_file()]
         if not options:
-            raise InputError(f"{path} holds no {prefer} or metrics.csv; expected a run folder; run evaluate first")
+            names = " or ".join(dict.fromkeys((prefer, "metrics.csv")))
+            raise InputError(f"{path} holds no {names}, expected scores; run its command again, or evaluate")
         return options[0]
     if not found.is_file():
         raise InputError(f"{path} does not exist; expected a run folder or its result file; check the path")

@@ -13,8 +13,9 @@ Labels    1 liver, 2 right kidney, 3 spleen, 4 pancreas, 5 aorta, 6 inferior ven
 Splits    The paper (arXiv 2402.15216) trains on 40 of the 50 labelled cases and tests on 10, without saying which: here
           a permutation with seed 0, no validation (--split-sizes). pretrain is the unlabelled cases 1-1000; later ones
           are prepared, and left to the split `unlabelled`.
-Window    Percentiles 0.5 and 99.5 of all voxels of pretrain, background included, on the grid of the files; of train
-          where there is no unlabelled case. What lies below -1024 HU is raised to it before (--fov-pad).
+Window    Percentiles 0.5 and 99.5 of all voxels of pretrain, background included, on the grid of the files. Where none
+          of the cases 1-1000 is there: of the later ones (pretrain is these and train), or else of train. What lies
+          below -1024 HU is raised to it before (--fov-pad).
 Spacing   nnU-Net's rule, for labelled and unlabelled cases by themselves; it only moves slices along z, since each is
           resized to 256 x 256 whatever its field of view.
 Counts    The manifest prints the numbers of cases and slices beside the publisher's and the paper's. The paper does not
@@ -81,7 +82,9 @@ def read_source(src: Path, options: argparse.Namespace) -> Source:
     cases.sort(key=lambda case: natural_key(case.id))
     pretrain = [case.id for case in cases if not case.label and int(case.id.split("_")[1]) <= PRETRAIN]
     if not pretrain:
-        notes.append(f"{src}: no unlabelled case 1-1000: pre-training and the window will use the labelled ones")
+        later = any(not case.label for case in cases)
+        what = "later unlabelled cases, pre-training train too" if later else "train"
+        notes.append(f"{src}: no unlabelled case 1-1000: pre-training and the window will use {what}")
     labelled = [case.id for case in cases if case.label]
     return Source(
         name="flare22",

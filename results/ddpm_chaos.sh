@@ -16,7 +16,8 @@ for STEPS in $STAGES; do
   [ -e $RUN-$STEPS/last.pt ] && continue
   $PYTHON ddpm_pretrain_finetune.py pretrain $FLAGS --flip off --lr-steps 20000 --steps $STEPS --out $RUN
   mkdir -p $RUN-$STEPS
-  cp $RUN/config.json $RUN/log.csv $RUN/last.pt $RUN-$STEPS/
+  cp $RUN/config.json $RUN/log.csv $RUN-$STEPS/
+  cp $RUN/last.pt $RUN-$STEPS/part.pt && mv $RUN-$STEPS/part.pt $RUN-$STEPS/last.pt # whole, or not there
 done
 tail -n 1 $RUN/log.csv | cut -d, -f1,2 # steps and seconds of the pre-training
 
@@ -28,6 +29,7 @@ tune() { # DRAW LABELS STRATEGY FLAGS...: from the last stage, into its folder
 for DRAW in 0 1 2 3 4; do
   tune $DRAW 4 scratch --out $RUN
 done
+STAGED=("$RUN/finetune-4-scratch-per-class-draw?")
 for STEPS in $STAGES; do
   [ -e $RUN-$STEPS/samples.npy ] || $PYTHON ddpm_pretrain_finetune.py sample $FLAGS --num-samples 128 --out $RUN-$STEPS
   $PYTHON ddpm_pretrain_finetune.py score $FLAGS --out $RUN-$STEPS
@@ -36,8 +38,9 @@ for STEPS in $STAGES; do
       tune $DRAW 4 $STRATEGY --out $RUN-$STEPS
     done
   done
-  $PYTHON -m common.metrics draws "$RUN/finetune-4-scratch-per-class-draw?" "$RUN-$STEPS/finetune-4-*-per-class-draw?"
+  STAGED+=("$RUN-$STEPS/finetune-4-decoder-per-class-draw?" "$RUN-$STEPS/finetune-4-full-per-class-draw?")
 done
+$PYTHON -m common.metrics draws "${STAGED[@]}"
 
 # The last stage: the other Dice term, linear, the controls from random weights, and more labels.
 LAST=$RUN-${STAGES##* }
@@ -66,13 +69,21 @@ for DRAW in 0 1 2 3 4; do
     done
   done
 done
-$PYTHON -m common.metrics table $RUN/finetune-4-scratch-per-class*-draw?/val/summary.json
-$PYTHON -m common.metrics draws "$RUN/finetune-4-scratch-per-class*-draw?" --against "scratch, lr=0.0003"
+$PYTHON -m common.metrics table $RUN/finetune-4-scratch-per-class*-draw?/val/summary.json --metric dice --seeds
+for LR in 0.0003 0.001 0.003; do
+  $PYTHON -m common.metrics draws "$RUN/finetune-4-scratch-per-class*-draw?" "$LAST/finetune-4-decoder-per-class-draw?" \
+    "$LAST/finetune-4-full-per-class-draw?" --against "scratch, lr=$LR"
+done
 for DRAW in 0 1 2; do
   $PYTHON ddpm_pretrain_finetune.py ddpmseg $FLAGS --labels 4 --draw $DRAW --out $LAST
 done
 $PYTHON -m common.metrics draws "$RUN/finetune-*-scratch-per-class-draw?" "$LAST/finetune-*-per-class-draw?" "$LAST/finetune-*-random-draw?" "$LAST/ddpmseg-*" \
   --plot results/ddpm_chaos.png
+# Each organ.
+for LABELS in 4 39 all; do
+  $PYTHON -m common.metrics table --metric dice iou --seeds $RUN/finetune-$LABELS-scratch-per-class-draw?/summary.json \
+    $LAST/finetune-$LABELS-{decoder,full}-per-class-draw?/summary.json
+done
 for STRATEGY in decoder full; do
   WORD=$([ $STRATEGY = full ] && echo start || echo encoder)
   $PYTHON -m common.metrics draws "$LAST/finetune-4-$STRATEGY-per-class-draw?" "$LAST/finetune-4-$STRATEGY-per-class-random-draw?" \

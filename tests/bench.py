@@ -169,7 +169,7 @@ def slices(device: torch.device, number: torch.dtype | None, repeats: int) -> No
     for name, s in interleaved(calls, repeats).items():
         print(f"{'slices of 64^2, laptop network':<34}{name:<28}{1000 * s:>9.0f} ms")
     net = ddpm.Network(replace(config, sampling_steps=5), ddpm.build_model(config, 1, 1).to(device), device, number)
-    seconds = runtime.measure(lambda: ddpm.generate(net, range(64)), device)[0]
+    seconds = runtime.measure(lambda: list(ddpm.generate(net, range(64))), device)[0]
     print(f"{'64 samples':<34}{'5 of 50 steps of DDIM':<28}{seconds:>9.1f} s")
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((2, 2000, 768))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import tracemalloc
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -175,7 +176,7 @@ def samples_of(numbers, at_once=None, **flags):
 
     use = SimpleNamespace(config=config, device=torch.device("cpu"))
     call = type("Net", (), {"__call__": staticmethod(net), **vars(use)})()
-    return P.generate(call, numbers), seen
+    return np.stack([x for _, x in P.generate(call, numbers)]), seen
 
 
 @pytest.mark.parametrize("flags", [{"sampler": "ddpm"}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 1.0}])
@@ -608,7 +609,7 @@ def test_fewer_than_four_labels_show_what_they_can_and_say_the_rest():
 
 def dataset(**flags):
     data = loaders.CtPhantoms(0, side=32)
-    return P.Slices(data, replace(TINY, **flags), P.pretraining_slices(data)[:10], False), data
+    return P.Samples(data, replace(TINY, **flags), P.pretraining_slices(data)[:10], False), data
 
 
 def test_an_epoch_shows_each_slice_once():
@@ -643,7 +644,7 @@ def test_levels_are_uniform():
 def test_labelled_slices_are_not_mirrored():
     data = loaders.CtPhantoms(0, side=32)
     at = ("phantom_0048", 5) if "phantom_0048" in data.cases("train") else (data.cases("train")[0], 5)
-    slices = P.Slices(data, TINY, [at], True)
+    slices = P.Samples(data, TINY, [at], True)
     for n in range(6):
         x0, label, t, _ = slices[n]
         assert np.array_equal(x0[0], data.slice(*at)) and np.array_equal(label, data.slice_label(*at)) and t == 0
@@ -737,6 +738,22 @@ def store_of(pixels: int, tmp_path):
     store.add([torch.randn(1, 3, 1, pixels, generator=torch.Generator().manual_seed(0))], 1.0,
               np.arange(pixels)[None] % 2)  # fmt: skip
     return store
+
+
+def test_features_of_all_slices_lie_in_a_file_and_no_memory_grows_with_them(tmp_path):
+    peaks = []
+    for count in (2, 20):
+        store = P.FeatureStore(tmp_path / f"{count}.npy", count, (32, 32))
+        tracemalloc.start()
+        for _ in range(count):
+            store.add(
+                [torch.zeros(1, 500, 16, 16), torch.zeros(1, 500, 8, 8)], 1.0, np.arange(1024).reshape(32, 32) % 2
+            )
+        found = store.gather(np.arange(count * 1024)[:: count * 16])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert found.shape == (64, 1000) and (tmp_path / f"{count}.npy").stat().st_size > count * 2 * 500 * 320
+    assert peaks[1] < peaks[0] + 16 * 20 * 1024, peaks  # numbers and classes of the pixels, not their 6 MB of features
 
 
 @pytest.mark.parametrize(
@@ -929,7 +946,7 @@ def step_of(stage, monkeypatch, **flags):
     data = loaders.CtPhantoms(0, side=16)
     config = replace(FAST, batch=2, steps=100, **flags)
     run = P.Training(stage, config, loaders.data_record(data), torch.device("cpu"), None)
-    slices = P.Slices(
+    slices = P.Samples(
         data,
         config,
         P.pretraining_slices(data)[:4] if stage == "pretrain" else P.labelled_slices(data, config)[0],
@@ -952,6 +969,12 @@ def test_a_step_uses_rates_noise_and_average_of_its_number(monkeypatch):
         "finetune", monkeypatch, lr=1e-3, ema=0.0, strategy="decoder", dice="joint"
     ).optimizer.param_groups
     assert head["lr"] == pytest.approx(1e-2 * (1 - 0.9 / 100)) and rest["lr"] == pytest.approx(1e-3 * (1 - 0.9 / 100))
+
+
+def test_noise_of_a_level_that_is_not_trained_is_refused():
+    assert replace(FAST, t=1000).time == 1000  # the last column of the paper's table 2
+    with pytest.raises(InputError, match="--input noised has no level t = 1000, the last is 999"):
+        replace(FAST, t=1000, input="noised")
 
 
 def test_noised_input_is_that_of_the_level_and_always_the_same():
@@ -1023,12 +1046,27 @@ def test_features_see_images_of_eight_bits():
 
 def test_samples_of_two_processes_are_those_of_one(tmp_path, monkeypatch):
     rows = np.arange(5, dtype=np.float32)[:, None, None] / 10 + np.zeros((5, 16, 16), np.float32)
-    record = {"normalisation": {"kind": "percentile-slices"}}
+    record, asked, waits = {"normalisation": {"kind": "percentile-slices"}}, [], []
+    config, first, second = (
+        replace(FAST, num_samples=5, out=str(tmp_path)),
+        *(Ranks(r, 2, r, torch.device("cpu")) for r in range(2)),
+    )
+    (tmp_path / "last.pt").write_bytes(b"")
+
+    def generate(net, numbers, quiet):
+        asked.append(list(numbers))
+        return ((n, rows[n]) for n in numbers)
+
+    def gather(mine, ranks):  # where the first process waits for the slices of the second, the second works
+        waits.append(ranks.rank)
+        if waits == [0, 0]:
+            P.sample(config, None, second)
+
     monkeypatch.setattr(P, "load_network", lambda *a: (SimpleNamespace(config=FAST), record))
-    monkeypatch.setattr(P, "generate", lambda net, numbers, quiet: rows[list(numbers)])
-    monkeypatch.setattr(P.runtime, "gather", lambda mine, ranks: [rows[r :: ranks.world] for r in range(ranks.world)])
-    config = replace(FAST, num_samples=5, out=str(tmp_path))
-    P.sample(config, None, Ranks(0, 2, 0, torch.device("cpu")))
+    monkeypatch.setattr(P, "generate", generate)
+    monkeypatch.setattr(P.runtime, "gather", gather)
+    P.sample(config, None, first)
+    assert asked == [[0, 2, 4], [1, 3]] and not (tmp_path / "samples.part").exists()
     assert np.array_equal(np.load(tmp_path / "samples.npy"), rows)
 
 

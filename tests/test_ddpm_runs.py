@@ -282,6 +282,32 @@ def test_preset_is_that_of_the_pretraining(trained, prepared, tmp_path):
     assert config["preset"] == "tiny" and config["lr"] == P.FINETUNE["tiny"]["lr"] and config["dice"] == "per-class"
 
 
+def test_level_beyond_the_trained_ones_is_allowed_and_said(trained, prepared, tmp_path, capsys):
+    argv = [
+        "finetune",
+        *PLAIN,
+        "--data",
+        str(prepared / "slices"),
+        "--out",
+        str(trained),
+        "--steps",
+        "1",
+        "--limit",
+        "1",
+    ]
+    assert P.main([*argv, "--t", "999"]) == 0 and "one beyond the last trained level" not in capsys.readouterr().out
+    assert P.main([*argv, "--t", "1000"]) == 0
+    assert "t = 1000 is one beyond the last trained level, 999" in capsys.readouterr().out
+
+
+def test_run_without_all_of_its_scores_is_scored_again(trained, prepared, tmp_path, capsys):
+    argv = ["finetune", *PLAIN, "--data", str(prepared / "slices"), "--out", str(trained), "--steps", "2"]
+    assert P.main(argv) == 0 and "trained and scored already" in capsys.readouterr().out
+    folder = folder_of(trained)
+    times = {name: (folder / name).stat().st_mtime_ns for name in ("metrics.csv", "metrics_slices.csv", "summary.json")}
+    assert max(times, key=lambda name: times[name]) == "summary.json"  # what says that all is there comes last
+
+
 # --- samples and their scores ----------------------------------------------------------------------------------------
 
 
@@ -297,6 +323,37 @@ def test_samples_are_hounsfield_units_and_pictures(trained, tmp_path):
 
 def DATA(trained: Path) -> list[str]:
     return ["--data", json.loads((trained / "config.json").read_text())["data"]]
+
+
+def test_interrupted_sampling_makes_what_is_missing(trained, tmp_path, monkeypatch):
+    argv = ["sample", *PLAIN, "--checkpoint", str(trained / "last.pt"), "--num-samples", "5", "--sampling-steps", "2"]
+    assert P.main([*argv, "--out", str(tmp_path / "whole")]) == 0
+    monkeypatch.setattr(P, "AT_ONCE", 2)
+    made, asked, write = P.generate, [], P.write_array
+
+    def listed(net, numbers, quiet=True):
+        asked.append(list(numbers))
+        return made(net, numbers, quiet)
+
+    def full(file, array):
+        if file.name == "3.npy":
+            raise InputError("disk full")
+        write(file, array)
+
+    monkeypatch.setattr(P, "generate", listed)
+    monkeypatch.setattr(P, "write_array", full)
+    with pytest.raises(InputError):
+        P.main([*argv, "--out", str(tmp_path / "s")])
+    monkeypatch.setattr(P, "write_array", write)
+    assert P.main([*argv, "--out", str(tmp_path / "s")]) == 0
+    whole, mended = (np.load(tmp_path / name / "samples.npy") for name in ("whole", "s"))
+    assert asked == [[0, 1, 2, 3, 4], [3, 4]] and np.array_equal(whole, mended)
+    monkeypatch.setattr(P, "write_array", full)
+    with pytest.raises(InputError):
+        P.main([*argv, "--out", str(tmp_path / "s")])
+    monkeypatch.setattr(P, "write_array", write)
+    assert P.main([*argv, "--out", str(tmp_path / "s"), "--seed", "1"]) == 0  # slices of seed 0 are not taken for these
+    assert asked[-1] == [0, 1, 2, 3, 4] and not np.array_equal(whole, np.load(tmp_path / "s/samples.npy"))
 
 
 def test_ct_samples_are_shown_in_two_windows(tmp_path):

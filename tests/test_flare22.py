@@ -79,6 +79,18 @@ def test_pretraining_is_on_unlabelled_cases_1_to_1000(tmp_path):
     assert len(pretrain) == 1000 and pretrain[0] == "Case_00001" and pretrain[-1] == "Case_01000"
 
 
+@pytest.mark.parametrize(
+    "later, words", [(True, "use later unlabelled cases, pre-training train too"), (False, "use train")]
+)
+def test_what_stands_in_for_missing_cases_is_said(later, words, tmp_path):
+    for i in range(1, 6):
+        touch(tmp_path / LABELLED / "images", f"FLARE22_Tr_{i:04d}_0000.nii.gz")
+        touch(tmp_path / LABELLED / "labels", f"FLARE22_Tr_{i:04d}.nii.gz")
+    if later:
+        touch(tmp_path / "FLARE22_UnlabeledCase1001-2000", "Case_01001_0000.nii.gz")
+    assert listed(tmp_path).notes[-1].endswith(f"pre-training and the window will {words}")
+
+
 def test_split_is_40_0_10_shuffled_by_seed_0(tmp_path):
     splits = listed(published(tmp_path)).splits
     assert {part: len(cases) for part, cases in splits.items()} == {"train": 40, "val": 0, "test": 10}
