@@ -27,3 +27,34 @@ for LABELS in 3 0; do
   $PYTHON -m common.metrics compare $D-ddpm/segment-"$NAME" $D-mdm/segment-"$NAME" --metric dice
   $PYTHON -m common.metrics compare $D-random/segment-"$NAME"-random $D-mdm/segment-"$NAME" --metric dice
 done
+
+# The figure: image, truth, prediction with 3 labels, and what is restored from 25, 50 and 75 % hidden tiles.
+$PYTHON - <<'END'
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import masked_diffusion as M
+from common import figures, loaders, runtime
+
+run, side, data = Path("runs/mdm-monuseg-mdm"), 128, loaders.open_data("monuseg-small", axes=2)
+saved = runtime.load_checkpoint(run / "last.pt", M.SCRIPT)["config"]
+config = M.Config(**{**saved, "crop": side, "checkpoint": str(run / "last.pt")})
+net = M.load_backbone(config, data, runtime.Ranks(0, 1, 0, torch.device("cpu")))
+colours, images, titles = figures.class_colours(1), [], []
+for case in data.cases("test")[:3]:
+    y, x = ((n - side) // 2 for n in data.image(case).shape[1:])
+    window = np.array(data.image(case)[:, y : y + side, x : x + side])
+    truth = np.array(data.label(case)[y : y + side, x : x + side])
+    found = np.asarray(Image.open(run / f"segment-3/predictions/{case}.png"))[y : y + side, x : x + side]
+    shown = np.ascontiguousarray(window.transpose(1, 2, 0))
+    images += [shown, *(figures.overlay(shown, (v > 0).astype(np.uint8), colours) for v in (truth, found))]
+    titles += [case[:12], "truth", "prediction"]
+    for ratio in (0.25, 0.5, 0.75):
+        hidden, restored = M.reconstruct_window(net, torch.from_numpy(M.as_input(window))[None], round(1000 * ratio), (case,))
+        images += [M.picture(hidden), M.picture(restored)]
+        titles += [f"{ratio:.0%} hidden", "restored"]
+figures.montage(images, titles, "results/mdm_monuseg.png", columns=9)
+END
