@@ -48,14 +48,16 @@ Differs
         counts as 0. The public code pools what one device holds, and skips the step.
     D7  the best checkpoint is chosen by the Dice of the foreground; the public code counts the background too.
     D8  augmentation turns and scales in mm, and shifts so that the foreground stays inside; the public code works in
-        voxels (5 degrees become 16 at 0.75 x 0.75 x 2.5 mm) and limits the shift with the wrong sign.
+        voxels (5 degrees become 16 at 0.75 x 0.75 x 2.5 mm) and limits the shift with the wrong sign. Its shift is 8 %
+        of --size, on amos 15,10,10 voxels; the public code's is 10,10,10, which results/diffseg3d_table1.sh gives.
     D9  noise is a function of (seed, case, member); the public code starts every case from the same noise.
     D10 an ensemble is the mean probability; the public code lets the masks vote (--combine vote).
     D11 a volume larger than --size: training cuts a window at random, sampling slides it with Gaussian weights over
         probabilities, the noise being one field for the volume. The paper crops all volumes to one size.
     D12 images come scaled to [0, 1] by data_prep (fixed window for CT, percentiles for MR) instead of by their minimum
         and maximum after cropping; predict never crops.
-    D13 the small presets: smaller network and batch, larger learning rate that falls until the last step.
+    D13 the small presets: smaller network and batch, larger learning rate that falls until the last step. Of fewer than
+        1,000 steps a tenth is warm-up.
     D14 the small presets: the image is spread from [0, 1] to [-2.5, 2.5]. Beside noise of SD 1 it otherwise makes
         a few per cent of what the first norm lets through, and training begins with getting it back.
 
@@ -128,8 +130,8 @@ class Config:
     # network (section 4, implementation)
     method: Literal["diffusion", "unet"] = flag("diffusion", "unet: the baseline, no x_k and no time (table 2)")
     dims: int = flag(3, "2: slices across the last axis, together in one batch; 3 (v1, table 1)")
-    num_channels: int = flag(32, "width of the first, full-size level")
-    channel_mult: tuple[int, ...] = flag((1, 2, 4, 8), "width of each of the levels below it, each half as large")
+    num_channels: int = flag(32, "unit of --channel-mult (public code: 32)")
+    channel_mult: tuple[int, ...] = flag((1, 2, 4, 8), "widths of the levels below full size, which has the first")
     time_inject: Literal["post-norm", "pre-norm"] = flag("post-norm", "where the time enters; pre-norm: nowhere (D2)")
     size: tuple[int, ...] = flag((), "voxels X,Y,Z in training; empty: the largest case, rounded up for the levels")
     image_range: tuple[float, ...] = flag((0.0, 1.0), "where the network gets the image's [0, 1] (paper: 0,1; D14)")
@@ -149,7 +151,7 @@ class Config:
     minutes: float = flag(0.0, "stop after so many minutes of training; 0: no limit")
     batch: int = flag(8, "volumes a step, over all processes and accumulation (public code: 8)")
     accumulate: int = flag(1, "split the batch into so many parts, one after the other")
-    lr: float = flag(1e-4, "largest learning rate, after 100 steps of warm-up (public code: 1e-4)")
+    lr: float = flag(1e-4, "largest learning rate, after at most 100 steps of warm-up (public code: 1e-4)")
     lr_steps: int = flag(10_000, "step where its cosine ends at lr / 100; 0: the last (public code: 10000)")
     weight_decay: float = flag(1e-8, "of AdamW (public code: 1e-8)")
     grad_clip: float = flag(1.0, "largest gradient norm; 0: off (public code: 1)")
@@ -428,8 +430,8 @@ def x0hat_of(config: Config, s: Schedule, output: Tensor, xk: Tensor, k: Tensor)
 
 
 def posterior_mean(s: Schedule, x0: Tensor, xk: Tensor, k: Tensor) -> Tensor:
-    """Mean of x_{k-1} given x_k and x_0. With the noise that belongs to x_0 it is the paper's other form."""
-    return at(s.c0, k, xk) * x0 + at(s.cx, k, xk) * xk  # eq. (1), eq. (2)
+    """Mean of x_{k-1} given x_k and x_0. Eq. (2) is eq. (1) with eq. (10) put in: only this one is computed."""
+    return at(s.c0, k, xk) * x0 + at(s.cx, k, xk) * xk  # eq. (1), and so eq. (2)
 
 
 def segmentation_loss(logits: Tensor, label: Tensor, dice: bool) -> Tensor:
@@ -474,8 +476,9 @@ class Batch(NamedTuple):
 def training_losses(
     f: Call, look: Call, config: Config, batch: Batch, draw: Callable[[str], Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield losses [B] and times t [B]: once, or K times with --recycle recursive; each wants its backward.
+    """Yield losses [B] and times t [B]: once, or K times with --recycle recursive.
 
+    A generator, since each pass of the chain wants its backward before the next begins.
     f: the network; look: the same without DDP, for passes without gradient. draw(name): noise [B, C, X, Y, Z].
     """
     image, label, k = batch.image, batch.label, batch.k
@@ -488,13 +491,13 @@ def training_losses(
         yield from recursive_losses(f, config, batch, draw)
         return
     eps = draw("eps")
-    x0 = mask = mask_to_x0(label, eps.shape[1])
+    x0 = source = mask_to_x0(label, eps.shape[1])  # source: what x_k is made of, the truth or a prediction
     if config.recycle in ("prev", "max"):
         j = (k + 1).clamp(max=s.K) if config.recycle == "prev" else torch.full_like(k, s.K)  # D5
         xj = q_sample(s, x0, draw("eps of the first pass"), j)
         with torch.no_grad():  # eq. (4), eq. (9)
-            mask = x0hat_of(config, s, look(image, xj, s.t[j], None), xj, j)
-    xk = q_sample(s, mask, eps, k)
+            source = x0hat_of(config, s, look(image, xj, s.t[j], None), xj, j)
+    xk = q_sample(s, source, eps, k)
     prev = torch.zeros_like(x0) if config.recycle == "self-condition" else None
     if prev is not None and batch.coin.any():  # half of the samples are shown what the network made of the same x_k
         some = batch.coin.nonzero()[:, 0].to(image.device, non_blocking=True)
@@ -671,7 +674,7 @@ class Sharded(Sampler):
 def learning_rate(config: Config, step: int) -> float:
     """lr / 10 -> lr in 100 steps, then a half cosine to lr / 100 at --lr-steps, where it stays."""
     end = config.lr_steps or config.steps
-    warm = min(100, end // 10)
+    warm = min(100, end // 10)  # D13
     if step < warm:
         return config.lr * (0.1 + 0.9 * step / warm)
     done = min((step - warm) / max(1, end - warm), 1.0)
@@ -779,6 +782,7 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
     # 1. what is needed, and the checkpoint to continue from; nothing is written or thrown away before all is there
     volumes, run = Volumes(data, config), Training(config, record, device, dtype)
     absent = check_labels(data, volumes.cases)
+    check_labels(data, validation_cases(config, data))
     state = None if config.overwrite else runtime.find_run(out, SCRIPT, asdict(config), MAY_DIFFER, record, ranks)
     if state is not None:
         run.restore(state)
@@ -808,7 +812,8 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
     while True:
         # 3. validate when it is due; a run stopped before it did so does it first thing when continued
         finished = run.step >= config.steps or time_up or run.seconds >= limit
-        if run.step > run.best["seen"] and (run.step % config.eval_every == 0 or finished) and data.cases("val"):
+        due = run.step % config.eval_every == 0 or finished
+        if due and run.step > run.best["seen"] and validation_cases(config, data):
             validate(run, data, ranks, stop, log)
             signal, _ = stop.agreed(ranks)
         if finished or signal:
@@ -843,13 +848,19 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
         say(f"stopped by signal {signal}; step {run.step} is saved in {out}, the same command continues", ranks)
         return 128 + signal
     if ranks.first:
-        title = f"DiffSeg3D, {Path(config.data).name}, {config.method}, recycle {config.recycle}"
+        how = f"recycle {config.recycle}" if config.method == "diffusion" else "U-net"
+        title = f"DiffSeg3D, {Path(config.data).name}, {how}"
         figures.loss_curve(out / "log.csv", out / "loss.png", title=title)
     return 0
 
 
 COLUMNS = ["step", "seconds", "loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "lr", "grad_norm", "samples_per_s"]
 COLUMNS += ["memory_gb", "left_s", "skipped", "val_dice"]
+
+
+def validation_cases(config: Config, data: Any) -> list[str]:
+    """The labelled cases of val, at most --limit."""
+    return [case for case in data.cases("val", config.limit or None) if data.has_label(case)]
 
 
 def validate(run: Training, data: Any, ranks: Ranks, stop: runtime.StopFlag, log: runtime.Log) -> None:
@@ -861,7 +872,7 @@ def validate(run: Training, data: Any, ranks: Ranks, stop: runtime.StopFlag, log
         run.save("last.pt")
     config = replace(run.config, ensemble=1)
     net = Network(config, run.ema.eval(), run.record, run.device, run.dtype, run.step)
-    scores = score_cases(net, data, ranks, data.cases("val", config.limit or None), None, stop)
+    scores = score_cases(net, data, ranks, validation_cases(config, data), None, stop)
     run.model.train()
     if scores is None:
         return
@@ -897,7 +908,8 @@ def print_header(config: Config, data: Any, ranks: Ranks, run: Training, reason:
         "D14": config.image_range != (0, 1),
     }
     if diffusion:
-        notes |= {"D1": config.schedule == "paper", "D2": config.time_inject == "post-norm", "D9": True, "D10": True}
+        notes |= {"D1": config.schedule == "paper", "D2": config.time_inject == "post-norm", "D9": True}
+        notes |= {"D10": config.combine == "mean"}
         notes |= {"D3": config.variance == "small", "D4": config.target == "eps" and config.clip_x0 == "on"}
         notes |= {"D5": config.recycle == "prev"}
     what = f"{config.method}, {config.dims}D, volumes of {size}"
@@ -976,7 +988,9 @@ def probability(config: Config, x0: Tensor) -> Tensor:
     p = (x0 + 1) / 2
     if config.target == "x0":
         return p
-    p = p.clamp(1e-8, 1)  # where no channel says yes all are equally likely
+    if config.clip_x0 == "off":  # the largest channel stays the largest, as in the public code
+        p = p - p.amin(dim=1, keepdim=True).clamp(max=0) + 1e-8
+    p = p.clamp(min=1e-8) if config.clip_x0 == "off" else p.clamp(1e-8, 1)  # where no channel says yes: all alike
     return p / p.sum(dim=1, keepdim=True)
 
 
@@ -1045,7 +1059,7 @@ def sample_member(net: Network, image: Tensor, case: str, number: int, watch: An
         cut = (slice(None), *place)
         weights[place] += weight
         for k, x0 in sample(f, whole[cut][None], partial(noise_of, place), config, watch):
-            if k == 1 or (number == 0 and k in keep):
+            if k == 1 or (number == 0 and k in keep):  # the steps on the way are kept of the first member only
                 total.setdefault(k, torch.zeros(channels, *full, device=net.device))
                 total[k][cut] += weight * probability(config, x0)[0]
     return {k: (v / weights)[cut_out] for k, v in total.items()}
@@ -1145,7 +1159,7 @@ def draw_case(folder: Path, case: str, data: Any, mask: np.ndarray, result: Ense
     """Masks over slices, the way from noise to mask, and the image beside the entropy of the probabilities."""
     image, spacing = np.asarray(data.image(case))[0].astype(np.float32), data.spacing(case)
     if diary.frames:
-        figures.case_sheet(folder, case, image, mask, spacing, data.classes, diary, np.zeros(1))
+        figures.case_sheet(folder, case, image, mask, spacing, data.classes, diary, np.zeros(1))  # no variance
     else:
         masks = {"truth": diary.truth, "prediction": mask}
         figures.mask_slices(image, masks, folder / f"{case}.png", spacing, data.classes, title=case)
@@ -1162,7 +1176,15 @@ def maps_of(result: Ensemble, net: Network) -> dict[str, np.ndarray]:
     return {name: values.cpu().numpy() for name, values in maps.items()}
 
 
-def evaluate(config: Config, data: Any, ranks: Ranks) -> int:
+def cases_to_score(config: Config, data: Any) -> list[str]:
+    cases = [case for case in data.cases(config.split, config.limit or None) if data.has_label(case)]
+    if not cases:
+        raise InputError(f"{config.data} has no labelled case in its split {config.split}; choose another --split")
+    check_labels(data, cases)
+    return cases
+
+
+def evaluate(config: Config, data: Any, ranks: Ranks, out: Path | None = None) -> int:
     """Score a split on the prepared grid: prints the table, writes metrics.csv, summary.json, masks, pictures."""
     net, here = load_network(config, ranks), loaders.data_record(data)
     for key in ("channels", "classes", "spacing", "normalisation"):
@@ -1170,13 +1192,12 @@ def evaluate(config: Config, data: Any, ranks: Ranks) -> int:
             raise InputError(
                 f"{config.data} has {key} {here[key]}, the checkpoint {net.record[key]}; prepare them alike"
             )
-    out, cases = config.run_folder, data.cases(config.split, config.limit or None)
-    if not cases:
-        raise InputError(f"{config.data} has no labelled case in its split {config.split}; choose another --split")
+    out, cases = out or runtime.scores_folder(config, checkpoint_path(config), SCRIPT), cases_to_score(config, data)
     begin = time.perf_counter()
     scores = score_cases(net, data, ranks, cases, out)
-    if not ranks.first or scores is None:
+    if not ranks.first:
         return 0
+    assert scores is not None  # without a StopFlag
     how = f"{config.sampler}, {config.sampling_steps} steps, recycle {config.recycle}, target {config.target}"
     how = f"{how if config.method == 'diffusion' else 'U-net'}, weights of step {net.step}"
     say(f"\n{config.split} split of {config.data}, {len(cases)} cases, {how}, {time.perf_counter() - begin:.0f} s")
@@ -1191,8 +1212,9 @@ def evaluate(config: Config, data: Any, ranks: Ranks) -> int:
         log.row(row, silent=True)
         values = [row[c] for c in data.classes if not math.isnan(row[c])]  # a class that neither mask holds has none
         by_k.setdefault(row["k"], []).extend([float(np.mean(values))] if values else [])
-    shown = ", ".join(f"k = {k} {np.mean(v):.3f}" for k, v in by_k.items() if v)
-    say(f"\nDice after each sampling step (first member): {shown}")
+    if config.method == "diffusion":
+        shown = ", ".join(f"k = {k} {np.mean(v):.3f}" for k, v in by_k.items() if v)
+        say(f"\nDice after each sampling step (first member): {shown}")
     say(f"masks, pictures and tables are in {out}")
     return 0
 
@@ -1228,7 +1250,8 @@ def predict(config: Config, ranks: Ranks) -> int:
         target = output if to_file else output / f"{case}.nii.gz"
         loaders.check_not_input(target, paths)
         image, restore = loaders.load_for_prediction(paths, net.record)  # [M, X, Y, Z] on the network's grid
-        stem, ending = target.name.split(".nii")
+        stem = target.name.removesuffix(".gz").removesuffix(".nii")
+        ending = target.name[len(stem) :]  # .nii or .nii.gz
         files = {}  # what --save-members and --save-maps add lies in folders beside the masks
         for result in sample_ensemble(net, torch.from_numpy(image), case):
             if config.save_members:
@@ -1236,7 +1259,7 @@ def predict(config: Config, ranks: Ranks) -> int:
         files[stem] = mask = restore.mask(result.mask.cpu().numpy())
         files |= {f"maps/{stem}_{name}": restore.map(v) for name, v in maps_of(result, net).items()}
         for name, array in files.items():
-            loaders.write_nifti(target.parent / f"{name}.nii{ending}", array, restore.like, array.dtype)
+            loaders.write_nifti(target.parent / f"{name}{ending}", array, restore.like, array.dtype)
         values = {name: int(net.record["label_values"][str(v)]) for name, v in net.record["classes"].items()}
         say(f"{target}: voxels of " + ", ".join(f"{name} {int((mask == v).sum())}" for name, v in values.items()))
     return 0
@@ -1247,22 +1270,34 @@ def predict(config: Config, ranks: Ranks) -> int:
 # =====================================================================================================================
 
 VERBS = ("train", "evaluate", "predict")
-NETWORK = ("method", "dims", "num_channels", "channel_mult", "time_inject", "recycle", "size", "image_range")
-# How a trained network is used once: neither kept from a training nor compared on continuing it.
+# Flag -> the verbs that look at it, "" being the bare run; given to others it is refused.
+ONLY: dict[str, tuple[str, ...]] = {
+    "image": ("predict",),
+    "output": ("predict",),
+    "checkpoint": ("evaluate", "predict"),
+}
+ONLY |= {"split": ("", "evaluate"), "limit": ("", "train", "evaluate")}
+ONLY |= {k: ("", "evaluate", "predict") for k in ("ensemble", "combine", "save_members", "save_maps")}
+# NETWORK: what the weights of --init were trained as, taken over unless given.
+NETWORK = ("method", "dims", "num_channels", "channel_mult", "time_inject", "target", "recycle", "size", "image_range")
+# ONCE: how a trained network is used this time, neither kept from a training nor compared on continuing it.
 ONCE = {"checkpoint", "split", "ensemble", "combine", "save_members", "save_maps", "image", "output", "overwrite"}
 ONCE |= {"quiet", "device", "amp", "workers"}
-# On continuing a run these may differ: they change where, how fast and how long, not what.
+# MAY_DIFFER: on continuing a run, since they change where, how fast and how long, not what.
 MAY_DIFFER = ONCE | {"out", "preset", "steps", "minutes", "compile", "recompute", "accumulate", "eval_every"}
 MAY_DIFFER |= {"save_every"}
-# For evaluate and predict these may differ from the training.
+# USE: for evaluate and predict; other flags are refused where they differ from the training.
 USE = ONCE | {"data", "preset", "out", "seed", "limit", "recompute"}
 USE |= {"sampler", "sampling_steps", "variance", "eta", "clip_x0"}
 # The rows of the bare run, which are table 1 and table 2 in small: folder below the run folder -> flags.
-STORY: dict[str, dict[str, Any]] = {"": {}, "not-recycled": {"recycle": "none"}, "unet": {"method": "unet"}}
+STORY: dict[str, dict[str, Any]] = {"": {}, "not-recycled": {"recycle": "none"}}
+STORY |= {"unet": {"method": "unet", "target": "x0"}}
 
 
 def check_levels(config: Config) -> None:
     """Rules between the noise levels of training and of sampling; for evaluate the former are the checkpoint's."""
+    if config.method == "unet":  # has none
+        return
     if config.sampling_steps != config.train_K != T:
         raise InputError(
             f"--sampling-steps {config.sampling_steps}, but --train-K {config.train_K} knows its own {config.train_K} "
@@ -1273,17 +1308,18 @@ def check_levels(config: Config) -> None:
 
 
 def checkpoint_path(config: Config) -> Path:
-    best = config.run_folder / "best.pt"
-    return Path(config.checkpoint) if config.checkpoint else best if best.exists() else config.run_folder / "last.pt"
+    return runtime.checkpoint_file(config.checkpoint, config.run_folder)
 
 
 def main(argv: Sequence[str]) -> int:
-    verb, config, given = runtime.parse_flags(Config, argv, VERBS, PRESETS, (__doc__ or "").split("\n\n")[0])
+    about = (__doc__ or "").split("\n\n")[0]
+    verb, config, given = runtime.parse_flags(Config, argv, VERBS, PRESETS, about, ONLY)
     if verb in ("evaluate", "predict"):
         config = runtime.trained_config(config, given, checkpoint_path(config), SCRIPT, USE, ONCE | {"limit"})
     elif config.init:
+        config = replace(config, init=str(runtime.checkpoint_file(config.init, config.run_folder)))
         old = runtime.load_checkpoint(Path(config.init), SCRIPT)["config"]
-        config = replace(config, **{k: old[k] for k in NETWORK if k not in given})
+        config = replace(config, **{k: old[k] for k in NETWORK if k not in given and k in old})
     check_levels(config)
     ranks, stop = runtime.start_processes(config.device), runtime.StopFlag()
     try:
@@ -1291,17 +1327,23 @@ def main(argv: Sequence[str]) -> int:
             stop.restore()
             code = predict(config, ranks)
         else:
-            data = loaders.open_data(config.data)
-            config = runtime.shared_batch(replace(config, size=training_size(config, data)), given, ranks)
+            data: Any = loaders.open_data(config.data)
+            config = replace(config, size=training_size(config, data))
+            if verb != "evaluate":
+                config = runtime.shared_batch(config, given, ranks)
             bare = verb == "" and config.data == "synthetic" and config.preset == "tiny"
             rows = STORY if bare and not {"method", "recycle", "init"} & given.keys() else {"": {}}
             runs = [replace(config, out=str(config.run_folder / name), **flags) for name, flags in rows.items()]
-            code = 0
+            code, record = 0, loaders.data_record(data)
+            if not verb:  # before the training: are there cases to score, and can each row be continued
+                cases_to_score(config, data)
+                for run in runs if not config.overwrite else ():
+                    runtime.find_run(run.run_folder, SCRIPT, asdict(run), MAY_DIFFER, record, ranks)
             for run in runs if verb in ("", "train") else ():
                 code = code or train(run, data, ranks, stop)
             stop.restore()  # from here on there is nothing to save
             for run in runs if verb in ("", "evaluate") and code == 0 else ():
-                evaluate(replace(run, checkpoint="") if verb == "" else run, data, ranks)
+                evaluate(run, data, ranks, run.run_folder if verb == "" else None)
             if len(runs) > 1 and code == 0 and ranks.first:
                 say("\nthe rows side by side: recycled (the paper), not recycled, U-net")
                 metrics.main(["table", *(str(run.run_folder) for run in runs)])

@@ -45,6 +45,8 @@ Differs
     D10 --method half is scored at full size, enlarged on the grid that belongs to how it was reduced; the public
         code scores at half size.
     D11 --task generate: the paper's outlook. x_0 is the image in [-1, 1], the condition the coordinates alone.
+    D12 the small presets: fewer levels and channels. Sampling computes in the number format of --amp (public code:
+        fp32). --method full and half train on cases padded to the largest, and sample each padded for itself.
 
 Usage
     python patchddm.py                                            all of it on phantoms: train, sample, score
@@ -55,7 +57,8 @@ Usage
     python patchddm.py grid --data hippocampus --preset laptop --sampling-steps 50,20,5 --ensemble 1,3,5   figure 5
     python patchddm.py profile --preset paper                     table 1: memory and seconds of one evaluation here
     python patchddm.py train --data hippocampus --preset laptop --task generate --out runs/generate    then `sample`
-    torchrun --nproc_per_node=4 patchddm.py --data brats          the paper's setting
+    python patchddm.py --data brats                               the paper's setting: one GPU, batch 1
+    torchrun --nproc_per_node=4 patchddm.py --data brats          four GPUs, batch 4
 
 Expect
     The bare run takes about four minutes on two cores of a server CPU and prints Dice and HD95 of ten unseen phantoms
@@ -67,6 +70,7 @@ import math
 import re
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -99,7 +103,7 @@ from common.unet import (
     zero_module,
 )
 
-T = 1000  # diffusion steps; t = 1..T throughout this file
+T = 1000  # diffusion steps; t = 1..T throughout this file, but for what the network is fed: the index t - 1
 LOG_EVERY = 50  # steps
 NESTED = (1, 3, 5, 7, 15)  # ensemble sizes reported on the way to --ensemble (table 3)
 
@@ -238,7 +242,7 @@ class Config:
             raise InputError("--clip mask cuts off the -1 of --mask-range pm1; use --clip unit")
         if self.task == "generate" and (self.clip == "mask" or self.mask_range == "pm1"):
             raise InputError("--task generate has images in [-1, 1], no mask; leave --mask-range and --clip mask out")
-        if self.timesteps == "code" and 1 in (self.sampling_steps, *np.atleast_1d(self.sampling_steps)):
+        if self.timesteps == "code" and 1 in np.atleast_1d(self.sampling_steps):
             raise InputError("--timesteps code is not defined for --sampling-steps 1; use 2 or more")
         if self.sampler == "heun" and self.eta:
             raise InputError("--sampler heun follows the noise-free equation; use --eta 0")
@@ -247,7 +251,7 @@ class Config:
 
 
 SMALL = {"target": "x0", "lr_schedule": "cosine", "grad_clip": 1.0, "workers": 0, "sampling_steps": 10}  # D6, D7
-SMALL |= {"channel_mult": (1, 2, 4), "num_res_blocks": 1, "num_groups": 8, "patch": (32,), "batch": 4}
+SMALL |= {"channel_mult": (1, 2, 4), "num_res_blocks": 1, "num_groups": 8, "patch": (32,), "batch": 4}  # D12
 LAPTOP = {"num_channels": 16, "lr": 1e-3, "ema": 0.999, "steps": 9000, "eval_every": 1500, "save_every": 300}
 TINY = {"num_channels": 16, "lr": 2e-3, "ema": 0.99, "steps": 900, "eval_every": 300, "save_every": 100}
 PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "laptop": SMALL | LAPTOP, "tiny": SMALL | TINY}
@@ -260,7 +264,7 @@ PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "laptop": SMALL | LAPTOP, "ti
 class UNet(nn.Module):
     """The 3D U-Net of section 2.2: residual blocks, no attention, averaged skips.
 
-    Called as model(x, t): x [B, C_in, X, Y, Z] with each side a multiple of 2^(levels - 1), t [B] the index 0..T-1;
+    Called as model(x, index): x [B, C_in, X, Y, Z] with sides that are multiples of 2^(levels - 1), index [B] is t - 1;
     returns [B, C_out, X, Y, Z]. Parameter names are the public code's.
     """
 
@@ -306,8 +310,8 @@ class UNet(nn.Module):
             return checkpoint(block, x, emb, use_reentrant=False, preserve_rng_state=False)  # no dropout here
         return block(x, emb)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        emb = self.time_embed(timestep_embedding(t, self.width))  # [B, 4C]
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        emb = self.time_embed(timestep_embedding(index, self.width))  # [B, 4C]
         skips = []
         for block in self.input_blocks:
             x = self.run(block, x, emb)  # [B, C m, X / 2^level, ...]
@@ -318,7 +322,7 @@ class UNet(nn.Module):
             x, skip, emb = (v.to(where) for v in (x, skips.pop(), emb))
             x = (x + skip) / 2 if self.average else torch.cat([x, skip], dim=1)
             x = self.run(block, x, emb)
-        return self.out(x.to(t.device))  # [B, C_out, X, Y, Z]
+        return self.out(x.to(index.device))  # [B, C_out, X, Y, Z]
 
 
 def build_model(config: Config, in_channels: int, out_channels: int) -> UNet:
@@ -359,6 +363,15 @@ def check_memory(
             f"{'training on' if training else 'sampling'} {batch} x {'x'.join(map(str, shape))} voxels needs about "
             f"{needed:.1f} GB, {device} has {free:.1f} GB free; try {less}, --amp bf16 or a smaller --num-channels"
         )
+
+
+def check_sampling(
+    config: Config, record: dict[str, Any], shape: Sequence[int], grid: Sequence[int] | None, device: torch.device
+) -> None:
+    """check_memory for sampling a volume of `shape`, padded as it will be."""
+    full = padded_shape(shape, config, grid)
+    full = tuple(n // 2 for n in full) if config.method == "half" else full
+    check_memory(config, record, full, 1, False, device)
 
 
 # =====================================================================================================================
@@ -716,6 +729,8 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
     patches = Patches(data, config)
     share = config.batch // (ranks.world * config.accumulate)
     check_memory(config, record, patches.largest(), share, True, device)
+    for case in validation_cases(config, data):  # are sampled whole
+        check_sampling(config, record, data.shape(case), data.meta.get("grid"), device)
     run = Training(config, record, device, dtype)
     state = None if config.overwrite else runtime.find_run(out, "patchddm", asdict(config), MAY_DIFFER, record, ranks)
     if state is not None:
@@ -747,7 +762,7 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
         # 3. validate when it is due; a run stopped before it did so does it first thing when continued
         finished = run.step >= config.steps or time_up or run.seconds >= limit
         due = run.step % config.eval_every == 0 or finished
-        if due and run.step > run.best["seen"] and data.cases("val") and config.task == "segment":
+        if due and run.step > run.best["seen"] and validation_cases(config, data):
             validate(run, data, ranks, stop, log)
             signal, _ = stop.agreed(ranks)
         if finished or signal:
@@ -791,6 +806,12 @@ COLUMNS = ["step", "seconds", "loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4"
 COLUMNS += ["memory_gb", "left_s", "skipped", "val_dice"]
 
 
+def validation_cases(config: Config, data: Any) -> list[str]:
+    """The labelled cases of val, at most --limit; none where images are generated."""
+    cases = data.cases("val", config.limit or None) if config.task == "segment" else []
+    return [case for case in cases if data.has_label(case)]
+
+
 def validate(run: Training, data: Any, ranks: Ranks, stop: runtime.StopFlag, log: runtime.Log) -> None:
     """Foreground Dice of the validation cases, one member with fixed noise; keeps the best weights as best.pt.
 
@@ -800,7 +821,7 @@ def validate(run: Training, data: Any, ranks: Ranks, stop: runtime.StopFlag, log
         run.save("last.pt")
     config = replace(run.config, ensemble=1)
     net = Network(config, run.ema.eval(), run.record, run.device, run.dtype, run.step)
-    rows = score_cases(net, data, ranks, data.cases("val", config.limit or None), None, (1,), stop)
+    rows = score_cases(net, data, ranks, validation_cases(config, data), None, (1,), stop)
     run.model.train()
     if rows is None:
         return
@@ -821,7 +842,8 @@ def print_header(config: Config, data: Any, ranks: Ranks, run: Training, reason:
     counts = ", ".join(f"{len(data.cases(s))} {s}" for s in ("train", "val", "test"))
     share = f"{ranks.world} processes x {config.accumulate} parts x {config.batch // (ranks.world * config.accumulate)}"
     parameters, patch = sum(p.numel() for p in run.model.parameters()), "x".join(map(str, config.patch_size))
-    paper, notes = Config(), ["D1", "D2", "D3", "D5", "D8", "D9"]
+    paper, notes = Config(), ["D1", "D5", "D8", "D9", "D12"]
+    notes += ["D2"] * (config.timesteps == "trailing") + ["D3"] * (config.clip != "off")
     notes += ["D4"] * (len(data.classes) > 1 and config.task == "segment") + ["D6"] * (config.target != "eps")
     notes += ["D10"] * (config.method == "half") + ["D11"] * (config.task == "generate")
     notes += ["D7"] * any(getattr(config, k) != getattr(paper, k) for k in ("lr", "lr_schedule", "ema", "grad_clip"))
@@ -851,12 +873,12 @@ def print_header(config: Config, data: Any, ranks: Ranks, run: Training, reason:
 # =====================================================================================================================
 
 
-def timesteps(steps: int, grid: str = "trailing") -> list[int]:
+def timesteps(steps: int, kind: str = "trailing") -> list[int]:
     """S + 1 times from T down to 0: tau_i = (T i + S // 2) // S, i = S..0.
 
     code: T, ..., 1 evenly, and 1 once more: its abar is held constant past the end, so the last step goes nowhere.
     """
-    if grid == "code":
+    if kind == "code":
         return [round(i) + 1 for i in np.linspace(T - 1, 0, steps)] + [1]
     return [(T * i + steps // 2) // steps for i in range(steps, -1, -1)]  # D2
 
@@ -894,9 +916,9 @@ def heun_step(x0: Tensor, xt: Tensor, t: int, s: int, look: Callable[[Tensor, in
     return math.sqrt(ABAR[s]) * (y + h * slope)
 
 
-def evaluations(sampler: str, steps: int) -> int:
-    """Evaluations of the network for one sample: S, or 2 S - 1 of Heun's method."""
-    return 2 * steps - 1 if sampler == "heun" else steps
+def evaluations(sampler: str, steps: int, kind: str = "trailing") -> int:
+    """Evaluations of the network for one sample: S, of Heun's method S more, but for a step that ends at 0."""
+    return steps + (sampler == "heun") * sum(s > 0 for s in timesteps(steps, kind)[1:])
 
 
 def sample(
@@ -946,13 +968,13 @@ def sample_member(net: Network, cond: Tensor, case: str, number: int, watch: Any
     """Member `number` of a case, the whole volume at once: [K', *S] fp32 in [0, 1].
 
     cond: [C (+ 3), *S]. The noise is drawn on the CPU from (seed, case, number), so it is the same on every device.
-    The network runs in its lean form, which gives the same numbers with two thirds of the memory.
+    The network runs in its lean form, which gives the same numbers with about half of the memory.
     """
     config = net.config
     shape = (1, x0_channels(config, net.record), *cond.shape[1:])
     generator = torch.Generator().manual_seed(seed_of(config.seed, "sample", case, number))  # D5
     fed = torch.cat([cond[None], torch.empty(shape, device=cond.device)], dim=1)  # [1, C (+ 3) + K', *S]
-    total, silent = evaluations(config.sampler, config.sampling_steps), config.quiet or None
+    total, silent = evaluations(config.sampler, config.sampling_steps, config.timesteps), config.quiet or None
     bar = tqdm(total=total, desc=f"{case} {number}", unit="evaluation", leave=False, delay=5, disable=silent)
 
     def draw() -> Tensor:
@@ -1003,9 +1025,12 @@ def generate(config: Config, ranks: Ranks) -> int:
 
     A volume has the data's median shape and spacing and values in [0, 1]; each channel is a NIfTI file.
     """
+    if config.output.endswith((".nii", ".nii.gz")):
+        raise InputError(f"--output {config.output}: sample writes several files; give a folder")
     net = load_network(config, ranks)
     statistics, grid = net.record["statistics"], net.record.get("grid")
     shape = [round(n) for n in statistics["shape_median"]]
+    check_sampling(config, net.record, shape, grid, net.device)
     full = padded_shape(shape, config, grid)
     front = loaders.symmetric_pad(shape, full)
     inside = tuple(slice(f, f + n) for f, n in zip(front, shape))
@@ -1040,7 +1065,7 @@ def whole_volume(image: np.ndarray, net: Network, grid: Sequence[int] | None) ->
     front = loaders.symmetric_pad(image.shape[1:], full)
     whole = condition(image, full, (0, 0, 0), full, net.config.with_coords)
     whole = halve(whole, net.config.half_pool) if net.config.method == "half" else whole
-    check_memory(net.config, net.record, whole.shape[1:], 1, False, net.device)
+    check_sampling(net.config, net.record, image.shape[1:], grid, net.device)
     return torch.from_numpy(whole).to(net.device), tuple(slice(f, f + n) for f, n in zip(front, image.shape[1:]))
 
 
@@ -1100,7 +1125,7 @@ def maps_of(result: Ensemble, net: Network, inside: Any) -> dict[str, np.ndarray
 
 
 def cases_to_score(config: Config, data: Any) -> list[str]:
-    cases = data.cases(config.split, config.limit or None)
+    cases = [case for case in data.cases(config.split, config.limit or None) if data.has_label(case)]
     if not cases:
         raise InputError(f"{config.data} has no labelled case in its split {config.split}; choose another --split")
     return cases
@@ -1115,14 +1140,15 @@ def check_same_data(net: Network, config: Config, data: Any) -> None:
             )
 
 
-def evaluate(config: Config, data: Any, ranks: Ranks) -> int:
+def evaluate(config: Config, data: Any, ranks: Ranks, out: Path | None = None) -> int:
     """Score a split on the prepared grid: prints the table, writes metrics.csv, summary.json, masks, pictures."""
     net, cases = load_network(config, ranks), cases_to_score(config, data)
     check_same_data(net, config, data)
-    out, begin = config.run_folder, time.perf_counter()
+    out, begin = out or runtime.scores_folder(config, checkpoint_path(config), "patchddm"), time.perf_counter()
     sizes = sorted({n for n in NESTED if n < config.ensemble} | {config.ensemble})
-    by_size, dice = score_cases(net, data, ranks, cases, out, sizes), {}  # type: Any, dict[str, list[float]]
-    if not ranks.first or by_size is None:
+    by_size: Any = score_cases(net, data, ranks, cases, out, sizes)
+    dice: dict[str, list[float]] = {}
+    if not ranks.first:
         return 0
     how = f"{config.sampler}, {config.sampling_steps} steps, target {config.target}, weights of step {net.step}"
     say(f"\n{config.split} split of {config.data}, {len(cases)} cases, {how}, {time.perf_counter() - begin:.0f} s")
@@ -1159,26 +1185,28 @@ def grid(config: Config, data: Any, ranks: Ranks) -> int:
     """Figure 5: scores over steps x ensemble size, beside the network evaluations that each cell costs.
 
     Each member is sampled once; size n scores the first n. Cells go to grid.csv row by row, and what stands there for
-    the same weights, cases and sampler is not sampled again. Cells of other samplers stay, for comparison at equal
-    evaluations.
+    the same weights, cases and sampler is not sampled again. All others stay; those of the same weights and cases are
+    compared at equal evaluations.
     """
     net, cases, path = load_network(config, ranks), cases_to_score(config, data), config.run_folder / "grid.csv"
     check_same_data(net, config, data)
     steps, sizes = (sorted(set(np.atleast_1d(v).tolist())) for v in (config.sampling_steps, config.ensemble))
-    what = {"weights": net.step, "split": config.split, "cases": len(cases), "seed": config.seed, "clip": config.clip}
+    weights = zlib.crc32(b"".join(v.float().cpu().numpy().tobytes() for v in net.model.state_dict().values()))
+    what: dict[str, Any] = {"weights": f"step {net.step}, {weights:08x}", "data": config.data, "split": config.split}
+    what |= {"cases": len(cases), "seed": config.seed, "clip": config.clip}
     how = {"timesteps": config.timesteps, "eta": config.eta, "sampler": config.sampler}
-    cells = [c for c in runtime.read_csv(path) if all(c[k] == str(v) for k, v in what.items())]
+    cells = [c for c in runtime.read_csv(path) if "data" in c]  # not those of an older form
     for s in steps:
-        cost = evaluations(config.sampler, s)
+        cost = evaluations(config.sampler, s, config.timesteps)
         fits = [n for n in sizes if not config.max_evaluations or n * cost <= config.max_evaluations]
         key = {k: str(v) for k, v in (what | how | {"sampling_steps": s}).items()}
-        known = [int(c["ensemble"]) for c in cells if all(c[k] == v for k, v in key.items())]
+        known = [int(c["ensemble"]) for c in cells if all(c.get(k) == v for k, v in key.items())]
         if set(fits) <= set(known):
             continue
         begin, setting = time.perf_counter(), replace(config, sampling_steps=s, ensemble=max(fits))
         by_size = score_cases(replace(net, config=setting), data, ranks, cases, None, fits)
         seconds = time.perf_counter() - begin
-        cells = [c for c in cells if any(c[k] != v for k, v in key.items())]
+        cells = [c for c in cells if int(c["ensemble"]) not in fits or any(c.get(k) != v for k, v in key.items())]
         for n, rows in (by_size or {}).items():
             mean = metrics.summarise(rows)["mean"]
             scores = {
@@ -1189,6 +1217,7 @@ def grid(config: Config, data: Any, ranks: Ranks) -> int:
         if ranks.first:
             runtime.write_csv(path, cells)
     if ranks.first:
+        cells = [c for c in cells if all(c.get(k) == str(v) for k, v in what.items())]
         show_grid([c for c in cells if all(c[k] == str(v) for k, v in how.items())], steps, sizes, config)
         show_equal(cells)
         say(f"\nall cells are in {path}")
@@ -1198,16 +1227,14 @@ def grid(config: Config, data: Any, ranks: Ranks) -> int:
 def show_grid(cells: list[dict[str, str]], steps: list[int], sizes: list[int], config: Config) -> None:
     """Print Dice and HD95 with the evaluations of each cell, and draw both as heat maps."""
     at = {(int(c["sampling_steps"]), int(c["ensemble"])): c for c in cells}
-    cost = [[f"{n * evaluations(config.sampler, s)} evaluations" for n in sizes] for s in steps]
+    once = {s: evaluations(config.sampler, s, config.timesteps) for s in steps}
+    cost = [[f"{n * once[s]} evaluations" for n in sizes] for s in steps]
     for metric, unit, digits in (("dice", "Dice", 3), ("hd95_mm", "mm", 2)):
         values = [[float(at[s, n][f"{metric}_mean"]) if (s, n) in at else math.nan for n in sizes] for s in steps]
         say(f"\n{metric} by steps and ensemble, in brackets the network evaluations; {config.sampler}")
         say("steps  " + "".join(f"{f'ensemble {n}':>18}" for n in sizes))
         for s, row in zip(steps, values):
-            texts = [
-                "-" if math.isnan(v) else f"{v:.{digits}f} ({n * evaluations(config.sampler, s)})"
-                for v, n in zip(row, sizes)
-            ]
+            texts = ["-" if math.isnan(v) else f"{v:.{digits}f} ({n * once[s]})" for v, n in zip(row, sizes)]
             say(f"{s:<7}" + "".join(f"{text:>18}" for text in texts))
         file, title = config.run_folder / f"figures/grid_{config.sampler}_{metric}.png", f"{metric}, {config.sampler}"
         names = [f"{s} steps" for s in steps], [f"ensemble {n}" for n in sizes]
@@ -1220,7 +1247,10 @@ def show_equal(cells: list[dict[str, str]]) -> None:
     for cost in costs:
         same = [c for c in cells if int(c["evaluations"]) == cost]
         same.sort(key=lambda c: -float(c["dice_mean"]))
-        names = [f"{c['sampler']} {c['sampling_steps']} x {c['ensemble']} {float(c['dice_mean']):.3f}" for c in same]
+        names = []
+        for c in same:
+            how = c["sampler"] + " code" * (c["timesteps"] == "code") + f" eta {c['eta']}" * (float(c["eta"]) > 0)
+            names.append(f"{how} {c['sampling_steps']} x {c['ensemble']} {float(c['dice_mean']):.3f}")
         if len(same) > 1:
             say(f"Dice at {cost} evaluations (steps x ensemble): " + ", ".join(names))
 
@@ -1271,7 +1301,7 @@ def profile_row(
     batch = config.batch if training else 1
     row = {"method": config.method, "phase": phase, "form": name, "voxels": f"{batch}x" + "x".join(map(str, shape))}
     try:
-        check_memory(config, record, shape, batch, training, device)
+        check_memory(replace(config, slab=max(slab, 0)), record, shape, batch, training, device)
         model = fast_layout(network_for(config, record, device), config.compile).train(training)
         x = torch.zeros(batch, model.in_channels, *shape, device=device)
         net, t = torch.compile(model) if config.compile and training else model, torch.zeros(batch, device=device)
@@ -1316,7 +1346,8 @@ def predict(config: Config, ranks: Ranks) -> int:
         loaders.check_not_input(target, paths)
         image, restore = loaders.load_for_prediction(paths, net.record)  # [C, X, Y, Z] on the network's grid
         cond, inside = whole_volume(image, net, net.record.get("grid"))
-        stem, ending = target.name.split(".nii")
+        stem = target.name.removesuffix(".gz").removesuffix(".nii")
+        ending = target.name[len(stem) :]  # .nii or .nii.gz
         files = {}  # what --save-members and --save-maps add lies in folders beside the masks
         for result in sample_ensemble(net, cond, case):
             if config.save_members:
@@ -1325,7 +1356,7 @@ def predict(config: Config, ranks: Ranks) -> int:
         files[stem] = mask = restore.mask(x0_to_mask(result.mean)[inside].cpu().numpy())  # D8
         files |= {f"maps/{stem}_{name}": restore.map(v) for name, v in maps_of(result, net, inside).items()}
         for name, array in files.items():
-            loaders.write_nifti(target.parent / f"{name}.nii{ending}", array, restore.like, array.dtype)
+            loaders.write_nifti(target.parent / f"{name}{ending}", array, restore.like, array.dtype)
         values = {name: int(net.record["label_values"][str(v)]) for name, v in net.record["classes"].items()}
         say(f"{target}: voxels of " + ", ".join(f"{name} {int((mask == v).sum())}" for name, v in values.items()))
     return 0
@@ -1336,24 +1367,33 @@ def predict(config: Config, ranks: Ranks) -> int:
 # =====================================================================================================================
 
 VERBS = ("train", "evaluate", "predict", "sample", "grid", "profile")
-# How a trained network is used once: neither kept from a training nor compared on continuing it.
+# Flag -> the verbs that look at it, "" being the bare run; given to others it is refused.
+ONLY: dict[str, tuple[str, ...]] = {
+    "image": ("predict",),
+    "output": ("predict", "sample"),
+    "max_evaluations": ("grid",),
+}
+ONLY |= {"checkpoint": ("evaluate", "predict", "sample", "grid"), "split": ("", "evaluate", "grid")}
+ONLY |= {"limit": ("", "train", "evaluate", "grid"), "save_maps": ("", "evaluate", "predict")}
+ONLY |= {"save_members": ("", "evaluate", "predict")}
+# ONCE: how a trained network is used this time, neither kept from a training nor compared on continuing it.
 ONCE = {"checkpoint", "split", "ensemble", "save_members", "save_maps", "image", "output", "overwrite", "quiet"}
 ONCE |= {"device", "amp", "workers", "max_evaluations", "slab", "split_devices"}
-# On continuing a run these may differ: they change where, how fast and how long, not what.
+# MAY_DIFFER: on continuing a run, since they change where, how fast and how long, not what.
 MAY_DIFFER = ONCE | {"out", "preset", "steps", "minutes", "compile", "recompute", "accumulate", "eval_every"}
 MAY_DIFFER |= {"save_every"}
-# For evaluate and predict these may differ from the training.
+# USE: for the verbs that use a trained network; other flags are refused where they differ from its training.
 USE = ONCE | {"data", "preset", "out", "seed", "limit", "sampler", "sampling_steps", "timesteps", "eta", "clip"}
 USE |= {"recompute", "compile"}
 
 
 def checkpoint_path(config: Config) -> Path:
-    best = config.run_folder / "best.pt"
-    return Path(config.checkpoint) if config.checkpoint else best if best.exists() else config.run_folder / "last.pt"
+    return runtime.checkpoint_file(config.checkpoint, config.run_folder)
 
 
 def main(argv: Sequence[str]) -> int:
-    verb, config, given = runtime.parse_flags(Config, argv, VERBS, PRESETS, (__doc__ or "").split("\n\n")[0])
+    about = (__doc__ or "").split("\n\n")[0]
+    verb, config, given = runtime.parse_flags(Config, argv, VERBS, PRESETS, about, ONLY)
     for name in ("sampling_steps", "ensemble"):
         if verb != "grid" and isinstance(getattr(config, name), tuple):
             raise InputError(f"--{name.replace('_', '-')} takes one number here; only the verb grid takes several")
@@ -1372,11 +1412,14 @@ def main(argv: Sequence[str]) -> int:
     try:
         if verb in ("", "train"):
             data, config = loaders.open_data(config.data), runtime.shared_batch(config, given, ranks)
+            if not verb and config.task == "segment":
+                cases_to_score(config, data)  # before the training: are there some
             code = train(config, data, ranks, stop)
             stop.restore()  # from here on there is nothing to save
             if verb == "" and code == 0:
                 used = replace(config, checkpoint="")
-                code = evaluate(used, data, ranks) if config.task == "segment" else generate(used, ranks)
+                segment = config.task == "segment"
+                code = evaluate(used, data, ranks, config.run_folder) if segment else generate(used, ranks)
         else:
             stop.restore()
             if verb == "predict":

@@ -396,6 +396,29 @@ def network_flags(path: Path, script: str) -> dict[str, Any]:
         raise InputError(f"--init {path} has no {error}, so it is no U-Net of this kind; use another file") from error
 
 
+def checkpoint_file(given: str, folder: Path, names: Sequence[str] = ("best.pt", "last.pt")) -> Path:
+    """The file that --checkpoint names; of a run folder, its own or the run's, the first of `names` that is there."""
+    path = Path(given) if given else folder
+    if given and not path.is_dir():
+        return path
+    return next((path / name for name in names if (path / name).exists()), path / names[-1])
+
+
+def scores_folder(config: Any, checkpoint: Path, script: str) -> Path:
+    """Where `evaluate` writes: beside the checkpoint if it scores all test cases of the data that it was trained on.
+
+    Other data, another split or fewer cases get a folder of their own there, so that no scores are written over
+    others. An --out elsewhere is taken as it is.
+    """
+    if config.run_folder != checkpoint.parent:
+        return config.run_folder
+    trained = load_checkpoint(checkpoint, script)["config"]["data"]
+    name = (
+        f"{Path(config.data).name}-" * (config.data != trained) + config.split + f"-{config.limit}" * (config.limit > 0)
+    )
+    return config.run_folder / name if name != "test" else config.run_folder
+
+
 def trained_config(
     config: Any, given: Mapping[str, Any], path: Path, script: str, use: Iterable[str], once: Iterable[str]
 ) -> Any:
@@ -600,11 +623,17 @@ def make_parser(config: type, verbs: Sequence[str], description: str) -> argpars
 
 
 def parse_flags(
-    config: type, argv: Sequence[str], verbs: Sequence[str], presets: Mapping[str, Mapping[str, Any]], description: str
+    config: type,
+    argv: Sequence[str],
+    verbs: Sequence[str],
+    presets: Mapping[str, Mapping[str, Any]],
+    description: str,
+    only: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[str, Any, dict[str, Any]]:
     """(verb, the resolved config, the flags that were given). The preset fills in what was not given.
 
-    Without --preset: `tiny` for synthetic data, else `paper`. InputError for unknown flags and bad values.
+    Without --preset: `tiny` for synthetic data, else `paper`. only: flag -> the verbs that look at it ("": the bare
+    run). InputError for unknown flags, bad values, and flags that the verb would ignore.
     """
     parser = make_parser(config, verbs, description)
     known = list(parser._option_string_actions)
@@ -615,6 +644,12 @@ def parse_flags(
     given = vars(parser.parse_args(list(argv)))
     verb = given.pop("verb")
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    for name, users in (only or {}).items():
+        if name in given and verb not in users:
+            where = ", ".join(user or "the bare run" for user in users)
+            raise InputError(
+                f"--{name.replace('_', '-')} is for {where}; {verb or 'the bare run'} ignores it: leave it out"
+            )
     synthetic = given.get("data", "synthetic") == "synthetic"
     preset = given.get("preset", "tiny" if synthetic else "paper")
     return verb, config(**{**presets[preset], "preset": preset, **given}), given

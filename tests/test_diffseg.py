@@ -682,6 +682,12 @@ def test_probabilities_of_predicted_noise_are_clipped_and_sum_to_1():
     close(D.probability(D.Config(), vec(0.5, 0.0, -0.5)), 0.75, 0.5, 0.25)
 
 
+@pytest.mark.parametrize("values, largest", [((1.2, 1.5, -1.0), 1), ((-1.2, -1.1, -1.5), 1), ((0.2, -3.0, 0.1), 0)])
+def test_largest_channel_stays_the_largest_where_nothing_is_clipped(values, largest):
+    p = D.probability(D.Config(target="eps", clip_x0="off"), vec(*values))
+    assert int(p.argmax(1)) == largest and float(p.sum()) == pytest.approx(1) and float(p.min()) > 0
+
+
 # --- windows, ensembles ----------------------------------------------------------------------------------------------
 
 

@@ -371,6 +371,56 @@ def test_evaluate_scores_the_masks_that_it_writes_and_each_step(tmp_path, fake, 
     assert {c: float(last[c]) for c in first} == pytest.approx(first, abs=1e-5)
 
 
+def test_scores_are_made_again_and_those_of_other_cases_stand_apart(tmp_path, fake, trained):
+    shutil.copytree(trained, tmp_path / "run")
+    argv = ["evaluate", "--checkpoint", str(tmp_path / "run"), "--data", str(fake / "prepared"), "--quiet"]
+    assert D.main(argv) == 0 and D.main(argv) == 0  # the second time over its own masks
+    before = (tmp_path / "run/dice_by_step.csv").read_bytes()
+    assert D.main([*argv, "--split", "val"]) == 0
+    assert (tmp_path / "run/dice_by_step.csv").read_bytes() == before
+    assert (tmp_path / "run/val/dice_by_step.csv").exists() and (tmp_path / "run/val/predictions").is_dir()
+
+
+def test_bare_run_checks_what_it_will_score_before_it_trains(tmp_path, fake, capsys):
+    shutil.copytree(fake / "prepared", tmp_path / "data")
+    file = tmp_path / "data/dataset.json"
+    meta = json.loads(file.read_text())
+    argv = [*FAST, "--data", str(tmp_path / "data"), "--preset", "tiny", "--out", str(tmp_path / "run")]
+    file.write_text(json.dumps(meta | {"splits": meta["splits"] | {"test": []}}))
+    assert "no labelled case in its split test" in refused(capsys, *argv)
+    file.write_text(json.dumps(meta))
+    label = tmp_path / "data/cases" / meta["splits"]["test"][0] / "label.npy"
+    wrong = np.load(label)
+    wrong[0, 0, 0] = 7
+    np.save(label, wrong)
+    assert "holds the value 7 in 1 voxels" in refused(capsys, *argv)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bare_run_of_predicted_noise_has_its_unet(tmp_path):
+    fast = [w for w in FAST if w not in ("--recycle", "prev")]
+    assert D.main([*fast, "--target", "eps", "--steps", "1", "--out", str(tmp_path / "run")]) == 0
+    configs = [json.loads((tmp_path / "run" / row / "config.json").read_text()) for row in D.STORY]
+    assert [(c["method"], c["target"]) for c in configs] == [("diffusion", "eps")] * 2 + [("unet", "x0")]
+
+
+def test_predict_keeps_dots_of_a_name(tmp_path, fake, trained):
+    source = next(
+        p for p in sorted((fake / "src/imagesTr").iterdir()) if p.name.endswith(".nii.gz") and p.name[0] != "."
+    )
+    shutil.copy(source, tmp_path / "b.nii.corr.nii.gz")
+    argv = [
+        "predict",
+        "--checkpoint",
+        str(trained / "best.pt"),
+        "--image",
+        str(tmp_path / "b.nii.corr.nii.gz"),
+        "--quiet",
+    ]
+    assert D.main([*argv, "--output", str(tmp_path / "out")]) == 0
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["b.nii.corr.nii.gz"]
+
+
 def test_evaluate_refuses_what_belongs_to_training(tmp_path, trained, capsys):
     argv = ["evaluate", "--checkpoint", str(trained / "best.pt"), "--out", str(tmp_path / "e")]
     assert "trained with --num-channels 4" in refused(capsys, *argv, "--num-channels", "8")

@@ -295,7 +295,43 @@ def test_evaluate_of_another_runs_checkpoint_writes_beside_it(tmp_path, fake, tr
     shutil.copytree(trained, tmp_path / "copy")
     argv = ["evaluate", "--checkpoint", "copy/best.pt", "--data", str(fake / "prepared"), "--limit", "1", "--quiet"]
     assert patchddm.main(argv) == 0
-    assert (tmp_path / "copy/metrics.csv").exists() and [p.name for p in tmp_path.iterdir()] == ["copy"]
+    assert (tmp_path / "copy/test-1/metrics.csv").exists() and [p.name for p in tmp_path.iterdir()] == ["copy"]
+
+
+def test_scores_are_made_again_and_those_of_other_cases_stand_apart(tmp_path, fake, trained):
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.copytree(fake / "prepared", tmp_path / "other")
+    argv = ["evaluate", "--checkpoint", str(tmp_path / "run"), "--quiet"]  # a folder: its best.pt
+    mine = [*argv, "--data", str(fake / "prepared")]
+    assert patchddm.main(mine) == 0 and patchddm.main(mine) == 0  # the second time over its own masks
+    before = (tmp_path / "run/metrics.csv").read_bytes()
+    assert patchddm.main([*mine, "--split", "val"]) == 0
+    assert patchddm.main([*argv, "--data", str(tmp_path / "other"), "--limit", "1"]) == 0
+    assert (tmp_path / "run/metrics.csv").read_bytes() == before
+    folders = {p.parent.name for p in (tmp_path / "run").glob("*/metrics.csv")}
+    assert folders == {"val", "other-test-1"}
+
+
+def test_bare_run_asks_for_test_cases_before_it_trains(tmp_path, fake):
+    shutil.copytree(fake / "prepared", tmp_path / "data")
+    meta = json.loads((tmp_path / "data/dataset.json").read_text())
+    meta["splits"] |= {"test": []}
+    (tmp_path / "data/dataset.json").write_text(json.dumps(meta))
+    with pytest.raises(InputError, match="no labelled case in its split test"):
+        patchddm.main(["--data", str(tmp_path / "data"), "--preset", "tiny", *FAST, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_case_without_label_is_left_out(tmp_path, fake):
+    shutil.copytree(fake / "prepared", tmp_path / "data")
+    meta = json.loads((tmp_path / "data/dataset.json").read_text())
+    case = meta["splits"]["val"][0]
+    meta["cases"][case] |= {"labelled": False}
+    (tmp_path / "data/dataset.json").write_text(json.dumps(meta))
+    (tmp_path / "data/cases" / case / "label.npy").unlink()
+    argv = ["train", "--data", str(tmp_path / "data"), "--preset", "tiny", *FAST, "--out", str(tmp_path / "run")]
+    assert patchddm.main([*argv, "--steps", "1", "--eval-every", "1"]) == 0
+    assert (tmp_path / "run/last.pt").exists()
 
 
 def test_evaluate_refuses_flags_that_belong_to_training(tmp_path, trained):
@@ -408,6 +444,9 @@ def test_predict_refuses_damaged_images_in_one_line(tmp_path, fake, trained, kin
         (["--patch", "30"], "cannot be halved 2 times"),
         (["--batch", "3", "--accumulate", "2"], "use a multiple of 2"),
         (["--init", "missing.pt"], "missing.pt does not exist"),
+        (["train", "--checkpoint", "x.pt"], "--checkpoint is for evaluate, predict, sample, grid; train ignores it"),
+        (["--image", "x.nii.gz"], "--image is for predict; the bare run ignores it"),
+        (["predict", "--split", "val"], "--split is for the bare run, evaluate, grid; predict ignores it"),
         (["evaluate", "--out", "nowhere"], "does not exist; train first"),
     ],
 )

@@ -40,7 +40,8 @@ def generator(tmp_path_factory) -> Path:
 
 
 def use(run: Path, *argv: str) -> list[str]:
-    return [argv[0], "--checkpoint", str(run / "last.pt"), "--limit", "2", "--quiet", *argv[1:]]
+    few = ["--limit", "2"] if argv[0] in ("evaluate", "grid") else []
+    return [argv[0], "--checkpoint", str(run / "last.pt"), *few, "--quiet", *argv[1:]]
 
 
 # --- grid ------------------------------------------------------------------------------------------------------------
@@ -101,17 +102,44 @@ def test_grid_compares_samplers_at_equal_evaluations(trained, tmp_path, capsys):
     assert line.startswith("Dice at 3 evaluations") and "heun 2 x 1" in line and "ddim 3 x 1" in line
 
 
-@pytest.mark.parametrize("sampler, steps", [("ddim", 5), ("heun", 5), ("heun", 1), ("ddpm", 3)])
-def test_evaluations_are_those_that_the_sampler_makes(sampler, steps):
+def test_grid_keeps_the_cells_of_other_settings(trained, tmp_path, capsys):
+    argv = use(trained, "grid", "--out", str(tmp_path), "--sampling-steps", "1")
+    assert P.main([*argv, "--ensemble", "1,2"]) == 0 and P.main([*argv, "--ensemble", "1,3"]) == 0
+    assert P.main([*argv, "--ensemble", "1", "--split", "val"]) == 0
+    assert P.main([*argv, "--ensemble", "1", "--timesteps", "code", "--sampling-steps", "3"]) == 0
+    assert P.main([*argv, "--ensemble", "1", "--eta", "0.5", "--sampling-steps", "3"]) == 0
+    cells = runtime.read_csv(tmp_path / "grid.csv")
+    found = [(c["split"], c["timesteps"], c["sampling_steps"], c["ensemble"]) for c in cells]
+    ones = [("test", "trailing", "1", n) for n in "213"]
+    assert found == [*ones, ("val", "trailing", "1", "1"), ("test", "code", "3", "1"), ("test", "trailing", "3", "1")]
+    line = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Dice at 3 evaluations")][-1]
+    assert all(name in line for name in ("ddim 1 x 3", "ddim code 3 x 1", "ddim eta 0.5 3 x 1"))
+
+
+def test_grid_tells_weights_of_the_same_step_apart(trained, tmp_path):
+    state = torch.load(trained / "last.pt", weights_only=True)
+    state["model"] = {k: v + 0.1 for k, v in state["model"].items()}
+    state["ema"] = {k: v + 0.1 for k, v in state["ema"].items()}
+    (tmp_path / "other").mkdir()
+    torch.save(state, tmp_path / "other/last.pt")
+    for run in (trained, tmp_path / "other"):
+        assert P.main(use(run, "grid", "--out", str(tmp_path / "g"), "--sampling-steps", "1", "--ensemble", "1")) == 0
+    assert len({c["weights"] for c in runtime.read_csv(tmp_path / "g/grid.csv")}) == 2
+
+
+@pytest.mark.parametrize("sampler, steps, kind", [
+    ("ddim", 5, "trailing"), ("heun", 5, "trailing"), ("heun", 1, "trailing"), ("ddpm", 3, "trailing"),
+    ("heun", 5, "code"), ("ddim", 5, "code")])  # fmt: skip
+def test_evaluations_are_those_that_the_sampler_makes(sampler, steps, kind):
     count = []
 
     def f(xt, index):
         count.append(int(index))
         return torch.zeros_like(xt)
 
-    config = P.Config(**SMALL, sampler=sampler, sampling_steps=steps)
+    config = P.Config(**SMALL, sampler=sampler, sampling_steps=steps, timesteps=kind)
     P.sample(f, torch.randn(1, 1, 2, 2, 2), config, lambda: torch.zeros(1, 1, 2, 2, 2))
-    assert len(count) == P.evaluations(sampler, steps)
+    assert len(count) == P.evaluations(sampler, steps, kind)
 
 
 def test_several_numbers_are_for_grid_only(trained):
