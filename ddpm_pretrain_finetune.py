@@ -1586,7 +1586,8 @@ def evaluate(config: Config, data: Any, ranks: Ranks, out: Path | None = None) -
         if record[key] != loaders.data_record(data)[key]:
             raise InputError(f"{config.data} has {key} {loaders.data_record(data)[key]}, the network was trained with "
                              f"{record[key]}; prepare alike")  # fmt: skip
-    out, cases = scores_folder(config, out or config.run_folder), cases_of(config, data)
+    out = scores_folder(config, out) if out else runtime.scores_folder(config, where, SCRIPT)
+    cases = cases_of(config, data)
     volumes, flat = score_cases(net, data, cases, ranks, out, config.quiet)
     if not ranks.first:
         return 0
@@ -1653,6 +1654,11 @@ def predict(config: Config, ranks: Ranks) -> int:
 # =====================================================================================================================
 
 VERBS = ("pretrain", "sample", "score", "finetune", "ddpmseg", "evaluate", "predict")
+# Flag -> the verbs that look at it, "" being the bare run; given to others it is refused.
+ONLY: dict[str, tuple[str, ...]] = {"image": ("predict",), "output": ("predict", "score")}
+ONLY |= {"checkpoint": ("sample", "score", "evaluate", "predict"), "features": ("", "score")}
+ONLY |= {k: ("", "finetune", "ddpmseg", "evaluate") for k in ("split", "limit")}
+ONLY |= {k: ("", "sample") for k in ("num_samples", "sampler", "sampling_steps", "eta", "variance")}
 # ONCE: how something is used this time, neither kept from a training nor compared on continuing it.
 ONCE = {"checkpoint", "split", "limit", "image", "output", "overwrite", "quiet", "device", "amp", "workers"}
 ONCE |= {"num_samples", "features", "sampler", "sampling_steps", "eta", "variance"}
@@ -1670,7 +1676,7 @@ STORY = {"labels", "dice", "variant", "select"}
 
 
 def checkpoint_path(config: Config) -> Path:
-    return Path(config.checkpoint) if config.checkpoint else config.run_folder / "last.pt"
+    return runtime.checkpoint_file(config.checkpoint, config.run_folder, ("last.pt",))
 
 
 def resolve(verb: str, config: Config, given: dict[str, Any]) -> Config:
@@ -1785,7 +1791,8 @@ def story(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag, given
 
 
 def main(argv: Sequence[str]) -> int:
-    verb, config, given = runtime.parse_flags(Config, argv, VERBS, PRESETS, (__doc__ or "").split("\n\n")[0])
+    about = (__doc__ or "").split("\n\n")[0]
+    verb, config, given = runtime.parse_flags(Config, argv, VERBS, PRESETS, about, ONLY)
     config = resolve(verb, config, given)
     ranks, stop = runtime.start_processes(config.device), runtime.StopFlag()
     try:

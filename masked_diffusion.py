@@ -2108,6 +2108,11 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 # =====================================================================================================================
 
 VERBS = ("pretrain", "segment", "evaluate", "predict", "reconstruct", "cluster", "probe")
+# Flag -> the verbs that look at it, "" being the bare run; given to others it is refused.
+ONLY: dict[str, tuple[str, ...]] = {"checkpoint": VERBS[1:], "image": ("predict",), "output": ("predict",)}
+ONLY |= {"save_maps": ("predict",), "save_members": ("", "segment", "evaluate"), "k": ("cluster",)}
+ONLY |= {"split": ("", "segment", "evaluate", "reconstruct", "cluster"), "init": ("", "pretrain", "segment")}
+ONLY |= {"limit": (*ONLY["split"], "probe")}
 # What becomes of the flags when a later command continues or uses what an earlier one made:
 #              taken from the checkpoint   may differ                        another value is refused
 #   pretrain   -                           MAY_DIFFER, LATER                 all others
@@ -2179,8 +2184,6 @@ def resolve(verb: str, config: Config, given: dict[str, Any]) -> Config:
     if verb in ("", "pretrain"):
         if config.method == "unet":
             raise InputError("--method unet learns from labels, there is nothing to pre-train; use the verb segment")
-        if config.checkpoint:
-            raise InputError("--checkpoint is for the verbs after pretrain, which starts from --init; leave it out")
         if not config.init:
             return config
         return replace(config, **network_flags_of(runtime.load_tensors(Path(config.init)), Path(config.init), given))
@@ -2202,7 +2205,8 @@ def resolve(verb: str, config: Config, given: dict[str, Any]) -> Config:
 
 
 def main(argv: Sequence[str]) -> int:
-    verb, config, given = runtime.parse_flags(Config, argv, VERBS, PRESETS, (__doc__ or "").split("\n\n")[0])
+    about = (__doc__ or "").split("\n\n")[0]
+    verb, config, given = runtime.parse_flags(Config, argv, VERBS, PRESETS, about, ONLY)
     config = resolve(verb, config, given)
     if verb in ("", "segment", "cluster", "probe") and config.method != "unet":
         check_blocks(config)

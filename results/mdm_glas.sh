@@ -39,7 +39,7 @@ for LABELS in 8 85; do
   # The classifier as published: batch norm, and features divided by the Frobenius norm of a window.
   $PYTHON masked_diffusion.py segment $FLAGS --split testA --labels $LABELS --classifier-norm batch --feature-norm l2 \
     --checkpoint $D-mdm-0/last.pt --out $D-mdm-0-published
-  $PYTHON -m common.metrics compare $D-ddpm-0/segment-$LABELS $D-mdm-0/segment-$LABELS --metric dice
+  $PYTHON -m common.metrics compare "$D-ddpm-?/segment-$LABELS" "$D-mdm-?/segment-$LABELS" --metric dice # mean over seeds
   $PYTHON -m common.metrics compare $D-random-0/segment-$LABELS-random $D-mdm-0/segment-$LABELS --metric dice
   $PYTHON -m common.metrics compare $D-mdm-0-published/segment-$LABELS $D-mdm-0/segment-$LABELS --metric dice
 done

@@ -572,6 +572,15 @@ def test_public_state_dict_of_one_channel_is_a_start(tmp_path):
     assert float((found["input_blocks.0.0.weight"] - state["module.input_blocks.0.0.weight"]).abs().max()) < 1e-6
 
 
+def test_flags_that_a_verb_ignores_are_refused(capsys):
+    assert "--checkpoint is for sample, score, evaluate, predict; finetune ignores it" in refused(
+        capsys, "finetune", "--checkpoint", "x.pt"
+    )
+    assert "--sampler is for the bare run, sample; pretrain ignores it" in refused(
+        capsys, "pretrain", "--sampler", "ddim"
+    )
+
+
 def test_no_samples_is_one_line(tmp_path, capsys):
     assert "no samples" in refused(capsys, "score", *FAST, "--out", str(tmp_path))
     np.save(tmp_path / "samples.npy", np.zeros((5, 16, 16), np.float32))

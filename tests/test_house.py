@@ -198,6 +198,6 @@ def test_documented_command_parses(command):
         argv = [w for at, w in enumerate(argv) if not (w in choices and argv[at + 1].startswith("$"))]
         argv = [w for at, w in enumerate(argv) if not (w.startswith("$") and not argv[at - 1].startswith("--"))]
         argv = [re.sub(r"\$\{?\w+\}?", "8", w) if w.startswith("$") else w for w in argv]
-        runtime.parse_flags(module.Config, argv, module.VERBS, module.PRESETS, "")
+        runtime.parse_flags(module.Config, argv, module.VERBS, module.PRESETS, "", module.ONLY)
     else:
         assert (ROOT / f"{stem}.py").exists() or stem == "", command

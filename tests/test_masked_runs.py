@@ -437,7 +437,8 @@ def test_probe_pretrains_on_cifar_and_tells_classes_of_plain_colours(tmp_path, c
     [
         (["pretrain", "--crop", "50"], "--crop 50 is not a multiple of 4, which --tile asks for"),
         (["pretrain", "--method", "unet"], "--method unet learns from labels"),
-        (["pretrain", "--checkpoint", "x.pt"], "--checkpoint is for the verbs after pretrain"),
+        (["pretrain", "--checkpoint", "x.pt"], "--checkpoint is for segment, evaluate, predict, reconstruct, cluster"),
+        (["segment", "--image", "x.png"], "--image is for predict; segment ignores it"),
         (["--labels", "99"], "--labels 99: synthetic has 4 labelled training images"),  # not after the pre-training
         (["--split", "valid"], "no split 'valid'"),
         (["pretrain", "--lables", "3"], "unknown flag --lables; did you mean --labels?"),
@@ -485,8 +486,8 @@ def test_another_network_or_a_damaged_file_is_refused(capsys, trained, prepared,
     argv = ["evaluate", "--checkpoint", str(trained / "segment-3"), "--data", str(prepared), "--preset", "tiny"]
     error = refused(capsys, *argv, "--crop", "64")
     assert "was trained with --crop 32" in error
-    for verb in ("evaluate", "predict"):
-        error = refused(capsys, verb, "--checkpoint", str(trained / "last.pt"), "--image", "x.png", "--output", "y.png")
+    for verb, flags in (("evaluate", []), ("predict", ["--image", "x.png", "--output", "y.png"])):
+        error = refused(capsys, verb, "--checkpoint", str(trained / "last.pt"), *flags)
         assert "last.pt is a pre-trained network, not a classifier" in error
     argv = ["--data", str(prepared), "--out", str(tmp_path / "x"), "--split", "testA", "--preset", "tiny"]
     for verb in ("segment", "reconstruct"):
