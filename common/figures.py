@@ -41,11 +41,10 @@ TEXT, TITLE, LINE, GAP, MARGIN = 14, 18, 18, 8, 16  # pixels: letters, title let
 
 # ---------------------------------------------------------------------------------------------------- colours, slices
 def class_colours(count: int) -> list[Colour]:
-    """Colours of the label values 1..count; after the seven of PALETTE their light, then their dark variants."""
+    """Colours of the label values 1..count; after the seven of PALETTE light and dark variants, 35 different in all."""
     colours = []
     for i in range(count):
-        towards = (0, 255, 0)[i // len(PALETTE) % 3]
-        share = 0.55 if i >= len(PALETTE) else 0.0
+        share, towards = ((0.0, 0), (0.55, 255), (0.55, 0), (0.3, 255), (0.3, 0))[i // len(PALETTE) % 5]
         r, g, b = (round((1 - share) * c + share * towards) for c in PALETTE[i % len(PALETTE)])
         colours.append((r, g, b))
     return colours
@@ -80,12 +79,16 @@ def overlay(image2d: np.ndarray, mask2d: np.ndarray, colours: Sequence[Colour], 
 
 
 def _limits(values: np.ndarray, percentiles: tuple[float, float] = (0.0, 100.0)) -> tuple[float, float]:
-    """Low and high percentile of the finite values, pulled apart where they are equal; (0, 1) without finite values."""
+    """Low and high percentile of the finite values, or the least and greatest where these are equal.
+
+    Values that are all equal have half of them on either side, zeros and no finite value at all (0, 1): black.
+    """
     finite = values[np.isfinite(values)]
-    low, high = (float(v) for v in np.percentile(finite, percentiles)) if finite.size else (0.0, 1.0)
-    if high > low:
-        return low, high
-    return low - (abs(low) / 2 or 0.5), high + (abs(high) / 2 or 0.5)
+    for pair in (percentiles, (0.0, 100.0)):
+        low, high = (float(v) for v in np.percentile(finite, pair)) if finite.size else (0.0, 1.0)
+        if high > low:
+            return low, high
+    return low - abs(low) / 2, high + (abs(high) / 2 or 1.0)
 
 
 def _grey(values: np.ndarray, limits: tuple[float, float]) -> np.ndarray:

@@ -515,7 +515,7 @@ def check_same_grid(
     if not allow_affine_mismatch:
         raise InputError(
             f"{label.path}: {what}; expected at most {tolerance_mm:g} mm between them; "
-            "if the voxels do lie on each other, pass --allow-affine-mismatch"
+            "if the voxels do lie on each other, prepare with --allow-affine-mismatch, or correct the header"
         )
     warnings.warn(f"{label.path}: {what}; the image's affine is used for both", stacklevel=2)
 
@@ -898,7 +898,7 @@ def stack_channels(files: Sequence[Nifti], channels: Sequence[str], allow_affine
 
 def natural_key(name: str) -> list:
     """Sort key with which case2 comes before case10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
 
 
 def nifti_stem(path: Path) -> str:

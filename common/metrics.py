@@ -652,18 +652,19 @@ def write_metrics_csv(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> No
 def read_metrics_csv(path: Path | str) -> list[dict[str, Any]]:
     """Rows as evaluate_case gives them, empty cells as NaN. InputError for another header or a bad number."""
     rows: list[dict[str, Any]] = []
-    with open(path, encoding="utf-8", newline="") as file:
+    again = "write the file again with evaluate"
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
         reader = csv.DictReader(file)
         if not set(COLUMNS) <= set(reader.fieldnames or ()):
             raise InputError(f"{path} lacks columns of a metrics.csv ({', '.join(COLUMNS)}); write it with evaluate")
         for cells in reader:
+            if None in cells.values():  # the end of a file that was cut off
+                raise InputError(f"{path} line {reader.line_num} has too few cells, expected {len(COLUMNS)}; {again}")
             try:
                 rows.append({c: cells[c] if c in COLUMNS[:2] else float(cells[c] or NAN) for c in COLUMNS})
             except ValueError as error:
-                raise InputError(
-                    f"{path} line {reader.line_num}: {error}; expected numbers or empty cells; "
-                    f"write the file again with evaluate"
-                ) from error
+                where = f"{path} line {reader.line_num}"
+                raise InputError(f"{where}: {error}; expected numbers or empty cells; {again}") from error
     if not rows:
         raise InputError(f"{path} has no rows; expected one per case and class; run evaluate again")
     return rows
@@ -729,8 +730,9 @@ def summarise(rows: Sequence[Mapping[str, Any]], empty_distance: Mapping[str, fl
     Args: rows: of evaluate_case or read_metrics_csv; empty_distance: mm that a missed or spurious pair gets for every
         distance, one for all or by case (see diagonal_mm); None leaves such pairs out.
     Returns: {"classes": {name: {metric: statistics}}, "mean": {metric: statistics}, "images", "images_dropped",
-        "n_valid", "share": {name: mean over images of |G| / voxels}}, where images x classes = n_valid + n_missed +
-        n_spurious + n_excluded. Rows that were read from a metrics.csv know no share: it is NaN.
+        "n_valid", "share": {name: mean over images of |G| / voxels}, "empty_distance": "diagonal" where one is given},
+        where images x classes = n_valid + n_missed + n_spurious + n_excluded. Rows that were read from a metrics.csv
+        know no share: it is NaN.
     Raises: InputError unless there is one row per case and class.
     """
     cases, names, values, status = _array(rows)
@@ -741,7 +743,8 @@ def summarise(rows: Sequence[Mapping[str, Any]], empty_distance: Mapping[str, fl
             values[:, :, k] = np.where(one_sided, np.array(mm)[:, None], values[:, :, k])
     per_image = _nanmean(values, axis=1)  # [case, SCORES]
     shares = {name: np.array([row.get("share", NAN) for row in rows if row["class"] == name]) for name in names}
-    return {
+    how = {} if empty_distance is None else {"empty_distance": "diagonal"}
+    return how | {
         "classes": {
             name: {s: _statistics(values[:, j, k], status[:, j]) for k, s in enumerate(SCORES)}
             for j, name in enumerate(names)
@@ -773,7 +776,7 @@ def read_summary(path: Path | str) -> dict:
     try:
         summary = _swap(json.loads(Path(path).read_text(encoding="utf-8")), None, NAN)
         for entry in (summary["mean"], *summary["classes"].values()):
-            _ = [entry[metric]["mean"] for metric in SCORES]
+            _ = [entry[metric][key] for metric in SCORES for key in ("mean", "sd", "n", "n_missed", "n_spurious")]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} is no summary.json; expected classes and mean, each with {', '.join(SCORES)}; run evaluate again"
@@ -815,10 +818,10 @@ def format_summary(summary: dict) -> str:
     for name, entry in [*summary["classes"].items(), ("mean", summary["mean"])]:
         counts = [str(entry["dice"][key]) for key in ("n", "n_missed", "n_spurious", "n_excluded")]
         table.append([name, *(_mean_sd(entry[m], m) for m in metrics), *counts])
-    return (
-        _layout(table) + "\nmean±SD over images. Distances leave missed and spurious pairs out, Dice, IoU and NSD "
-        "count them as 0. Last row: n images, counts of pairs."
-    )
+    how = "Distances leave missed and spurious pairs out, Dice, IoU and NSD count them as 0."
+    if "empty_distance" in summary:
+        how = "Missed and spurious pairs have the diagonal of their grid as distance, and 0 in Dice, IoU and NSD."
+    return f"{_layout(table)}\nmean±SD over images. {how} Last row: n images, counts of pairs."
 
 
 def _source(path: str, prefer: str) -> Path:
@@ -828,7 +831,9 @@ def _source(path: str, prefer: str) -> Path:
         options = [found / name for name in dict.fromkeys((prefer, "metrics.csv")) if (found / name).is_file()]
         if not options:
             names = " or ".join(dict.fromkeys((prefer, "metrics.csv")))
-            raise InputError(f"{path} holds no {names}, expected scores; run its command again, or evaluate")
+            raise InputError(
+                f"{path} holds no {names}; expected a run folder; run evaluate first, or its command again"
+            )
         return options[0]
     if not found.is_file():
         raise InputError(f"{path} does not exist; expected a run folder or its result file; check the path")
@@ -925,9 +930,11 @@ def _over_seeds(runs: Mapping[str, dict], metrics: Sequence[str], names: Sequenc
         cells = []
         for metric, name in product(metrics, [*names, None]):
             entries = [(s["mean"] if name is None else s["classes"].get(name, {})).get(metric) for s in found]
-            means = np.array([e["mean"] for e in entries if e])
+            means = np.array([e["mean"] for e in entries if e and not math.isnan(e["mean"])])
             sd = means.std(ddof=1) if len(means) > 1 else NAN
-            cells.append(_mean_sd({"mean": means.mean() if len(means) else NAN, "sd": sd}, metric))
+            lost = [sum(e[k] for e in entries if e) for k in ("n_missed", "n_spurious")]
+            counts = f" ({lost[0]}/{lost[1]})" if metric in DISTANCES else ""
+            cells.append(_mean_sd({"mean": means.mean() if len(means) else NAN, "sd": sd}, metric) + counts)
         rows.append([group, str(len(found)), *cells])
     return rows
 
@@ -953,7 +960,9 @@ def _table(args: argparse.Namespace) -> None:
             cells.append(_mean_sd(s, metric) + counts if s else "-")
         table.append([run, str(summary["mean"]["dice"]["n"]), *cells, *(logs[run] * trained)])
     print(_layout(table, args.markdown))
-    note = "; distances in mm (missed/spurious pairs, which they leave out)" if {*args.metric} & {*DISTANCES} else ""
+    diagonal = [run for run, summary in runs.items() if "empty_distance" in summary]
+    left = f"which have the diagonal in {', '.join(diagonal)}" if diagonal else "which they leave out"
+    note = f"; distances in mm (missed/spurious pairs, {left})" if {*args.metric} & {*DISTANCES} else ""
     note += "; s/step: training seconds over steps, without validation; memory: peak" * trained
     print(("\n" if args.markdown else "") + "mean±SD over n images" + note)
     if args.seeds:
@@ -1048,7 +1057,7 @@ def _compare(args: argparse.Namespace) -> None:
         print(f"A is the mean of {runs_a} runs, B of {runs_b}, case by case; missed and spurious are those of all runs")
     for metric in args.metric:
         x, y = a[:, :, SCORES.index(metric)], b[:, :, SCORES.index(metric)]  # [case, class]
-        if metric in DISTANCES:  # else a structure that A misses would lower the mean of A and not that of B
+        if metric in (*DISTANCES, "nsd_valid"):  # else a structure that A misses would change the mean of A alone
             x, y = np.where(np.isnan(y), NAN, x), np.where(np.isnan(x), NAN, y)
         table = [["class", "n", "A", "B", "B-A", "95% interval", "p (t)", "p (Wilcoxon)", "missed/spurious A", "B", ""]]
         for j, name in enumerate([*names, "mean"]):
@@ -1159,10 +1168,13 @@ def _calibration(args: argparse.Namespace) -> None:
     """One row a run, or a set of runs whose probabilities are averaged; and error against entropy as a picture."""
     table = [["run", "runs", "n", "ECE", "wrong", "AUROC of entropy", "rho entropy, Dice", "p"]]
     lines = {}
+    if args.margin < 0:
+        raise InputError(f"--margin is {args.margin:g}, expected mm of 0 or more; correct the flag")
     for pattern in args.runs:
         paths = _matches(pattern)
         r = calibration(_probabilities(paths, args.data), args.margin)
         numbers = [*(f"{r[k]:.3f}" for k in ("ece", "error", "auroc")), f"{r['rho']:.2f}", f"{r['p']:.2g}"]
+        numbers = ["-" if number == "nan" else number for number in numbers]
         table.append([pattern, str(len(paths)), str(r["n"]), *numbers])
         shown = [(100 * entropy, error) for entropy, error, share in r["bins"] if share >= 0.001]  # not of few voxels
         lines[pattern] = ([x for x, _ in shown], [y for _, y in shown])
@@ -1447,6 +1459,8 @@ def _parse_classes(words: list[str]) -> dict[str, list[int]]:
     """NAME=VALUE or NAME=VALUE+VALUE words -> name -> label values, whose union is the class."""
     try:
         pairs = [w.split("=") for word in words for w in word.split(",") if w]
+        if twice := {name for name, _ in pairs if [n for n, _ in pairs].count(name) > 1}:
+            raise InputError(f"--classes names {', '.join(sorted(twice))} twice; give one name to each class")
         return {name: [int(value) for value in values.split("+")] for name, values in pairs}
     except ValueError as error:
         raise InputError(
@@ -1485,13 +1499,19 @@ def _score_instances(preds: Mapping[str, Path], trues: Mapping[str, Path]) -> No
     values = np.array(scores)  # [image, score]
     n = np.count_nonzero(~np.isnan(values[:, 0]))
     spread = np.nanstd(values, axis=0, ddof=1) if n > 1 else np.full(values.shape[1], NAN)
-    means = [f"{m:.4f}±{sd:.4f}" for m, sd in zip(_nanmean(values, axis=0), spread)]
+    means = [f"{m:.4f}" + f"±{sd:.4f}" * int(n > 1) for m, sd in zip(_nanmean(values, axis=0), spread)]
     table = [["image", "true objects", "found", "Dice", "IoU", "AJI", "object Dice"], *table]
     print(_layout([*table, [f"mean±SD, n = {n}", "", "", *means]]))
 
 
 def _score(args: argparse.Namespace) -> None:
     """Score each pair of masks; all faulty cases are named in one error, before anything is written."""
+    if args.tolerance < 0:
+        raise InputError(f"--tolerance is {args.tolerance:g}, expected mm of 0 or more; correct the flag")
+    if args.instances and (args.out or args.classes or args.tolerance != 1 or args.empty_distance != "none"):
+        raise InputError(
+            "--instances prints object scores alone; leave --out, --classes, --tolerance and --empty-distance out"
+        )
     classes = _parse_classes(args.classes or [])
     out = Path(args.out) if args.out else None
     for name in ("metrics.csv", "summary.json"):
@@ -1526,8 +1546,6 @@ def _score(args: argparse.Namespace) -> None:
         if True in png
         else "Units: mm, spacing from the NIfTI headers; metrics on the grid of the files."
     )
-    if args.empty_distance == "diagonal":
-        print("Missed and spurious pairs have the diagonal of their grid as distance in this table and summary.json.")
     if out:
         out.mkdir(parents=True, exist_ok=True)
         write_metrics_csv(out / "metrics.csv", rows)

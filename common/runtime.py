@@ -248,8 +248,8 @@ def run_main(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[str
     """Call `main`; InputError becomes one line `NAME: what is wrong; what to do` on stderr and exit code 2.
 
     Under torchrun the first process prints the line; another one waits, to be ended by torchrun, and speaks only if
-    it is alone with its error. So does an error of the system that names a file (no permission, no such folder, disk
-    full). Every other exception is a defect of ours and keeps its traceback (exit code 1).
+    it is alone with its error. So does an error of the system (no permission, no such folder, disk full). Every other
+    exception is a defect of ours and keeps its traceback (exit code 1).
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     try:
@@ -264,10 +264,9 @@ def run_main(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[str
         if rank:  # the first process has most likely met the same, or ended and thereby caused this
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(15)
-        if isinstance(error, OSError) and error.filename is not None:
-            error = InputError(
-                f"{error.filename}: {error.strerror}; check the path, its permissions and the free space"
-            )
+        if isinstance(error, OSError) and error.errno is not None:
+            where = f"{error.filename}: " if error.filename is not None else ""
+            error = InputError(f"{where}{error.strerror}; check the path, its permissions and the free space")
         if not isinstance(error, InputError):
             raise
         line = (
@@ -340,6 +339,10 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(f))
 
 
+class DamagedError(InputError):
+    """A checkpoint that was not written to its end, or not read to it."""
+
+
 def load_tensors(path: Path) -> Any:
     """`torch.load` that runs no code (weights_only) and names what is wrong with a file (InputError)."""
     if not path.is_file():
@@ -347,12 +350,12 @@ def load_tensors(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise InputError(
+        raise DamagedError(
             f"{path} holds something other than tensors and plain values, or is not a checkpoint, and was not opened "
             f"({_first_line(error)}); use a file written by this program"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise InputError(f"{path} is damaged or not a checkpoint ({_first_line(error)}); use another file") from error
+        raise DamagedError(f"{path} is damaged or not a checkpoint ({_first_line(error)}); use another file") from error
 
 
 def load_checkpoint(path: Path, script: str) -> dict[str, Any]:
@@ -364,7 +367,7 @@ def load_checkpoint(path: Path, script: str) -> dict[str, Any]:
         raise InputError(f"{path} has format {state['format']}, this program reads up to {FORMAT}; use a newer version")
     missing = [k for k in CHECKPOINT_KEYS if k not in state]
     if missing:
-        raise InputError(f"{path} lacks {', '.join(missing)}; it was not written to its end; use another file")
+        raise DamagedError(f"{path} lacks {', '.join(missing)}; it was not written to its end; use another file")
     if state["script"] != script:
         raise InputError(
             f"{path} belongs to {state['script']}.py, this is {script}.py; run that script, or choose another"
@@ -440,9 +443,12 @@ def load_newest(out: Path, script: str, ranks: Ranks | None = None) -> dict[str,
     last, previous = out / "last.pt", out / "last.prev.pt"
     if not last.exists() and not previous.exists():
         return None
+    if not last.exists():
+        say(f"note: {last} is absent. Continuing from {previous.name}.", ranks)
+        return load_checkpoint(previous, script)
     try:
         return load_checkpoint(last, script)
-    except InputError as error:
+    except DamagedError as error:  # of a newer program or another script: it is no accident, and is refused
         if not previous.exists():
             raise
         say(f"note: {error}. Continuing from {previous.name}.", ranks)
@@ -486,6 +492,10 @@ def find_run(
 def make_run(out: Path, config: Mapping[str, Any], overwrite: bool, ranks: Ranks) -> None:
     """Make the run folder with its config.json; with `overwrite` a run that is there is thrown away first."""
     if overwrite and ranks.first and out.is_dir():
+        if out.is_symlink():
+            raise InputError(
+                f"--out {out} is a link, which --overwrite leaves alone; name the folder itself, or another"
+            )
         if any(out.iterdir()) and not (out / "config.json").exists():
             raise InputError(f"{out} holds files but no run (no config.json) and is left alone; choose another --out")
         shutil.rmtree(out)
@@ -539,14 +549,18 @@ class Log:
 
 
 class LossByTime:
-    """Loss per sample since the last row, also by quartile of t: where in the noise it arises. Stays on the device."""
+    """Loss per sample since the last row, also by quartile of t: where in the noise it arises. Stays on the device.
+
+    Losses that are not finite are left out: the step that they belong to is skipped.
+    """
 
     def __init__(self, steps: int, device: torch.device):
         self.steps, self.sums = steps, torch.zeros(2, 4, device=device)  # losses, samples
 
     def add(self, t: torch.Tensor, losses: torch.Tensor) -> None:
         """t: [B] in 1..steps, losses: [B]."""
-        self.sums.index_add_(1, (t - 1) * 4 // self.steps, torch.stack([losses, torch.ones_like(losses)]))
+        good = losses.isfinite()
+        self.sums.index_add_(1, (t - 1) * 4 // self.steps, torch.stack([losses.where(good, 0), good.to(losses.dtype)]))
 
     def row(self, ranks: Ranks) -> dict[str, float]:
         """`loss` and `loss_q1` .. `loss_q4` over all processes; starts again from nothing."""

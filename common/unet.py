@@ -327,7 +327,8 @@ class FeatureStore:
         at = len(self.divisors) * sum(m.numel() for m in maps)
         for m in maps:
             self.starts.append(at)
-            self.values[at : at + m.numel()] = m[0].permute(1, 2, 0).half().cpu().numpy().ravel()
+            small = m[0].permute(1, 2, 0).clamp(-65504, 65504).half()  # what fp16 holds
+            self.values[at : at + m.numel()] = small.cpu().numpy().ravel()
             at += m.numel()
         label = np.array(label, np.uint8).ravel()
         counts = np.bincount(label, minlength=256)

@@ -503,11 +503,15 @@ def file_facts(case: Case) -> list[dict]:
 
 
 def finished(case: Case, folder: Path) -> dict | None:
-    """The record of a case that an earlier run has written from these very files, or None."""
+    """The record of a case that an earlier run has written from these very files, its arrays whole; or None."""
     try:
         record = json.loads((folder / case.id / "case.json").read_text(encoding="utf-8"))
-        return record if record["facts"]["sources"] == file_facts(case) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        facts = record["facts"]
+        names = ["image"] + ["label"] * facts["labelled"] + ["instances"] * ("objects" in facts)
+        for name in names:
+            np.load(folder / case.id / f"{name}.npy", mmap_mode="r", allow_pickle=False)  # refuses a file cut short
+        return record if facts["sources"] == file_facts(case) else None
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
 
 
@@ -960,14 +964,36 @@ def check_destination(dst: Path, setup: dict) -> None:
     if not dst.exists() or (dst.is_dir() and not any(dst.iterdir())):
         return
     try:
-        earlier = json.loads((dst / "prepare.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        earlier = dict(json.loads((dst / "prepare.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         raise InputError(f"{dst}: holds other files, expected an empty or new folder; choose another --dst") from None
-    for key, value in setup.items():
-        if earlier.get(key) != value:
-            raise InputError(
-                f"{dst}: was prepared with {key} {earlier.get(key)}, now {value}; remove it or choose another --dst"
-            )
+    for key in {**earlier, **setup}:
+        was, now = earlier.get(key), setup.get(key)
+        if was != now:
+            raise InputError(f"{dst}: was prepared with {key} {was}, now {now}; remove it or choose another --dst")
+
+
+@contextlib.contextmanager
+def alone_in(dst: Path) -> Iterator[None]:
+    """InputError where another run is writing to dst. The system ends the lock with the process, however that ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    dst.mkdir(parents=True, exist_ok=True)
+    handle = os.open(dst, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise InputError(f"{dst}: another run is preparing it; wait for it, or choose another --dst") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def splits_of(source: Source, sizes: tuple[int, ...] | None) -> dict[str, list[str]]:
@@ -1029,17 +1055,18 @@ def prepare(source: Source, options: argparse.Namespace, tool: str) -> str:
     todo = [case for case in source.cases if case.id not in records]
     if records:
         print(f"{tool}: {len(records)} cases are there from an earlier run, {len(todo)} to do", file=sys.stderr)
-    if todo:
-        (dst / "dataset.json").unlink(missing_ok=True)  # it would describe cases that are about to change
-    atomic_write(dst / "prepare.json", json.dumps(setup, indent=1).encode())
-    if corpus:
-        corpus.save()
-    jobs = [(replace(source, cases=()), case, recipe, folder) for case in todo]
-    for report in over_cases(prepare_case, jobs, options.workers, "prepare", options.quiet):
-        if report.faults:
-            raise Faults(report.faults, f"{report.id} changed while it was read; run again")
-        records[report.id] = report.facts
-    return _finish(source, dst, setup, recipe, splits, records, corpus)
+    with alone_in(dst):
+        if todo:
+            (dst / "dataset.json").unlink(missing_ok=True)  # it would describe cases that are about to change
+        atomic_write(dst / "prepare.json", json.dumps(setup, indent=1).encode())
+        if corpus:
+            corpus.save()
+        jobs = [(replace(source, cases=()), case, recipe, folder) for case in todo]
+        for report in over_cases(prepare_case, jobs, options.workers, "prepare", options.quiet):
+            if report.faults:
+                raise Faults(report.faults, f"{report.id} changed while it was read; run again")
+            records[report.id] = report.facts
+        return _finish(source, dst, setup, recipe, splits, records, corpus)
 
 
 def _finish(

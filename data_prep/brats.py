@@ -79,12 +79,12 @@ def read_source(src: Path, options: argparse.Namespace) -> Source:
     faults += family_faults(src, found)
     cases, notes = [], names_told(found)
     for case in found:
-        own = case_faults(case)
+        own = case_faults(case, src)
         faults += own
         if own:
             continue
         label = case.files.get("seg", [None])[0]
-        if label is None and case.odd and not is_validation(case.id):
+        if label is None and case.odd and not is_validation(case, src):
             label = case.odd[0]
             notes.append(f"{label}: taken as the label of case {case.id}, which has no seg and no other file left")
         cases.append(Case(case.id, tuple(case.files[channel][0] for channel in CHANNELS), label))
@@ -148,12 +148,13 @@ def channel_suffixes() -> dict[str, list[str]]:
     return {channel: [channel, *(new for new, ours in SUFFIXES.items() if ours == channel)] for channel in CHANNELS}
 
 
-def is_validation(case: str) -> bool:
-    """Whether the name says so, as in 2020: a mask beside such a case is somebody's prediction."""
-    return "validation" in case.lower()
+def is_validation(case: Found, src: Path) -> bool:
+    """Whether the name of the case or of a folder says so: a mask beside such a case is somebody's prediction."""
+    folders = [part for folder in case.folders for part in folder.relative_to(src).parts]
+    return any("validation" in name.lower() for name in (case.id, src.name, *folders))
 
 
-def case_faults(case: Found) -> list[str]:
+def case_faults(case: Found, src: Path) -> list[str]:
     """What is wrong with a case's list of files, each fault with its folder."""
     where, mark = min(case.folders), "-" if case.hyphens else "_"
     published = {ours: name for name, ours in SUFFIXES.items()} if case.hyphens else {name: name for name in CHANNELS}
@@ -170,7 +171,7 @@ def case_faults(case: Found) -> list[str]:
         if channel not in case.files:
             wanted = f"{case.id}{mark}{published[channel]}.nii.gz or .nii"
             faults.append(f"{where}: case {case.id} has no {channel}, expected {wanted}; copy it")
-    if "seg" not in case.files and len(case.odd) > 1 and not is_validation(case.id):
+    if "seg" not in case.files and len(case.odd) > 1 and not is_validation(case, src):
         what = f"has no seg, and {len(case.odd)} other NIfTI files ({some([f.name for f in case.odd])}), expected 1"
         faults.append(f"{where}: case {case.id} {what}; name the label {case.id}{mark}seg.nii.gz")
     return faults

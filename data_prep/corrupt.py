@@ -303,6 +303,13 @@ def corrupt(image: np.ndarray, name: str, severity: int, rng: np.random.Generato
 # --- the prepared folder ---------------------------------------------------------------------------------------------
 
 
+def seed(text: str) -> int:
+    """A whole number of 0 or more, for --seed."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"is {text}, expected a whole number of 0 or more")
+    return int(text)
+
+
 def read_source(src: Path, options: argparse.Namespace) -> Source:
     """List the copies of a split's images. Raises: InputError where src is not a prepared set of RGB images."""
     data = open_prepared(src)
@@ -391,7 +398,7 @@ def add_flags(parser: _prepare.Parser) -> None:
     parser.add_argument(
         "--severities", nargs="+", type=int, choices=range(1, 6), default=[1, 2, 3, 4, 5], metavar="1..5"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of all that is random (default 0)")
     parser.add_argument(
         "--warp-label", choices=("on", "off"), default="on", help="whether elastic moves the labels too"
     )

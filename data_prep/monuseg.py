@@ -70,6 +70,8 @@ def read_source(src: Path, options: argparse.Namespace) -> Source:
             faults.append(f"{src}: {len(parts[part])} images of {part}, expected {published}; "
                           "get both archives, or pass --subset")  # fmt: skip
     notes = [f"{src}: {other} files of other names, left out"] if other else []
+    if not labelled & set(parts["train"]):
+        notes += [f"{src}: no training image has an XML beside it: nothing to learn from, nothing to choose by"]
     bare = sorted({case.id for case in cases} - labelled)
     notes += [f"{src}: images without XML, for pre-training only: {len(bare)} ({some(bare)})"] if bare else []
     return Source(

@@ -103,7 +103,7 @@ def read_btcv(raw: Path) -> Source:
             wanted = raw / "Training" / "label" / file.name.replace("img", "label")
             faults.append(f"{wanted}: missing, {file.name} of Training needs it; copy it")
     faults += [f"{f}: a label without {image} in Training/img; copy it or remove it" for image, f in labels.items()]
-    cases += [Case(nifti_stem(f), (f,)) for f in volumes(raw / "Testing" / "img")]
+    cases += [Case(nifti_stem(f), (f,)) for name in ("Testing", "Test") for f in volumes(raw / name / "img")]
     values = {value: value for value in range(len(BTCV) + 1)}
     classes = {name: value for value, name in enumerate(BTCV, 1)}
     return Source("BTCV", ("CT",), (True,), classes, values, values, tuple(cases), tuple(faults))

@@ -272,6 +272,10 @@ def test_corrupt_refuses_a_folder_that_is_not_prepared_and_an_unknown_split(clea
     assert run(tmp_path / "none", tmp_path / "p") == 2 and run(clean, tmp_path / "p", "--split", "dev") == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and "no split 'dev', expected one of train, testA" in lines[1]
+    assert (
+        run(clean, tmp_path / "p", "--seed", -1) == 2
+        and "expected a whole number of 0 or more" in capsys.readouterr().err
+    )
 
 
 def test_generator_differs_by_each_of_its_four_arguments():

@@ -480,6 +480,31 @@ def test_msd_refuses_another_setup_in_the_same_destination(fakes, tmp_path, caps
     assert contents(tmp_path / "p") == before
 
 
+def test_msd_refuses_to_make_volumes_where_slices_are(fakes, tmp_path, capsys):
+    flags = ("--src", fakes / "msd", "--dst", tmp_path / "p")
+    assert run(*flags, "--as-slices", "--side", 32)[0] == 0
+    before = contents(tmp_path / "p")
+    code, _, lines = run(*flags, capsys=capsys)
+    assert code == 2 and "was prepared with slices" in lines[0] and contents(tmp_path / "p") == before
+
+
+@pytest.mark.parametrize("harm", ["missing", "cut"])
+def test_msd_makes_a_case_again_whose_arrays_are_not_whole(src, tmp_path, harm):
+    assert run("--src", src, "--dst", tmp_path / "p")[0] == 0
+    file = tmp_path / "p/cases/fake_002/label.npy"
+    whole = file.read_bytes()
+    file.unlink() if harm == "missing" else file.write_bytes(whole[:-10])
+    assert run("--src", src, "--dst", tmp_path / "p")[0] == 0 and file.read_bytes() == whole
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_msd_refuses_a_destination_in_which_another_run_is_at_work(fakes, tmp_path, capsys):
+    with _prepare.alone_in(tmp_path / "p"):
+        code, _, lines = run("--src", fakes / "msd", "--dst", tmp_path / "p", capsys=capsys)
+    assert code == 2 and "another run is preparing it" in lines[0] and not list((tmp_path / "p").iterdir())
+    assert run("--src", fakes / "msd", "--dst", tmp_path / "p")[0] == 0  # once the other has ended
+
+
 def test_msd_prepares_only_the_case_that_changed(src, tmp_path):
     run("--src", src, "--dst", tmp_path / "p")
     times = {f: f.stat().st_mtime_ns for f in (tmp_path / "p" / "cases").rglob("*.npy")}

@@ -196,6 +196,19 @@ def test_brats_takes_no_prediction_beside_a_validation_case_for_a_label(fakes, t
     assert f"{src}: other NIfTI files, left out: 1 (mine.nii)" in source.notes
 
 
+def test_brats_takes_no_prediction_in_a_validation_folder_for_a_label(fakes, tmp_path):
+    """Cases of 2018, 2021 and later do not say in their names that they are validation cases; their folders do."""
+    for part in ("Training", "Validation"):
+        folder = tmp_path / f"src/MICCAI_BraTS_2018_Data_{part}/Brats18_{part[:3]}_1_1"
+        folder.mkdir(parents=True)
+        for name in (*brats.CHANNELS, "mine"):
+            shutil.copy(
+                find(fakes / "2020", "BraTS20_Training_001_seg.nii"), folder / f"Brats18_{part[:3]}_1_1_{name}.nii"
+            )
+    source = listed(tmp_path / "src")
+    assert {case.id: bool(case.label) for case in source.cases} == {"Brats18_Tra_1_1": True, "Brats18_Val_1_1": False}
+
+
 # --- labels ----------------------------------------------------------------------------------------------------------
 
 

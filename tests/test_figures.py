@@ -166,7 +166,7 @@ def test_mask_slices_proportions_follow_the_spacing(tmp_path, spacing):
 
 
 def test_mask_slices_letters_stand_on_their_side(tmp_path):
-    volume = np.zeros((30, 30, 1))  # a flat image is mid-grey
+    volume = np.ones((30, 30, 1))  # a flat image is mid-grey
     picture = pixels(figures.mask_slices(volume, {}, tmp_path / "a.png", (1, 1, 1), []))
     grey = (picture == 128).all(axis=-1)  # single pixels of a letter's edge may have the cell's grey, no whole row has
     cell = picture[grey.sum(axis=1) > 100][:, grey.sum(axis=0) > 100]
@@ -174,6 +174,18 @@ def test_mask_slices_letters_stand_on_their_side(tmp_path):
         rows, cols = np.nonzero(corner[..., 0] > 200)
         upper = np.ptp(cols[rows < (rows.min() + rows.max()) / 2 - 1]) / np.ptp(cols)
         assert (upper > 0.5) == (letter == "R")  # the bow of an R is as wide as its legs, the stem of an L is thin
+
+
+def test_window_of_an_empty_and_of_a_sparse_image_shows_the_background_black():
+    sparse = np.zeros((40, 40))
+    sparse[3, 5] = 7  # less than half a per cent of the pixels
+    for image, bright in ((np.zeros((40, 40)), []), (sparse, [(3, 5)])):
+        shown = figures._grey(image, figures._limits(image, (0.5, 99.5)))[..., 0]
+        assert [tuple(at) for at in np.argwhere(shown > 0)] == bright and set(np.unique(shown)) <= {0, 255}
+
+
+def test_classes_of_the_largest_data_set_have_different_colours():
+    assert len(set(figures.class_colours(34))) == 34  # FFHQ-34
 
 
 def test_mask_slices_legend_has_every_class(tmp_path):

@@ -1063,3 +1063,54 @@ def test_calibration_without_maps_or_of_different_cases_is_one_line(tmp_path, ca
     code, _, err = call(capsys, "calibration", a)
     one_line(code, err, "config.json", "--data")
     assert call(capsys, "calibration", a, "--data", "synthetic")[0] == 0
+
+
+# --- what a review found ---------------------------------------------------------------------------------------------
+
+
+def case_row(case: str, name: str, dice: float, nsd: float, pred: float = 1.0) -> dict:
+    row = dict.fromkeys(metrics.COLUMNS, float("nan")) | {"case": case, "class": name, "dice": dice, "iou": dice}
+    return row | {"nsd": nsd, "volume_pred_ml": pred, "volume_true_ml": 1.0}
+
+
+def written(folder, rows) -> str:
+    folder.mkdir()
+    metrics.write_metrics_csv(folder / "metrics.csv", rows)
+    metrics.write_summary(folder / "summary.json", metrics.summarise(rows))
+    return str(folder)
+
+
+def test_valid_nsd_is_compared_where_both_found_the_structure(tmp_path, capsys):
+    a = [case_row(c, n, *v) for c in "xyz" for n, v in (("easy", (1.0, 1.0)), ("hard", (0.0, 0.0, 0.0)))]
+    b = [case_row(c, n, *v) for c in "xyz" for n, v in (("easy", (1.0, 1.0)), ("hard", (0.6, 0.6)))]
+    folders = [written(tmp_path / name, rows) for name, rows in (("a", a), ("b", b))]
+    assert metrics.main(["compare", *folders, "--metric", "nsd_valid"]) == 0
+    mean = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("mean"))
+    assert mean[2:5] == ["1.000", "1.000", "0.000"]  # the hard class, which A never found, counts for neither
+
+
+def test_table_over_seeds_leaves_out_a_seed_that_missed_all_and_counts_it(tmp_path, capsys):
+    good = [case_row("x", "c", 0.8, 0.9) | {"hd95_mm": 2.0}]
+    lost = [case_row("x", "c", 0.0, 0.0, 0.0)]
+    folders = [written(tmp_path / f"run-{i}", rows) for i, rows in enumerate((good, lost))]
+    assert metrics.main(["table", *folders, "--seeds", "--metric", "hd95_mm"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "run-*" in line)
+    assert "2.00 (1/0)" in line
+
+
+def test_cut_row_of_a_metrics_csv_is_refused(tmp_path, capsys):
+    folder = written(tmp_path / "a", [case_row("x", "c", 0.8, 0.9), case_row("y", "c", 0.8, 0.9)])
+    file = tmp_path / "a/metrics.csv"
+    file.write_text(file.read_text()[: file.read_text().index("\ny,") + 8])
+    assert metrics.main(["table", str(file)]) == 2
+    assert "line 3 has too few cells" in capsys.readouterr().err and folder
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--classes", "a=1", "a=2"], "--classes names a twice"),
+    (["--tolerance", "-1"], "--tolerance is -1"),
+    (["--instances", "--out", "x"], "--instances prints object scores alone"),
+])  # fmt: skip
+def test_flags_of_score_that_contradict_are_refused(tmp_path, flags, words, capsys):
+    assert metrics.main(["score", "--pred", str(tmp_path), "--true", str(tmp_path), *flags]) == 2
+    assert words in capsys.readouterr().err

@@ -136,6 +136,36 @@ def test_damaged_newest_checkpoint_falls_back_to_the_previous_one_aloud(tmp_path
         runtime.load_newest(tmp_path, "patchddm")
 
 
+@pytest.mark.parametrize(
+    "entry, words", [({"format": 99}, "has format 99"), ({"script": "other"}, "belongs to other.py")]
+)
+def test_checkpoint_of_another_program_is_refused_and_the_previous_one_not_taken(entry, words, tmp_path):
+    for step in (1, 2):
+        runtime.save_checkpoint(tmp_path / "last.pt", complete_state(step=step), tmp_path / "last.prev.pt")
+    torch.save(complete_state(step=3) | entry, tmp_path / "last.pt")
+    with pytest.raises(InputError, match=words):
+        runtime.load_newest(tmp_path, "patchddm")
+
+
+def test_loss_of_a_row_leaves_out_what_is_not_finite():
+    losses = runtime.LossByTime(4, torch.device("cpu"))
+    losses.add(torch.tensor([1, 2, 4]), torch.tensor([1.0, float("nan"), 3.0]))
+    row = losses.row(runtime.Ranks(0, 1, 0, torch.device("cpu")))
+    assert row == {"loss": 2.0, "loss_q1": 1.0, "loss_q4": 3.0}
+
+
+def test_error_of_the_system_is_one_line(capsys, tmp_path):
+    for error, words in (
+        (OSError(28, "No space left on device"), "No space left"),
+        (PermissionError(13, "no", "f"), "f: no"),
+    ):
+
+        def main(argv, error=error):
+            raise error
+
+        assert runtime.run_main("x", main, []) == 2 and words in capsys.readouterr().err
+
+
 def test_other_settings_are_refused_with_a_list(tmp_path):
     old, new = {"lr": 1e-5, "batch": 1, "steps": 10}, {"lr": 1e-4, "batch": 2, "steps": 20}
     with pytest.raises(InputError, match=r"--lr was 1e-05 and is 0.0001, --batch was 1 and is 2\)"):

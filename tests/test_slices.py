@@ -430,9 +430,10 @@ def test_btcv_is_read_as_published(tmp_path):
     for kind in ("img", "label"):
         save(tmp_path / "RawData" / "Training" / kind / f"{kind}0001.nii.gz", body(0)[kind == "label"])
     save(tmp_path / "RawData" / "Testing" / "img" / "img0061.nii.gz", body(1)[0])
+    save(tmp_path / "RawData" / "Test" / "img" / "img0062.nii.gz", body(1)[0])  # it is called so too
     options = argparse.Namespace(as_slices=True, unlabelled=None, spacing=None, side=None, norm=None, fov_pad=None)
     source = msd.read_source(tmp_path, options)
-    assert [(c.id, c.label is None) for c in source.cases] == [("img0001", False), ("img0061", True)]
+    assert [(c.id, c.label is None) for c in source.cases] == [("img0001", False), ("img0061", True), ("img0062", True)]
     assert source.classes["liver"] == 6 and source.ct == (True,) and len(source.classes) == 13
     (tmp_path / "RawData" / "Training" / "label" / "label0001.nii.gz").unlink()
     assert "label0001.nii.gz: missing" in msd.read_source(tmp_path, options).faults[0]
