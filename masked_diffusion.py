@@ -1423,9 +1423,9 @@ def picture(x: Any) -> np.ndarray:
     return np.rint((x[0].clamp(-1, 1).cpu().numpy().transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8)
 
 
-def shown_share(config: Config) -> Any:
+def name_of(ratio: float, config: Config) -> str:
     """How a ratio t / T is called: a share of hidden tiles, or a level of noise."""
-    return lambda ratio: f"noise, t {round(ratio * T)}" if config.method == "ddpm" else f"{ratio:.0%} hidden"
+    return f"noise, t {round(ratio * T)}" if config.method == "ddpm" else f"{ratio:.0%} hidden"
 
 
 def draw_reconstructions(net: Backbone, data: Any, cases: Sequence[str], file: Path) -> list[dict[str, Any]]:
@@ -1433,7 +1433,7 @@ def draw_reconstructions(net: Backbone, data: Any, cases: Sequence[str], file: P
 
     psnr and ssim are of pixel values in [0, 1] over the whole window (11 x 11, L = 1); flipped: see flipped_share.
     """
-    ratios, name_of = net.config.ratio or (0.25, 0.5, 0.75), shown_share(net.config)
+    ratios = net.config.ratio or (0.25, 0.5, 0.75)
     images, titles, rows = [], [], []
     for case in cases:
         x0 = torch.from_numpy(centre(data.image(case), net.config.crop))[None].to(net.device)
@@ -1446,7 +1446,7 @@ def draw_reconstructions(net: Backbone, data: Any, cases: Sequence[str], file: P
             row |= {"ssim": float(ssim_map(a, b, 11).mean()), "flipped": flipped_share(x0, y)}
             rows.append(row)
             images += [picture(xt), picture(y)]
-            titles += [name_of(ratio), f"flipped {row['flipped']:.1%}"]
+            titles += [name_of(ratio, net.config), f"flipped {row['flipped']:.1%}"]
     figures.montage(images, titles, file, columns=1 + 2 * len(ratios), title="image, and what is restored of it")
     return rows
 
@@ -1462,7 +1462,7 @@ def reconstruct(config: Config, data: Any, ranks: Ranks) -> int:
     for ratio in dict.fromkeys(row["ratio"] for row in rows):
         same = [row for row in rows if row["ratio"] == ratio]
         text = ", ".join(f"{k} {np.mean([row[k] for row in same]):.3f}" for k in ("psnr", "ssim", "flipped"))
-        say(f"{shown_share(config)(ratio)}, {len(same)} images: {text}", ranks)
+        say(f"{name_of(ratio, config)}, {len(same)} images: {text}", ranks)
     say(f"{out / 'figures/reconstructions.png'}", ranks)
     return 0
 
@@ -2137,8 +2137,7 @@ USE = ONCE | {"data", "preset", "out", "labels", "draw", "recompute", "compile"}
 
 
 def pretrained_path(config: Config) -> Path:
-    path = Path(config.checkpoint) if config.checkpoint else config.run_folder
-    return path / "last.pt" if path.is_dir() or not config.checkpoint else path
+    return runtime.checkpoint_file(config.checkpoint, config.run_folder, ("last.pt",))
 
 
 def classifier_path(config: Config) -> Path:
