@@ -33,7 +33,8 @@ Equations
 Differs
     D1  SSIM is the public code's: 5 x 5 Gaussian window, zero padding, c1 and c2 for a range of 1 although the image
         spans 2, and no gradient where SSIM < 0. On signed data it cannot tell an image from its negative: `reconstruct`
-        prints the share of sign-flipped blocks. --ssim-range unit is the correct form, which the small presets use.
+        prints the share of sign-flipped blocks, and on GlaS the features came out worse than random ones (README).
+        --ssim-range unit is the correct form, which the small presets use.
     D2  tiles are hidden when features are taken, too, as in the public code (the text suggests the intact image); the
         mask is a function of (run, image, window, epoch), the public one is not seeded. --feature-mask off is the text.
     D3  ddpm: no learned variance; one noise image for all windows in training and test (public: fresh in the test).
