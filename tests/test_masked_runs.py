@@ -535,7 +535,8 @@ def test_public_weights_can_be_segmented_with(trained, prepared, tmp_path, capsy
     torch.save(state | {k: torch.cat([state[k]] * 2) for k in ("out.2.weight", "out.2.bias")}, tmp_path / "six.pt")
     error = refused(capsys, *argv, *FAST, *LATER, "--checkpoint", str(tmp_path / "six.pt"))
     assert "6 output channels" in error and "--method ddpm" in error
-    init = ["pretrain", *argv[1:], *FAST, "--out", str(tmp_path / "y"), "--steps", "1", "--lr", "1e-9"]
+    init = ["pretrain", "--data", str(prepared), "--preset", "tiny", *FAST, "--steps", "1", "--lr", "1e-9"]
+    init += ["--out", str(tmp_path / "y")]
     assert M.main([*init, "--init", str(tmp_path / "public.pt")]) == 0
     found = torch.load(tmp_path / "y/last.pt", weights_only=True)
     for weights_ in (found["model"], found["ema"]):
