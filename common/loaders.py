@@ -1264,9 +1264,8 @@ def write_on_grid(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
     """Write a mask or map [X, Y, Z] of a prepared case as NIfTI, in its own number type; affine: the case's."""
     image = nib.Nifti1Image(np.zeros(array.shape, np.uint8), affine)
     spacing = tuple(float(v) for v in nib.affines.voxel_sizes(affine))
-    like = Nifti(
-        np.asarray(image.dataobj), affine, spacing, image.header, Path()
-    )  # no file, so it may be written again
+    nowhere = Path()  # the grid is no file's, so the mask may be written again
+    like = Nifti(np.asarray(image.dataobj), affine, spacing, image.header, nowhere)
     write_nifti(path, array, like, array.dtype)
 
 
