@@ -1282,7 +1282,7 @@ def display(x: np.ndarray, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {k: np.floor(255 * u + 0.5).astype(np.uint8) for k, u in shown.items()}
 
 
-def started(net: "Network", config: Config, ranks: Ranks) -> Path:
+def parts_folder(net: "Network", config: Config, ranks: Ranks) -> Path:
     """The folder samples.part, empty unless it holds slices of the same weights and settings."""
     folder = config.run_folder / "samples.part"
     names = ("size", "seed", "schedule", "sampler", "sampling_steps", "eta", "variance", "init_weights")
@@ -1309,7 +1309,7 @@ def sample(config: Config, data: Any, ranks: Ranks) -> int:
     if config.sampler == "ddpm" and config.variance == "large" and 0 < config.sampling_steps < 250:
         say(f"note: --variance large with {config.sampling_steps} steps gives noisy slices; use small, or 250", ranks)
     begin = time.perf_counter()
-    folder = started(net, config, ranks)
+    folder = parts_folder(net, config, ranks)
     files = [folder / f"{n}.npy" for n in range(config.num_samples)]
     todo = [n for n in range(ranks.rank, config.num_samples, ranks.world) if not files[n].exists()]
     for n, made in generate(net, todo, config.quiet or not ranks.first):
