@@ -485,14 +485,13 @@ def _chart(
     x_limits, y_limits = ((low - 0.04 * (high - low), high + 0.04 * (high - low)) for low, high in limits)
     key, heading = _legend([*{c.name: c.colour for c in drawn}.items()]), [title] * bool(title)
     left, top, width, height = MARGIN + 70, MARGIN + (TITLE + 4 + GAP) * bool(title) + LINE + GAP, 620, 300
-    height = max(height, key.height)
-    canvas = Image.new(
-        "RGB", (left + width + 2 * GAP + key.width + MARGIN, top + height + 2 * LINE + 10 + MARGIN), WHITE
-    )
+    height, below = max(height, key.height), _wrap(x_name, TEXT, width, most=4)
+    size = left + width + 2 * GAP + key.width + MARGIN, top + height + (1 + len(below)) * LINE + 10 + MARGIN
+    canvas = Image.new("RGB", size, WHITE)
     _write(canvas, (MARGIN, MARGIN), heading, TITLE, "la")
     _write(canvas, (left, top - LINE - GAP // 2), [y_name], anchor="la")
     _panel(canvas, (left, top, left + width, top + height), drawn, x_limits, y_limits, False, x_names)
-    _write(canvas, (left + width / 2, top + height + LINE + 10), [x_name])
+    _write(canvas, (left + width / 2, top + height + LINE + 10), below)
     canvas.paste(key, (left + width + 2 * GAP, top))
     return _save(canvas, path)
 

@@ -65,7 +65,8 @@ class Nifti:
 def read_nifti(path: str | os.PathLike) -> Nifti:
     """Read a .nii or .nii.gz file (told apart by content, not by name) to its last byte.
 
-    Returns: Nifti. Warns where the file holds no position (sform and qform code 0) or another unit than mm.
+    Returns: Nifti. Warns where the file holds no position (sform and qform code 0), two positions more than
+    half a voxel apart, or another unit than mm.
     Raises: InputError, one line with the file's name, for whatever is wrong with it: absent, empty, not NIfTI,
     truncated, checksum, size not plausible (refused before memory is taken), number type, NaN or Inf, affine.
     """
@@ -170,7 +171,25 @@ def _affine_of(header: Any, path: Path) -> np.ndarray:
         raise InputError(f"{path}: the affine {matrix_text(affine)} cannot be inverted; repair the header")
     if unit not in ("unknown", "mm"):
         warnings.warn(f"{path}: the header's length unit is {unit}; its numbers are taken as mm", stacklevel=3)
+    if header["sform_code"] > 0 and header["qform_code"] > 0:
+        _warn_if_apart(affine, header, path)
     return affine
+
+
+def _warn_if_apart(affine: np.ndarray, header: Any, path: Path) -> None:
+    """Warns where qform places a corner of the volume more than half a voxel from where `affine`, the sform, does."""
+    try:
+        offset = affine - header.get_qform()  # [4, 4]
+    except (HeaderDataError, ValueError):
+        return  # the sform is used, whatever the qform holds
+    corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array([*header.get_data_shape(), 1, 1])[:3] - 1)  # [8, 3]
+    mm = float(np.abs(corners @ offset[:3, :3].T + offset[:3, 3]).max())
+    if mm > np.linalg.norm(affine[:3, :3], axis=0).min() / 2:
+        warnings.warn(
+            f"{path}: sform and qform place a corner {mm:.1f} mm apart; the sform is used, as nibabel does "
+            "(other programs use the qform)",
+            stacklevel=4,
+        )
 
 
 def _scaled(header: Any, buffer: bytearray, path: Path) -> np.ndarray:

@@ -1157,11 +1157,18 @@ def _probabilities(paths: Sequence[str], data: str) -> Iterator[tuple[np.ndarray
                 f"{len(found[0]) or 'some'} cases, the same in all runs; run evaluate with --save-maps"
             )
     for case in found[0]:
-        maps = [
-            [loaders.read_nifti(Path(p) / f"predictions/maps/{case}_mean_{name}.nii.gz").data for name in names]
-            for p in paths
-        ]
-        yield np.asarray(maps, np.float64).mean(axis=0), np.asarray(truth.label(case)), truth.spacing(case)
+        label = np.asarray(truth.label(case))
+        maps = []
+        for path in paths:
+            files = [Path(path) / f"predictions/maps/{case}_mean_{name}.nii.gz" for name in names]
+            maps.append([loaders.read_nifti(file).data for file in files])
+            for file, prob in zip(files, maps[-1], strict=True):
+                if prob.shape != label.shape:
+                    raise InputError(
+                        f"{file}: a grid of {prob.shape}, the truth has {label.shape}; expected the same; evaluate "
+                        "scored other data or another spacing: name those with --data"
+                    )
+        yield np.asarray(maps, np.float64).mean(axis=0), label, truth.spacing(case)
 
 
 def _calibration(args: argparse.Namespace) -> None:

@@ -494,11 +494,11 @@ def file_facts(case: Case) -> list[dict]:
     facts = []
     for path in case.files:
         if (where := in_archive(path)) is None:
-            facts.append({"path": str(path), "bytes": (s := path.stat()).st_size, "mtime_ns": s.st_mtime_ns})
+            facts.append({"path": str(path.absolute()), "bytes": (s := path.stat()).st_size, "mtime_ns": s.st_mtime_ns})
         else:
             with _unzip(where[0]) as packed:
                 info = packed.getinfo(where[1])
-            facts.append({"path": str(path), "bytes": info.file_size, "crc32": info.CRC})
+            facts.append({"path": str(path.absolute()), "bytes": info.file_size, "crc32": info.CRC})
     return facts
 
 

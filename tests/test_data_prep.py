@@ -514,6 +514,14 @@ def test_msd_prepares_only_the_case_that_changed(src, tmp_path):
     assert changed == {"fake_006"} and not np.any(open_prepared(tmp_path / "p").label("fake_006"))
 
 
+def test_msd_takes_a_relative_and_an_absolute_source_for_the_same(fakes, tmp_path, monkeypatch):
+    run("--src", fakes / "msd", "--dst", tmp_path / "p")
+    times = {f: f.stat().st_mtime_ns for f in (tmp_path / "p/cases").rglob("*.npy")}
+    monkeypatch.chdir(fakes)
+    assert run("--src", "msd", "--dst", tmp_path / "p")[0] == 0
+    assert {f: f.stat().st_mtime_ns for f in times} == times
+
+
 SLOW = """
 import sys, time
 from data_prep import _prepare, msd

@@ -331,6 +331,12 @@ def test_curves_draws_each_line_in_its_colour_and_refuses_nothing(tmp_path):
         figures.curves({"gone": (x, x * np.nan)}, tmp_path / "d.png")
 
 
+def test_curves_breaks_an_axis_name_that_is_wider_than_the_panel(tmp_path):
+    names = [", ".join(f"{k} vena cava" for k in range(count)) for count in (2, 12)]
+    sizes = [Image.open(figures.curves({"a": ([0, 1], [0, 1])}, tmp_path / f"{n}.png", "", n)).size for n in names]
+    assert sizes[0][0] == sizes[1][0] and sizes[1][1] == sizes[0][1] + figures.LINE  # a second line, nothing cut
+
+
 def test_case_sheet_shows_members_only_of_an_ensemble(tmp_path):
     label = np.zeros((8, 8, 4), np.uint8)
     label[2:5, 2:5, 1:3] = 1

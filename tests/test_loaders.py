@@ -252,6 +252,29 @@ def test_read_nifti_warns_where_the_file_holds_no_position(tmp_path):
         assert orientation_name(read_nifti(file).affine) == "LAS"
 
 
+@pytest.mark.parametrize("shift, warned", [(0.7, True), (0.4, False)])  # mm, of voxels of 1 mm
+def test_read_nifti_warns_where_sform_and_qform_differ_by_more_than_half_a_voxel(tmp_path, shift, warned):
+    image = nib.Nifti1Image(noise(), np.eye(4))
+    image.set_qform(np.eye(4), code=1)
+    image.set_sform(nib.affines.from_matvec(np.eye(3), [shift, 0, 0]), code=1)
+    nib.save(image, file := tmp_path / "x.nii")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert read_nifti(file).affine[0, 3] == pytest.approx(shift)
+    texts = [str(w.message) for w in caught]
+    assert texts == [f"{file}: sform and qform place a corner {shift} mm apart; the sform is used, as nibabel does "
+                     "(other programs use the qform)"] * warned  # fmt: skip
+
+
+def test_read_nifti_measures_sform_and_qform_at_the_far_corner(tmp_path):
+    image = nib.Nifti1Image(noise((7, 6, 5)), np.eye(4))
+    image.set_qform(np.eye(4), code=1)
+    image.set_sform(np.diag([1.2, 1, 1, 1]), code=1)  # 0.2 mm a voxel along 6 steps
+    nib.save(image, file := tmp_path / "x.nii")
+    with pytest.warns(UserWarning, match=re.escape("a corner 1.2 mm apart")):
+        read_nifti(file)
+
+
 def test_read_nifti_warns_of_other_units(tmp_path):
     image = nib.Nifti1Image(noise(), np.eye(4))
     image.header.set_xyzt_units("micron")
@@ -289,7 +312,8 @@ def test_write_nifti_keeps_grid_matrices_and_codes(tmp_path):
     image.set_sform(oblique() @ image.affine, code=4)
     image.header.set_slope_inter(3, 5)
     nib.save(image, tmp_path / "in.nii.gz")
-    like = read_nifti(tmp_path / "in.nii.gz")
+    with pytest.warns(UserWarning, match="sform and qform"):
+        like = read_nifti(tmp_path / "in.nii.gz")
     mask = (like.data > like.data.mean()).astype(np.uint8) * 4
     write_nifti(tmp_path / "out.nii.gz", mask, like, np.uint8)
     before, after = nib.load(tmp_path / "in.nii.gz"), nib.load(tmp_path / "out.nii.gz")

@@ -1065,6 +1065,14 @@ def test_calibration_without_maps_or_of_different_cases_is_one_line(tmp_path, ca
     assert call(capsys, "calibration", a, "--data", "synthetic")[0] == 0
 
 
+def test_calibration_names_a_map_on_another_grid_than_the_truth(tmp_path, capsys):
+    run_with_maps(tmp_path / "a", 1, "synthetic")
+    file = sorted((tmp_path / "a/predictions/maps").glob("*_mean_striped-across-x.nii.gz"))[0]
+    loaders.write_on_grid(file, np.zeros((4, 5, 6), np.float32), np.eye(4))
+    code, _, err = call(capsys, "calibration", tmp_path / "a")
+    one_line(code, err, str(file), "a grid of (4, 5, 6)", "--data")
+
+
 # --- what a review found ---------------------------------------------------------------------------------------------
 
 
