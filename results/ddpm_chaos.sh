@@ -4,11 +4,14 @@
 # 50, 150, 250), nothing chosen on test cases. One pre-training, and one initialisation for all draws. Slices are not
 # mirrored: the two kidneys differ by their side alone.
 # Prepare: python -m data_prep.msd --src CHAOS_T2 --dst data/chaos64 --as-slices --side 64 --split-sizes 10,2,4
-# Pre-training is made in stages and can be stopped and continued; so can the rest, by running this file again.
+# Pre-training is made in stages and can be stopped and continued; so can the rest, by running this file again. JOBS=2
+# fine-tunes two networks at once, each on its share of the cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 STAGES=${STAGES:-5000 10000 20000}
+JOBS=${JOBS:-1}
+THREADS=$(($(nproc) / JOBS))
 RUN=runs/ddpm-chaos64
 FLAGS="--quiet --data chaos64 --preset laptop"
 
@@ -21,8 +24,18 @@ for STEPS in $STAGES; do
 done
 tail -n 1 $RUN/log.csv | cut -d, -f1,2 # steps and seconds of the pre-training
 
-tune() { # DRAW LABELS STRATEGY FLAGS...: from the last stage, into its folder
-  $PYTHON ddpm_pretrain_finetune.py finetune $FLAGS --draw "$1" --labels "$2" --strategy "$3" "${@:4}"
+RUNNING=()
+tune() { # DRAW LABELS STRATEGY FLAGS...; waits while JOBS are at work
+  [ ${#RUNNING[@]} -lt "$JOBS" ] || { wait "${RUNNING[0]}" && RUNNING=("${RUNNING[@]:1}"); }
+  (
+    export OMP_NUM_THREADS=$THREADS
+    $PYTHON ddpm_pretrain_finetune.py finetune $FLAGS --draw "$1" --labels "$2" --strategy "$3" "${@:4}"
+  ) &
+  RUNNING+=($!)
+}
+settle() { # until all are done; stops here where one of them failed
+  for JOB in "${RUNNING[@]}"; do wait "$JOB"; done
+  RUNNING=()
 }
 
 # What the length of the pre-training is worth: samples, and four labels, at each stage.
@@ -40,6 +53,7 @@ for STEPS in $STAGES; do
   done
   STAGED+=("$RUN-$STEPS/finetune-4-decoder-per-class-draw?" "$RUN-$STEPS/finetune-4-full-per-class-draw?")
 done
+settle
 $PYTHON -m common.metrics draws "${STAGED[@]}"
 
 # The last stage: the other Dice term, linear, the controls from random weights, and more labels.
@@ -62,12 +76,13 @@ tune 0 all decoder --out $LAST
 tune 0 all full --out $LAST
 
 # Scratch with other learning rates; the validation cases say which one counts, the test cases what it is worth.
-for DRAW in 0 1 2 3 4; do
-  for LR in 3e-4 1e-3 3e-3; do
-    for SPLIT in val test; do
+for SPLIT in val test; do
+  for DRAW in 0 1 2 3 4; do
+    for LR in 3e-4 1e-3 3e-3; do
       tune $DRAW 4 scratch --lr $LR --split $SPLIT --out $RUN
     done
   done
+  settle
 done
 $PYTHON -m common.metrics table $RUN/finetune-4-scratch-per-class*-draw?/val/summary.json --metric dice --seeds
 for LR in 0.0003 0.001 0.003; do
