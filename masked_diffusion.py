@@ -50,6 +50,8 @@ Differs
     D9  run r seeds crops, masks and classifier; the labelled images are the same in all runs (--draw). SD with ddof 1.
     D10 small images are reflected to the size of a crop; any batch size works (public: endless loop below 128 images).
     D11 the small presets: narrow network, larger learning rate, small crops (tiny: few classifier steps); D1, D14, D15.
+        A crop of 64 pixels has a 16th of the pixels that a step of the classifier has in the paper; where its last
+        weights depend on the last crop (MoNuSeg), --crops 16 evens that out.
     D12 FFHQ with ddpm: blocks 5, 6, 7, 8, 12, as in the public settings; the paper says 5 to 12.
     D13 --checkpoint none draws the layers too that a new network starts at zero: else all features were linear in the
         image and blind to t, no test of what pre-training adds.
