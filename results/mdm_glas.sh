@@ -40,6 +40,13 @@ for LABELS in 8 85; do
   $PYTHON masked_diffusion.py segment $FLAGS --split testA --labels $LABELS --classifier-norm batch --feature-norm l2 \
     --checkpoint $D-mdm-0/last.pt --out $D-mdm-0-published
   $PYTHON -m common.metrics compare "$D-ddpm-?/segment-$LABELS" "$D-mdm-?/segment-$LABELS" --metric dice # mean over seeds
-  $PYTHON -m common.metrics compare $D-random-0/segment-$LABELS-random $D-mdm-0/segment-$LABELS --metric dice
+  for ROW in "mdm-?" "ddpm-?" signed-0 mae-0; do
+    $PYTHON -m common.metrics compare $D-random-0/segment-$LABELS-random "$D-$ROW/segment-$LABELS" --metric dice
+    $PYTHON -m common.metrics compare $D-unet-0/segment-$LABELS-unet "$D-$ROW/segment-$LABELS" --metric dice
+  done
+  for ROW in signed-0 mae-0; do
+    $PYTHON -m common.metrics compare $D-$ROW/segment-$LABELS "$D-mdm-?/segment-$LABELS" --metric dice
+  done
   $PYTHON -m common.metrics compare $D-mdm-0-published/segment-$LABELS $D-mdm-0/segment-$LABELS --metric dice
 done
+$PYTHON -m common.metrics compare $D-mdm-0/segment-8 $D-mdm-0/segment-85 --metric dice

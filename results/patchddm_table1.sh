@@ -28,3 +28,6 @@ done
 for data in hippocampus brats2mm; do
   $PYTHON -m common.metrics table runs/table1-$data-{patch,patch-nocoords,full,half}/summary.json
 done
+for ROW in full half patch-nocoords; do
+  $PYTHON -m common.metrics compare runs/table1-hippocampus-$ROW runs/table1-hippocampus-patch --metric dice hd95_mm
+done
