@@ -11,7 +11,6 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 STAGES=${STAGES:-5000 10000 20000}
 JOBS=${JOBS:-1}
-THREADS=$(($(nproc) / JOBS))
 RUN=runs/ddpm-chaos64
 FLAGS="--quiet --data chaos64 --preset laptop"
 
@@ -28,7 +27,7 @@ RUNNING=()
 tune() { # DRAW LABELS STRATEGY FLAGS...; waits while JOBS are at work
   [ ${#RUNNING[@]} -lt "$JOBS" ] || { wait "${RUNNING[0]}" && RUNNING=("${RUNNING[@]:1}"); }
   (
-    export OMP_NUM_THREADS=$THREADS
+    [ "$JOBS" = 1 ] || export OMP_NUM_THREADS=$(($(nproc) > JOBS ? $(nproc) / JOBS : 1))
     $PYTHON ddpm_pretrain_finetune.py finetune $FLAGS --draw "$1" --labels "$2" --strategy "$3" "${@:4}"
   ) &
   RUNNING+=($!)

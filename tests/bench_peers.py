@@ -49,10 +49,10 @@ def surface_variants(
         return {k: found[k] for k in ("hd95_mm", "hd95_pooled_mm", "nsd", "assd_mm")}
 
     def monai() -> dict[str, float]:
-        both = {"include_background": True, "spacing": spacing}
-        hd95 = compute_hausdorff_distance(p, g, percentile=95, **both)
-        nsd = compute_surface_dice(p, g, class_thresholds=[1.0], **both)
-        mean = compute_average_surface_distance(p, g, symmetric=True, **both)
+        shared = {"include_background": True, "spacing": spacing}
+        hd95 = compute_hausdorff_distance(p, g, percentile=95, **shared)
+        nsd = compute_surface_dice(p, g, class_thresholds=[1.0], **shared)
+        mean = compute_average_surface_distance(p, g, symmetric=True, **shared)
         return {"hd95_mm": hd95.item(), "nsd": nsd.item(), "assd_mm": mean.item()}
 
     def medpy() -> dict[str, float]:
