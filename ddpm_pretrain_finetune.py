@@ -13,8 +13,9 @@ Idea
     several draws of them.
 
 Symbols
-    x_0       x0      [B, 1, H, W]   slice in [-1, 1]: 2 (HU - p_lo) / (p_hi - p_lo) - 1, clipped
-    t         t       [B]            0..T-1 here (the paper counts from 1)
+    x_0       x0      [B, 1, H, W]   slice in [-1, 1]: 2 (HU - p_lo) / (p_hi - p_lo) - 1, clipped; p_lo, p_hi: the
+                                     0.5th and 99.5th percentile of all voxels of the pre-training scans
+    t         t       [B]            0..T-1 here, 1..T in the paper's equations: x_t of t = 0 has one step of noise
     beta_t    beta    [T]            variance added at t; alpha = 1 - beta, abar their product for 0..t
     eps       eps     [B, 1, H, W]   standard normal noise; eps_theta = model(xt, t)
     g         onehot  [B, C, H, W]   truth; y = prob, the softmax; C = organs + 1, background is class 0
@@ -34,22 +35,28 @@ Equations
 Differs
     D1  betas: linear from 1e-4 to 0.02. The paper gives these ends and a `cosine annealing scheduler`; the two
         readings of it are --schedule cosine and cosine-anneal.
-    D2  network: guided-diffusion's for 256 x 256 (attention at sides 32, 16, 8); the paper only says U-Net. --arch ddpm
-        is Ho et al.'s. Variance fixed (--variance), not learned.
+    D2  network: guided-diffusion's for 256 x 256 (attention at sides 32, 16, 8). The paper says U-Net with scale and
+        shift by t; its 8,448 features of DDPM-Seg fit these widths. --arch ddpm is Ho et al.'s. Variance fixed
+        (--variance), not learned. Kernels of the head: 3, 3, 1 (paper: in a figure).
     D3  the average of the weights warms up, d = min(ema, (1 + n) / (10 + n)); else a short run keeps its start.
     D4  eq. (8) over a softmax with background is 1 - mean of the true class' probability: a mean absolute error that
         does not see imbalance (--dice joint, the paper preset). The small presets use `per-class`: the mean over
         the organs present in the batch. joint-fg: eq. (8) without background.
-    D5  base learning rate 1e-4, falling to a tenth; head ten times that (paper: ten times, base unknown).
+    D5  base learning rate 1e-4, falling to a tenth; head ten times that (paper: ten times, base unknown). 1,000 steps
+        on 4 slices with every strategy (paper: says it of decoder, so that its scratch may have had 10,000).
     D6  the labelled slices are drawn so that the first four show every organ (paper: chosen by hand); larger subsets
         contain them (paper: random).
-    D7  scores: Dice per case and organ in 3D, an organ never found counts 0; of slices beside it. Paper: unclear.
-    D8  no Inception weights: the distances come from a fixed random network (fd_rand) or from one you name.
+    D7  scores: Dice per case and organ in 3D, on the prepared grid of slices; an organ never found, or found where
+        there is none, counts 0. Per slice beside it. Paper: unclear.
+    D8  no Inception weights: the distances come from a fixed random network (fd_rand) or from one you name. The real
+        slices are of scans that the network has not seen (paper: of the unlabelled scans).
     D9  --strategy full and --init none are not in the paper: they tell weights from architecture. Layers that a new
-        network starts at zero are drawn at random where --init none freezes them, else all before the head were linear.
-    D10 t = 0 (linear: 200), fixed beforehand; the paper takes the best t on its test set. t = 1000 was never trained.
-    D11 ddpmseg keeps the maps at their own size and works on them before enlarging: the same numbers, 20 times
-        less memory.
+        network starts at zero are drawn at random where --init none freezes them, else the frozen part were linear.
+    D10 t = 0 (linear: 200), the best t of the paper's table 2 (S), found on its test set; none is chosen here.
+        Its t = 0..1000 is taken as the number that is embedded: then 1000 was never trained. Transfer starts from
+        the last step (paper: from 250,000 at c = 128).
+    D11 ddpmseg keeps the maps at their own size, in fp16, and works on them before enlarging: the same numbers but
+        for rounding, 20 times less memory.
     D12 the small presets: narrow network, small slices, EMA 0.999, fewer steps, a larger learning rate (fine-tuning
         on a laptop 3e-4, tiny 1e-3 in both stages), DDIM. tiny does not mirror: features that cannot tell left from
         right cannot tell the kidneys apart.
@@ -63,7 +70,7 @@ Usage
     python ddpm_pretrain_finetune.py ddpmseg --data flare22 --labels 4
     python ddpm_pretrain_finetune.py sample --data flare22 --sampler ddim --sampling-steps 50
     python ddpm_pretrain_finetune.py score --data flare22
-    python ddpm_pretrain_finetune.py evaluate --checkpoint RUN/finetune-4-decoder-joint-draw0/last.pt --split val
+    python ddpm_pretrain_finetune.py evaluate --checkpoint RUN/finetune-4-decoder-joint-draw0/last.pt --split train
     python ddpm_pretrain_finetune.py predict --checkpoint FILE --image ct.nii.gz --output mask.nii.gz
     python -m common.metrics draws runs/ddpm_pretrain_finetune-flare22-paper/finetune-*
 
@@ -164,11 +171,11 @@ class Config:
     schedule: Literal["linear", "cosine", "cosine-anneal"] = flag("linear", "betas (D1)")
     flip: Literal["on", "off"] = flag("on", "pretrain: mirror left and right with p = 0.5 (paper: on)")
     # training
-    steps: int = flag(300_000, "optimisation steps (paper: 300,000; finetune 30,000 all, 10,000 fewer, 1,000 4 labels)")
+    steps: int = flag(300_000, "optimisation steps (paper: 300,000; finetune: all 30,000, four 1,000, else 10,000)")
     minutes: float = flag(0.0, "stop after so many minutes of training; 0: no limit")
     batch: int = flag(32, "slices a step, over all processes and accumulation (paper: not stated; finetune 4)")
     accumulate: int = flag(1, "pretrain: split the batch into so many parts, one after the other")
-    lr: float = flag(2e-4, "learning rate (paper: 2e-4, linearly to 2e-5; finetune 1e-4, to a tenth)")
+    lr: float = flag(2e-4, "learning rate (paper: 2e-4, linearly to 2e-5; finetune: 1e-4 to a tenth, D5)")
     lr_steps: int = flag(0, "steps over which the rate falls; 0: --steps")
     lr_schedule: Literal["linear", "const"] = flag("linear", "course of the learning rate")
     ema: float = flag(0.9999, "pretrain: decay of the averaged weights; 0: off (paper: 0.9999)")
@@ -178,8 +185,8 @@ class Config:
     strategy: Literal["decoder", "linear", "full", "scratch", "ddpmseg"] = flag("decoder", "what is trained")
     labels: str = flag("4", "labelled slices: a number, `all`, or a share such as 1% (paper: 4, 39, 388, all)")
     draw: int = flag(0, "which slices these are: seed of the draw")
-    t: int = flag(-1, "time of the frozen network, 0..1000; -1: 0, linear 200 (paper: best on its test set)")
-    input: Literal["clean", "noised"] = flag("clean", "of the network: the slice, or with noise of level t (a control)")
+    t: int = flag(-1, "time given to the network, 0..1000; -1: 0, linear 200 (paper: best on its test set)")
+    input: Literal["clean", "noised"] = flag("clean", "the slice, or one with noise of level t (a control)")
     variant: Literal["S", "M", "L"] = flag("S", "width: S c = h = 128, M h = 2 c, L c = h = 256")
     dice: Literal["joint", "joint-fg", "per-class"] = flag("joint", "the Dice term (D4)")
     select: Literal["last", "val"] = flag("last", "weights that count: the last, or the best on validation cases")
@@ -196,7 +203,7 @@ class Config:
     num_samples: int = flag(64, "sample: slices to generate (paper: 2000)")
     features: str = flag("rand", "score: rand, encoder:CHECKPOINT, or inception:TORCHSCRIPT")
     # evaluation and use
-    checkpoint: str = flag("", "sample: pre-trained weights; evaluate, predict: fine-tuned ones")
+    checkpoint: str = flag("", "sample, score: pre-trained weights; evaluate, predict: fine-tuned ones")
     split: str = flag("test", "which cases: a split's name")
     limit: int = flag(0, "at most so many cases; 0: all")
     image: tuple[str, ...] = flag((), "predict: CT or MR volumes, NIfTI files or one folder")
@@ -294,7 +301,7 @@ FINETUNE: dict[str, dict[str, Any]] = {
 
 
 def fine_steps(preset: str, labels: int, total: int) -> int:
-    """Steps of fine-tuning with `labels` of `total` slices: the paper's, fewer in the small presets."""
+    """Steps of fine-tuning with `labels` of `total` slices: the paper's, fewer in the small presets."""  # D5
     few, more, every = {"paper": (1000, 10_000, 30_000), "laptop": (600, 2000, 3000), "tiny": (200, 400, 600)}[preset]
     return few if labels <= 4 else every if labels == total else more
 
@@ -374,7 +381,10 @@ class UNet(nn.Module):
         return self.run(self.middle_block, x, emb), skips, emb
 
     def decode(self, x: Tensor, skips: list[Tensor], emb: Tensor | None, blocks: Sequence[int] = ()) -> list[Tensor]:
-        """Outputs of `blocks`, stopping after the last of them; of the last block [B, c, H, W] where none is named."""
+        """Outputs of output_blocks[k] for k in `blocks`, going no further; none: of the last, [B, c, H, W].
+
+        Empties `skips`.
+        """
         maps = {}
         for k, block in enumerate(self.output_blocks):
             x = self.run(block, torch.cat([x, skips.pop()], dim=1), emb)
@@ -389,7 +399,7 @@ class UNet(nn.Module):
 
 
 class SumOverProcesses(torch.autograd.Function):
-    """The sum of a tensor over all processes; each of them gets the gradient of all."""
+    """The sum of a tensor over all processes; the gradient too is summed, since DDP divides by their number later."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -432,15 +442,16 @@ class SyncedNorm(nn.BatchNorm2d):
 
 
 class Segmenter(nn.Module):
-    """The pre-trained U-Net at a fixed time with a new head: model(x) -> logits [B, C, H, W] of x [B, 1, H, W].
+    """The U-Net at a fixed time with a new head: model(x) -> logits [B, C, H, W] of x [B, 1, H, W].
 
     The head replaces all of the network's `out` and reads the last decoder block's raw output. What the strategy does
-    not train runs without gradient and stays in eval mode.
+    not train runs without gradient and stays in eval mode; of what belongs to t, `decoder` trains its blocks' own
+    layers and not time_embed. All weights are random until load_start fills `net`.
     """
 
     def __init__(self, config: Config, in_channels: int, classes: int):
         super().__init__()
-        c, h = config.num_channels, config.hidden
+        c, h = config.num_channels * config.channel_mult[0], config.hidden
         self.strategy, self.t, self.config = config.strategy, config.time, config
         shape, cpu = (in_channels, config.size, config.size), torch.device("cpu")
         self.eps: Tensor
@@ -532,7 +543,10 @@ STAGES: dict[str, Any] = {"pretrain": build_model, "finetune": Segmenter, "ddpms
 
 
 def network_for(stage: str, config: Config, record: Mapping[str, Any]) -> Any:
-    """The network of a stage for data that `record` describes, with the random weights of --seed."""
+    """The network of a stage with the random weights of --seed.
+
+    record: what a checkpoint keeps of its data (loaders.data_record): channels, classes, normalisation, slices, ...
+    """
     torch.manual_seed(seed_of(config.seed, "weights", stage) % 2**32)
     n = len(record["channels"])
     return STAGES[stage](config, n, n if stage == "pretrain" else len(record["classes"]) + 1)
@@ -545,7 +559,7 @@ def network_for(stage: str, config: Config, record: Mapping[str, Any]) -> Any:
 
 @cache
 def betas(schedule: str, steps: int = T) -> np.ndarray:
-    """beta [steps] float64 of --schedule; eq. (1)."""  # D1
+    """beta [steps] float64 of --schedule; eq. (1). cosine: Nichol & Dhariwal 2021."""  # D1
     i, first, last = np.arange(steps), 1e-4, 0.02
     if schedule == "linear":
         return np.linspace(first, last, steps) * (1000 / steps)  # eq. (1)
@@ -574,7 +588,7 @@ def noise_loss(net: Any, x0: Tensor, eps: Tensor, t: Tensor, schedule: str) -> T
 
 
 def dice_loss(prob: Tensor, onehot: Tensor, kind: str, e: float = 1e-5) -> Tensor:
-    """Dice of softmax and truth, both [B, C, H, W], over all pixels of the batch on all processes."""
+    """1 - Dice of softmax and truth, both [B, C, H, W], over all pixels of the batch on all processes; a scalar."""
     sums = torch.stack([(prob * onehot).sum((0, 2, 3)), onehot.sum((0, 2, 3)), prob.sum((0, 2, 3))])
     both, truth, found = over_processes(sums)  # each [C]
     if kind == "joint":
@@ -598,6 +612,10 @@ def segmentation_loss(logits: Tensor, label: Tensor, kind: str, w: float = 0.5) 
 # Data: slices, and which of them have labels
 # =====================================================================================================================
 
+# `data` below is what open_slices returns: splits of cases, data.depth(case) slices of each, data.slice(case, k) [H, W]
+# float32 in [-1, 1], front on top and the patient's right on the left, data.slice_label(case, k) [H, W] uint8, and
+# data.classes {name: value}, from 1. Preparation has padded to square and resized linearly, CT is kept as int16 HU.
+
 Slice = tuple[str, int]  # case, index along z
 
 
@@ -615,7 +633,8 @@ def slices_of(data: Any, cases: Sequence[str]) -> list[Slice]:
 
 
 def pretraining_slices(data: Any) -> list[Slice]:
-    """All slices of the split `pretrain`: scans without labels, and training scans whose labels are not looked at."""
+    """All slices of the split `pretrain` (FLARE22: cases 1-1000; data_prep.msd: scans without labels and training
+    scans, whose labels are not looked at), else of `unlabelled`, else of `train`. Raises: InputError."""
     splits = data.meta["splits"]
     found = slices_of(data, splits.get("pretrain") or splits.get("unlabelled") or splits["train"])
     if not found:
@@ -624,7 +643,7 @@ def pretraining_slices(data: Any) -> list[Slice]:
 
 
 def label_count(text: str, total: int) -> int:
-    """--labels as a number of slices: N, all, or x% = floor(x total / 100 + 0.5), at least 1."""
+    """--labels as a number of slices: N, all, or x% = floor(x total / 100 + 0.5), at least 1. Raises: InputError."""
     if text == "all":
         return total
     n = max(1, math.floor(float(text[:-1]) * total / 100 + 0.5)) if text.endswith("%") else int(text)
@@ -636,8 +655,8 @@ def label_count(text: str, total: int) -> int:
 def cover(counts: np.ndarray, size: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
     """`size` slices in which every class is seen, and the classes that are not, of counts [slices, classes] in pixels.
 
-    Random sets until each class has 20 pixels in a slice of one; then 1 pixel; then greedily. A class that no slice
-    has does not count.
+    Random sets are tried until in one each class has 20 pixels in some slice; where that fails, 1 pixel; then greedily.
+    A class that no slice has does not count.
     """
     wanted = np.nonzero(counts.any(0))[0]
     size = min(size, len(counts))
@@ -670,8 +689,8 @@ def most_first(chosen: list[int], good: np.ndarray) -> list[int]:
 def labelled_slices(data: Any, config: Config) -> tuple[list[Slice], int, list[str]]:
     """The --labels slices of --draw, how many there are in all, and what is to be warned of.
 
-    One order a draw, the covering four and then a permutation of the rest: subsets are nested, and the same for all
-    strategies.
+    One order per draw, the covering four and then a permutation of the rest: subsets are nested, and the same for all
+    strategies. Raises: InputError where there are too few, or four cannot show all organs.
     """
     cases = [case for case in data.cases("train") if data.has_label(case)]
     every, names, warnings = slices_of(data, cases), list(data.classes), []
@@ -712,7 +731,7 @@ class Samples(Dataset):
         self.epoch, self.order = -1, np.zeros(0, int)
 
     def __getitem__(self, n: int) -> tuple[np.ndarray, np.ndarray | int, int, int]:
-        """Slice [1, H, W] fp32, its label [H, W] int64 (else 0), t, n."""
+        """Slice [1, H, W] fp32, its label [H, W] int64 (else 0), t, n. A labelled slice is not flipped, its t is 0."""
         config = self.config
         epoch, place = divmod(n, len(self.slices))
         if epoch != self.epoch:
@@ -749,15 +768,15 @@ class Sharded(Sampler):
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """From --lr linearly to a tenth of it over --lr-steps, where it stays; step: updates done."""
+    """From --lr linearly to a tenth of it over --lr-steps (0: --steps), where it stays; step: updates done."""
     if config.lr_schedule == "const":
         return config.lr
     return config.lr * (1 - 0.9 * min(step / (config.lr_steps or config.steps), 1.0))
 
 
 def make_optimizer(stage: str, config: Config, model: Any) -> torch.optim.Optimizer:
-    """Adam. Fine-tuning: the head learns ten times as fast, and decays; a frozen weight is in no group, or it would
-    decay as well. `scale` is what the learning rate of a group is multiplied by."""
+    """Adam. Fine-tuning: the head learns ten times as fast; weight decay (L2, as Adam has it) is 1e-3 for the head,
+    1e-4 for the rest that is trained. `scale` is what the learning rate of a group is multiplied by."""
     if stage == "pretrain":
         groups = [{"params": list(model.parameters()), "weight_decay": 0.0, "scale": 1.0}]
     else:
@@ -775,7 +794,11 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, updates: int) -> 
 
 
 class Training:
-    """What training changes, which is what a checkpoint holds: saved, restored, and nothing else."""
+    """What training changes, which is what a checkpoint holds: saved, restored, and nothing else.
+
+    For use elsewhere: torch.load(FILE, weights_only=True)["ema"] of a pre-training is a UNet's state dict; ["model"] of
+    a fine-tuning is a Segmenter's, net.* and head.*.
+    """
 
     def __init__(
         self, stage: str, config: Config, record: dict[str, Any], device: torch.device, dtype: torch.dtype | None
@@ -828,7 +851,7 @@ def train_step(
 ) -> Tensor:
     """One optimisation step of the global batch; returns the gradient norm.
 
-    net: run.model, wrapped for DDP and torch.compile. A step without a finite gradient changes no weight.
+    net: run.model, wrapped for DDP and torch.compile. A step without a finite gradient leaves its weights alone.
     """
     config, device, dtype = run.config, run.device, run.dtype
     for group in run.optimizer.param_groups:
@@ -988,7 +1011,7 @@ def held_losses(run: Training, data: Any) -> dict[str, float]:
 
 
 def yardstick(data: Any, schedule: str) -> str:
-    """What the best guess from each pixel alone reaches at PROBES: below it, something of the anatomy is known."""
+    """Error of the best linear guess from each pixel alone at PROBES: above it nothing is learnt yet."""
     slices = slices_of(data, data.cases("val"))
     v = float(np.var(np.stack([data.slice(*at) for at in slices[:: max(1, len(slices) // 64)]])))
     abar = np.cumprod(1 - betas(schedule))[list(PROBES)]
@@ -1013,7 +1036,7 @@ def check_memory(stage: str, config: Config, record: Mapping[str, Any], ranks: R
     if needed > free:
         parts = "" if stage == "finetune" else f"--accumulate {2 * math.ceil(needed / free)}, "
         raise InputError(f"{batch} slices of {config.size} x {config.size} need about {needed:.1f} GB to train on, "
-                         f"{ranks.device} has {free:.1f} GB free; try {parts}--recompute or fewer slices")  # fmt: skip
+                         f"{ranks.device} has {free:.1f} GB free; try {parts}--recompute, a lower --batch")  # fmt: skip
 
 
 def print_header(run: Training, data: Any, count: int, ranks: Ranks, reason: str, warnings: Sequence[str]) -> None:
@@ -1053,9 +1076,10 @@ def print_header(run: Training, data: Any, count: int, ranks: Ranks, reason: str
 
 
 def load_start(config: Config, net: UNet, record: Mapping[str, Any] | None) -> None:
-    """--init: weights of a pre-trained noise predictor, ours or public, strictly; the last layer where there is one.
+    """--init: weights of a pre-trained noise predictor, ours or public, each of which must fit.
 
-    record: of the labelled data, which must be scaled as those of the pre-training. Raises: InputError.
+    record: fine-tuning's, of the labelled data, which must be scaled as those of the pre-training; the weights of `out`
+    are left out then. None: pre-training's. Raises: InputError.
     """
     path = Path(config.init)
     state = runtime.load_tensors(path)
@@ -1105,9 +1129,9 @@ def check_stage(state: Mapping[str, Any], path: Path, wanted: str, need: str) ->
 
 
 def fit_member(config: Config, store: FeatureStore, classes: int, member: int) -> PixelClassifier:
-    """One classifier on random pixels of all labelled slices, as its code does it.
+    """One classifier on random pixels of all labelled slices, as the public code of DDPM-Seg does it.
 
-    64 pixels a step; from the fifth epoch on it is done when 50 steps in a row were not better than the best.
+    64 pixels per step; from the fifth epoch on it is done when more than 50 steps in a row did not beat the best.
     """
     torch.manual_seed(seed_of(config.seed, "member", member) % 2**32)
     classifier = PixelClassifier([s[0] for s in store.shapes], classes).train()
@@ -1201,7 +1225,8 @@ def save_ensemble(model: PixelEnsemble, config: Config, record: dict[str, Any], 
 
 @dataclass(frozen=True)
 class Steps:
-    """The levels that a sampler visits, each [S]: t as trained, betas between them, abar, abar one level below."""
+    """The S levels that a sampler visits, each [S]: t as the network is given it, betas between them, abar, abar one
+    level below. Below, i = 0..S-1 counts these levels."""
 
     t: np.ndarray
     beta: np.ndarray
@@ -1225,7 +1250,7 @@ def predicted(s: Steps, i: int, xt: Tensor, eps: Tensor) -> Tensor:
 
 
 def ddpm_step(s: Steps, i: int, xt: Tensor, eps: Tensor, variance: str, z: Tensor) -> Tensor:
-    """From level i to i - 1; variance: small (posterior) or large (beta); z: standard normal."""
+    """From level i to i - 1; sigma_t^2 is the posterior's variance (small) or beta (large); z: standard normal."""
     beta, abar, below = s.beta[i], s.abar[i], s.below[i]
     c1 = beta * math.sqrt(below) / (1 - abar)
     c2 = (1 - below) * math.sqrt(1 - beta) / (1 - abar)
@@ -1236,7 +1261,7 @@ def ddpm_step(s: Steps, i: int, xt: Tensor, eps: Tensor, variance: str, z: Tenso
 
 
 def ddim_step(s: Steps, i: int, xt: Tensor, eps: Tensor, eta: float, z: Tensor) -> Tensor:
-    """From level i to i - 1 along the noise that the clipped slice implies; eta 0 adds none."""
+    """From level i to i - 1 along the noise that the clipped slice implies (Song et al. 2021); eta 0 adds none."""
     abar, below = s.abar[i], s.below[i]
     x0 = predicted(s, i, xt, eps)
     eps = (xt - math.sqrt(abar) * x0) / math.sqrt(1 - abar)
@@ -1396,9 +1421,9 @@ def feature_network(config: Config, ranks: Ranks) -> tuple[Callable[[Tensor], tu
 def score(config: Config, data: Any, ranks: Ranks) -> int:
     """Distance of samples.npy from real slices, beside that of other real slices of other scans (the floor).
 
-    fd: Fréchet distance, sfd: of spatial features, precision, recall, f1; of 8-bit images, and at the same N, without
-    which they cannot be compared. memorised: distance to the nearest pre-training slice over that of held-out slices
-    (towards 0: copies).
+    Columns: fd, sfd (Fréchet distance of features, of spatial features), precision, recall, f1. Slices are rounded to
+    8 bit first; only rows of the same n compare. memorised: distance to the nearest pre-training slice over that of
+    held-out slices (towards 0: copies). Raises: InputError.
     """
     if not ranks.first:
         return 0
@@ -1578,7 +1603,10 @@ def slice_rows(case: str, mask: np.ndarray, truth: np.ndarray, classes: Mapping[
 
 
 def evaluate(config: Config, data: Any, ranks: Ranks, out: Path | None = None) -> int:
-    """Score a fine-tuned network on --split: metrics.csv in 3D, metrics_slices.csv, summary.json, masks, pictures."""
+    """Score a fine-tuned network on --split: metrics.csv in 3D, metrics_slices.csv, summary.json, masks, pictures.
+
+    Raises: InputError where the data are not prepared as those it was trained on.
+    """
     begin = time.perf_counter()
     net, record = load_network(config, "finetune|ddpmseg", ranks)
     where = checkpoint_path(config)
@@ -1628,7 +1656,7 @@ def write_png(file: Path, array: np.ndarray) -> None:
 
 
 def predict(config: Config, ranks: Ranks) -> int:
-    """A CT or MR volume in, a label volume on its grid with the published values out."""
+    """A CT or MR volume in, a label volume on its grid with the published values out. Raises: InputError."""
     if not config.image or not config.output:
         raise InputError("predict needs --image FILE... and --output FILE.nii.gz (or a folder for several)")
     net, record = load_network(config, "finetune|ddpmseg", ranks)
@@ -1662,7 +1690,8 @@ ONLY |= {k: ("", "sample") for k in ("num_samples", "sampler", "sampling_steps",
 # ONCE: how something is used this time, neither kept from a training nor compared on continuing it.
 ONCE = {"checkpoint", "split", "limit", "image", "output", "overwrite", "quiet", "device", "amp", "workers"}
 ONCE |= {"num_samples", "features", "sampler", "sampling_steps", "eta", "variance"}
-# MAY_DIFFER: on continuing a training, since they change where, how fast and how long, not what.
+# MAY_DIFFER: on continuing a training, since they change where, how fast and how long, not what (but --steps also says
+# how slowly the rate falls, where --lr-steps does not).
 MAY_DIFFER = ONCE | {"out", "preset", "steps", "minutes", "compile", "recompute", "accumulate", "eval_every"}
 MAY_DIFFER |= {"save_every"}
 # FREE: for the verbs that use a trained network; other flags are refused where they differ from its training.
@@ -1704,7 +1733,7 @@ def resolve(verb: str, config: Config, given: dict[str, Any]) -> Config:
 
 
 def as_finetuning(config: Config, given: dict[str, Any]) -> Config:
-    """Settings of fine-tuning: network of the pre-trained weights, their data, and FINETUNE where no flag is given."""
+    """Settings of fine-tuning: network and preset of the pre-trained weights, else FINETUNE and given flags."""  # D10
     if given.get("ema") or given.get("accumulate", 1) > 1:
         raise InputError("--ema and --accumulate are for pretrain: no weights are averaged here, Dice and batch norm "
                          "need the whole batch; leave them out")  # fmt: skip

@@ -16,8 +16,8 @@ Splits    The paper (arXiv 2402.15216) trains on 40 of the 50 labelled cases and
 Window    Percentiles 0.5 and 99.5 of all voxels of pretrain, background included, on the grid of the files. Where none
           of the cases 1-1000 is there: of the later ones (pretrain is these and train), or else of train. What lies
           below -1024 HU is raised to it before (--fov-pad).
-Spacing   nnU-Net's rule, for labelled and unlabelled cases by themselves; it only moves slices along z, since each is
-          resized to 256 x 256 whatever its field of view.
+Spacing   nnU-Net's rule, for labelled and unlabelled cases by themselves; it only sets the distance of slices, since
+          each is resized to 256 x 256 whatever its field of view.
 Counts    The manifest prints the numbers of cases and slices beside the publisher's and the paper's. The paper does not
           say how it came by its numbers of slices, so that another spacing may be the reason where they differ.
 Stored    int16 HU, RAS+, [1, 256, 256, Z]: 131 kB a slice, 27 GB for the paper's.
@@ -132,7 +132,7 @@ def split(labelled: list[str]) -> dict[str, list[str]]:
 
 
 def make_fake(root: Path, _: str) -> None:
-    """Write 5 labelled cases, and cases 1-6 and 1001 without label, from phantoms of 40 x 40 to 40 x 32 x 12 voxels.
+    """Write 5 labelled cases, and cases 1-6 and 1001 without label, from phantoms of 40 x 40 to 40 x 32 in the plane.
 
     Labelled: the second is stored in LAS, the third has a float32 label. Unlabelled: the first has -2000 HU outside a
     round field of view, the second fewer rows, the third slices of half the distance, the fourth float32 values.

@@ -413,6 +413,10 @@ def segmenter(strategy, **flags):
     return randomised(P.Segmenter(replace(FAST, strategy=strategy, **flags), 1, 3))
 
 
+def test_the_head_fits_a_first_level_wider_than_c():
+    assert segmenter("decoder", channel_mult=(2, 2))(torch.randn(1, 1, 16, 16)).shape == (1, 3, 16, 16)
+
+
 def test_trained_sets_by_name():
     def names(strategy):
         found = {
