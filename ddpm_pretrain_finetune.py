@@ -227,7 +227,8 @@ class Config:
 
     @property
     def ddpmseg_folder(self) -> Path:
-        return self.run_folder / f"ddpmseg-{self.labels.replace('%', 'pc')}-draw{self.draw}"
+        random = "random-" * (self.init == "none")
+        return self.run_folder / f"ddpmseg-{self.labels.replace('%', 'pc')}-{random}draw{self.draw}"
 
     @property
     def time(self) -> int:
@@ -268,9 +269,9 @@ class Config:
             raise InputError(f"--num-channels is {self.num_channels}, expected a multiple of {GROUPS}, the groups of "
                              f"its norms; use {-(-self.num_channels // GROUPS) * GROUPS}")  # fmt: skip
         step = 2 ** (len(self.channel_mult) - 1)
-        if self.size < step or self.size % step:
-            raise InputError(f"--size {self.size} is not a multiple of {step}, which {len(self.channel_mult)} levels "
-                             "ask for; change --size or --channel-mult")  # fmt: skip
+        if self.size < 2 * step or self.size % step:
+            raise InputError(f"--size {self.size} is not a multiple of {step} and at least {2 * step}, which "
+                             f"{len(self.channel_mult)} levels ask for; change --size or --channel-mult")  # fmt: skip
         for i, m in enumerate(self.channel_mult):
             attends = self.arch == "adm" and (self.size >> i in self.attends or i == len(self.channel_mult) - 1)
             if attends and self.num_channels * m % self.num_head_channels:
@@ -504,6 +505,8 @@ class PixelEnsemble(nn.Module):
         if not config.blocks or not (0 <= min(config.blocks) <= max(config.blocks) < count):
             raise InputError(f"--blocks is {config.blocks}, this network has blocks 0 to {count - 1}; correct the flag")
         self.net = UNet(config, in_channels, in_channels).requires_grad_(False)
+        if config.init == "none":
+            redraw_zeros(self.net)  # D9
         with torch.device("meta"):
             x = torch.empty(1, in_channels, config.size, config.size)
             probe = UNet(config, in_channels, in_channels)
@@ -642,6 +645,12 @@ def pretraining_slices(data: Any) -> list[Slice]:
     return found
 
 
+def held_out(data: Any) -> list[str]:
+    """Scans in which the error of the noise is watched: validation cases, else unlabelled ones not pre-trained on."""
+    splits, seen = data.meta["splits"], {case for case, _ in pretraining_slices(data)}
+    return list(splits.get("val", [])) or [case for case in splits.get("unlabelled", []) if case not in seen]
+
+
 def label_count(text: str, total: int) -> int:
     """--labels as a number of slices: N, all, or x% = floor(x total / 100 + 0.5), at least 1. Raises: InputError."""
     if text == "all":
@@ -705,8 +714,9 @@ def labelled_slices(data: Any, config: Config) -> tuple[list[Slice], int, list[s
     rng = np.random.default_rng(config.draw)
     first, missing = cover(counts, 4, rng)  # D6
     if missing and n >= 4:
-        raise InputError(f"no 4 slices of {data.name} show all organs, {', '.join(names[c] for c in missing)} would be "
-                         "left out; merge or drop organs, or use more than one scan")  # fmt: skip
+        lost = ", ".join(names[c] for c in missing)
+        raise InputError(f"no 4 slices of {data.name} were found that show all organs, {lost} would be left out; merge "
+                         "or drop organs, or use more than one scan")  # fmt: skip
     rest = rng.permutation([i for i in range(len(every)) if i not in set(first)])
     chosen = [*first, *rest.tolist()][:n]
     if unseen := [name for name, there in zip(names, (counts[chosen] > 0).sum(0)) if not there and name not in absent]:
@@ -927,7 +937,7 @@ def train(stage: str, config: Config, data: Any, ranks: Ranks, stop: runtime.Sto
         pin_memory=device.type == "cuda",
         worker_init_fn=runtime.ignore_signals,
     )
-    columns = FINE_COLUMNS if fine else COLUMNS
+    columns, held = FINE_COLUMNS if fine else COLUMNS, [] if fine else held_out(data)
     log = runtime.Log(out / "log.csv", columns, run.step, ranks.first)
     batches, losses_by_t, clock = iter(loader), runtime.LossByTime(T, device), (run.step, run.seconds)
     limit, time_up, signal = 60 * config.minutes or math.inf, False, 0
@@ -937,7 +947,7 @@ def train(stage: str, config: Config, data: Any, ranks: Ranks, stop: runtime.Sto
         # 3. look at held-out slices when it is due; a run stopped before it did so does it first when continued
         finished = run.step >= config.steps or time_up or run.seconds >= limit
         due = (run.step % config.eval_every == 0 or finished) and run.step > run.best["seen"]
-        if due and data.cases("val") and (not fine or config.select == "val"):
+        if due and (config.select == "val" if fine else held):
             look_at_held(run, data, ranks, log)
         if finished or signal:
             break
@@ -996,8 +1006,8 @@ def look_at_held(run: Training, data: Any, ranks: Ranks, log: runtime.Log) -> No
 
 @torch.no_grad()
 def held_losses(run: Training, data: Any) -> dict[str, float]:
-    """val_loss and val_loss_t50 ..: eq. (5) of the averaged weights on validation slices, at the levels PROBES."""
-    every = slices_of(data, data.cases("val"))
+    """val_loss and val_loss_t50 ..: eq. (5) of the averaged weights on held-out slices, at the levels PROBES."""
+    every = slices_of(data, held_out(data))
     chosen = [every[i] for i in np.linspace(0, len(every) - 1, 16).round().astype(int)]
     x0 = torch.from_numpy(np.stack([data.slice(*at) for at in chosen]))[:, None].to(run.device)
     eps = noise(0, "held", range(len(x0)), x0.shape[1:], torch.device("cpu")).to(run.device)
@@ -1012,7 +1022,7 @@ def held_losses(run: Training, data: Any) -> dict[str, float]:
 
 def yardstick(data: Any, schedule: str) -> str:
     """Error of the best linear guess from each pixel alone at PROBES: above it nothing is learnt yet."""
-    slices = slices_of(data, data.cases("val"))
+    slices = slices_of(data, held_out(data))
     v = float(np.var(np.stack([data.slice(*at) for at in slices[:: max(1, len(slices) // 64)]])))
     abar = np.cumprod(1 - betas(schedule))[list(PROBES)]
     best = abar * v / (abar * v + 1 - abar)  # of linear predictors, for pixels of variance v
@@ -1020,7 +1030,10 @@ def yardstick(data: Any, schedule: str) -> str:
 
 
 def check_memory(stage: str, config: Config, record: Mapping[str, Any], ranks: Ranks) -> None:
-    """InputError where a step needs more memory than is free: counted on tensors without storage."""
+    """InputError where a step needs more memory than is free: counted on tensors without storage.
+
+    Activations, and 4 bytes a weight for it, its average, its gradient and each of the optimiser's two moments.
+    """
     dtype, batch = runtime.number_format(config.amp, ranks.device)[0] or torch.float32, config.batch // ranks.world
     if config.recompute:
         return
@@ -1032,6 +1045,8 @@ def check_memory(stage: str, config: Config, record: Mapping[str, Any], ranks: R
         )
         x = torch.empty(batch, channels, config.size, config.size, dtype=dtype)
         needed = runtime.kept_for_backward_gb(lambda: model(x, torch.zeros(batch)))
+    weights, learn = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False))
+    needed += 4e-9 * (weights * (1 + bool(config.ema)) + 3 * learn)
     free = runtime.free_memory_gb(ranks.device)
     if needed > free:
         parts = "" if stage == "finetune" else f"--accumulate {2 * math.ceil(needed / free)}, "
@@ -1064,11 +1079,11 @@ def print_header(run: Training, data: Any, count: int, ranks: Ranks, reason: str
     lines += [f"  warning   {text}" for text in warnings]
     lines += [f"  network   {sum(p.numel() for p in run.model.parameters()):,} parameters, {learn:,} of them trained"]
     lines += [f"  training  step {run.step} to {config.steps}, batch {config.batch} = {share}, rate {config.lr:g}"]
-    if not fine and data.cases("val"):
+    if not fine and held_out(data):
         lines += [f"  yardstick error of the noise from single pixels alone: {yardstick(data, config.schedule)}"]
     if fine and config.select == "val":
         lines += ["  note      the weights that are scored are chosen by the validation cases"]
-    if config.time == T and fine:
+    if config.time == T and fine and not plain:
         lines += ["  note      t = 1000 is one beyond the last trained level, 999"]
     lines += [f"  device    {ranks.device}, {'fp32' if run.dtype is None else str(run.dtype)[6:]} ({reason})"]
     lines += [f"  differs   {' '.join(sorted(notes, key=lambda d: int(d[1:])))} (see the top of {SCRIPT}.py)"]
@@ -1170,6 +1185,7 @@ def ddpmseg(config: Config, data: Any, ranks: Ranks) -> int:
     slices, total, warnings = labelled_slices(data, config)
     same = asdict(replace(config, steps=config.members))  # a step of this checkpoint is a member
     state = None if config.overwrite else runtime.find_run(out, SCRIPT, same, MAY_DIFFER, record, ranks)
+    start = start_of(config, state, out)
     model: PixelEnsemble = network_for("ddpmseg", config, record)
     done = 0
     if state is not None:
@@ -1182,7 +1198,8 @@ def ddpmseg(config: Config, data: Any, ranks: Ranks) -> int:
     runtime.make_run(out, asdict(config), config.overwrite, ranks)
     dims = sum(s[0] for s in model.shapes)
     say(f"DDPM-Seg (Baranchuk et al.) on {len(slices)} of {total} labelled slices, draw {config.draw} -> {out}\n"
-        f"  {dims} features: blocks {config.blocks}, t {config.t_list}; {config.members} members", ranks)  # fmt: skip
+        f"  {dims} features: blocks {config.blocks}, t {config.t_list}; {config.members} members\n"
+        f"  differs   D2 D6 D7 D11 (see the top of {SCRIPT}.py)", ranks)  # fmt: skip
     for text in warnings:
         say(f"  warning   {text}", ranks)
     model.to(ranks.device).eval()
@@ -1205,16 +1222,19 @@ def ddpmseg(config: Config, data: Any, ranks: Ranks) -> int:
                 if weights is not None:
                     model.members[first + j].load_state_dict(weights)
             if ranks.first:
-                save_ensemble(model, config, record, out, min(first + ranks.world, config.members))
+                save_ensemble(model, config, record, out, min(first + ranks.world, config.members), start)
     finally:
         file.unlink(missing_ok=True)
     runtime.gather(None, ranks)
-    return evaluate(replace(config, checkpoint=str(out / "last.pt")), data, ranks, out)
+    return score_run(config, out, out / "last.pt", data, ranks)
 
 
-def save_ensemble(model: PixelEnsemble, config: Config, record: dict[str, Any], out: Path, done: int) -> None:
+def save_ensemble(
+    model: PixelEnsemble, config: Config, record: dict[str, Any], out: Path, done: int, start: list[float]
+) -> None:
     state = {"format": runtime.FORMAT, "script": SCRIPT, "stage": "ddpmseg", "config": asdict(config), "step": done}
     state |= {"model": model.state_dict(), "ema": {}, "optimizer": {}, "scaler": {}, "best": {}, "data": record}
+    state["start"] = start
     runtime.save_checkpoint(out / "last.pt", state)
 
 
@@ -1348,7 +1368,7 @@ def sample(config: Config, data: Any, ranks: Ranks) -> int:
     columns = max(1, math.isqrt(min(len(x), 64)))
     for name, shown in display(x[: columns * columns], record).items():
         rows = [np.concatenate(list(shown[i : i + columns]), axis=1) for i in range(0, len(shown), columns)]
-        write_png(out / f"figures/samples_{name}.png", np.concatenate([r for r in rows if r.shape == rows[0].shape]))
+        write_png(out / f"figures/samples_{name}.png", np.concatenate(rows))
     steps = config.sampling_steps or T
     seconds = time.perf_counter() - begin
     say(f"{len(x)} slices by {config.sampler}, {steps} steps, {seconds:.0f} s: {out}/samples.npy, {out}/figures")
@@ -1374,19 +1394,20 @@ class RandomFeatures(nn.Module):
             x = F.leaky_relu(F.conv2d(x, weight, stride=2, padding=1), 0.2)
             maps.append(x)
         stats = [f(m.flatten(2)) for m in maps[-2:] for f in (lambda v: v.mean(2), lambda v: v.std(2, correction=0))]
-        spatial = maps[-1][:, : 2048 // maps[-1][0, 0].numel()].flatten(1)
+        spatial = maps[-1][:, : max(1, 2048 // maps[-1][0, 0].numel())].flatten(1)
         return torch.cat(stats, dim=1), spatial
 
 
-def feature_network(config: Config, ranks: Ranks) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor | None]], str]:
-    """--features as (x [N, 1, H, W] -> features and spatial ones or None, suffix of the columns' names)."""  # D8
+def feature_network(config: Config, ranks: Ranks) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor | None]], str, str]:
+    """--features as (x [N, 1, H, W] -> features and spatial ones or None, suffix of the columns' names, what it is)."""
     kind, _, name = config.features.partition(":")
     if kind == "rand":
-        return RandomFeatures(), "rand"
+        return RandomFeatures(), "rand", "rand"  # D8
     path = Path(name)
     if not path.is_file():
         raise InputError(f"--features {config.features}: {path} is not there; check the path")
     digest = sha256(path.read_bytes()).hexdigest()
+    what = f"{path.name} SHA-256 {digest}"
     if kind == "encoder":
         net, _ = load_network(replace(config, checkpoint=name), "pretrain", ranks)
         scored = checkpoint_path(config)
@@ -1397,7 +1418,7 @@ def feature_network(config: Config, ranks: Ranks) -> tuple[Callable[[Tensor], tu
         def middle(x: Tensor) -> tuple[Tensor, None]:
             return model.encode(x, torch.zeros(len(x), device=x.device))[0].float().mean((2, 3)), None
 
-        return middle, f"enc-{digest[:8]}"
+        return middle, f"enc-{digest[:8]}", what
     try:
         script = torch.jit.load(path, map_location=ranks.device).eval()
     except (RuntimeError, ValueError) as error:
@@ -1405,17 +1426,15 @@ def feature_network(config: Config, ranks: Ranks) -> tuple[Callable[[Tensor], tu
                          "save it by torch.jit.script, or use NVIDIA's inception-2015-12-05.pt") from error  # fmt: skip
     say(f"features of {path}, SHA-256 {digest}", ranks)
 
+    asked = {"return_features": True} if "return_features" in str(script.forward.schema) else {}  # as NVIDIA's knows it
+
     def inception(x: Tensor) -> tuple[Tensor, Tensor | None]:
-        rgb = ((x + 1) * 127.5).expand(-1, 3, -1, -1)
-        try:
-            found = script(rgb, return_features=True)
-        except RuntimeError:
-            found = script(rgb)
+        found = script(((x + 1) * 127.5).expand(-1, 3, -1, -1), **asked)
         if not isinstance(found, tuple | list):
             return found, None
         return found[0], found[1][:, : 2048 // found[1][0, 0].numel()].flatten(1)  # of 768 x 17 x 17: 7 channels
 
-    return inception, ""
+    return inception, "", what
 
 
 def score(config: Config, data: Any, ranks: Ranks) -> int:
@@ -1435,6 +1454,9 @@ def score(config: Config, data: Any, ranks: Ranks) -> int:
     if len(scans) < 2:
         say(f"note: {data.name} has no two scans held out; real slices are those of the pre-training", ranks)
         scans = sorted(trained)
+    if len(scans) < 2:
+        raise InputError(f"{data.name} has {len(scans)} scan in all; real slices are compared with those of another "
+                         "scan: prepare two or more")  # fmt: skip
     scans = [scans[i] for i in rng.permutation(len(scans))]
     halves = [slices_of(data, part) for part in (scans[: len(scans) // 2], scans[len(scans) // 2 :])]
     n = min(len(made), *map(len, halves))
@@ -1442,7 +1464,7 @@ def score(config: Config, data: Any, ranks: Ranks) -> int:
         say(f"note: the {len(scans)} scans give two sets of {n} real slices: the first {n} samples are scored", ranks)
     real, other = ([half[i] for i in rng.permutation(len(half))[:n]] for half in halves)
     near = [every[i] for i in rng.permutation(len(every))[:MEMORY]]
-    call, suffix = feature_network(config, ranks)
+    call, suffix, features = feature_network(config, ranks)
     sets = {"samples": made[:n], "real slices (floor)": other, "real": real}
     found = {name: features_of(call, data, x, ranks) for name, x in sets.items()}
     b, b_spatial = found.pop("real")
@@ -1452,7 +1474,7 @@ def score(config: Config, data: Any, ranks: Ranks) -> int:
         pr = metrics.precision_recall(b, a)
         spatial = math.nan if a_spatial is None else metrics.frechet_distance(b_spatial, a_spatial)
         values = [metrics.frechet_distance(b, a), spatial, pr["precision"], pr["recall"], pr["f1"]]
-        row: dict[str, Any] = {"what": what, "n": n, "side": config.size, "memorised": ""}
+        row: dict[str, Any] = {"what": what, "n": n, "side": config.size, "features": features, "memorised": ""}
         rows.append(row | {f"{k}_{suffix}" if suffix else k: f"{v:.6g}" for k, v in zip(names, values)})
         if pr["zero_radii"]:
             say(f"warning: {what} and real slices: {pr['zero_radii']} have three exact copies in their own set", ranks)
@@ -1473,7 +1495,9 @@ def read_samples(path: Path, config: Config, record: Mapping[str, Any]) -> np.nd
         hu = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: no samples ({error}); write them with the verb `sample`") from error
-    if hu.ndim != 3 or hu.shape[1:] != (config.size, config.size) or len(hu) < 4 or not np.isfinite(hu).all():
+    if not np.isfinite(hu).all():
+        raise InputError(f"{path} holds NaN or infinity; the network has not learnt, train it anew and sample again")
+    if hu.ndim != 3 or hu.shape[1:] != (config.size, config.size) or len(hu) < 4:
         raise InputError(f"{path} holds {hu.shape}, expected at least 4 slices of side {config.size}; sample again")
     rule = record["normalisation"]
     return 2 * (hu - rule["low"]) / (rule["high"] - rule["low"]) - 1 if rule["kind"] == "hu" else hu
@@ -1490,8 +1514,9 @@ def features_of(call: Any, data: Any, what: Any, ranks: Ranks) -> tuple[Any, Any
     The slices are rounded to 8 bit first, as images are.
     """
     parts = []
-    for i in range(0, len(what), 64):
-        x = what[i : i + 64] if isinstance(what, np.ndarray) else stack(data, what[i : i + 64])
+    for i in range(0, len(what), AT_ONCE):
+        part = what[i : i + AT_ONCE]
+        x = part if isinstance(part, np.ndarray) else stack(data, part)
         x = (np.rint((np.clip(x, -1, 1) + 1) * 127.5) / 127.5 - 1).astype(np.float32)
         found = call(torch.from_numpy(x)[:, None].to(ranks.device))
         parts.append([None if v is None else v.double().cpu().numpy() for v in found])
@@ -1580,7 +1605,8 @@ def score_cases(
         if out is None:
             continue
         values = {int(k): v for k, v in data.meta["label_values"].items()}
-        table = np.array([values.get(v, v) for v in range(max(values) + 1)], np.uint8)
+        table = np.array([values.get(v, v) for v in range(max(values) + 1)])
+        table = table.astype(np.min_scalar_type(table.max()))  # published values, uint8 where they fit
         loaders.write_on_grid(out / f"predictions/{case}.nii.gz", table[mask], data.affine(case))
         if i < 3:
             picture = np.asarray(data.image(case)[0], np.float32)
@@ -1639,9 +1665,20 @@ def evaluate(config: Config, data: Any, ranks: Ranks, out: Path | None = None) -
     return 0
 
 
+def score_run(config: Config, out: Path, weights: Path, data: Any, ranks: Ranks) -> int:
+    """`evaluate` at the end of finetune and ddpmseg, into their folder `out`; not again where it was done already."""
+    scores = scores_folder(config, out) / "summary.json"
+    newer = scores.exists() and scores.stat().st_mtime >= weights.stat().st_mtime
+    if newer and metrics.read_summary(scores)["images"] == len(cases_of(config, data)):
+        say(f"{out}: trained and scored already", ranks)
+        return 0
+    return evaluate(replace(config, checkpoint=str(weights)), data, ranks, out)
+
+
 def scores_folder(config: Config, out: Path) -> Path:
-    """Scores of another split than test stand in a folder of its own."""
-    return out if config.split == "test" else out / config.split
+    """Scores of another split than test, or of fewer cases (--limit), stand in a folder of their own."""
+    name = config.split + f"-{config.limit}" * (config.limit > 0)
+    return out if name == "test" else out / name
 
 
 def write_png(file: Path, array: np.ndarray) -> None:
@@ -1687,6 +1724,12 @@ ONLY: dict[str, tuple[str, ...]] = {"image": ("predict",), "output": ("predict",
 ONLY |= {"checkpoint": ("sample", "score", "evaluate", "predict"), "features": ("", "score")}
 ONLY |= {k: ("", "finetune", "ddpmseg", "evaluate") for k in ("split", "limit")}
 ONLY |= {k: ("", "sample") for k in ("num_samples", "sampler", "sampling_steps", "eta", "variance")}
+TRAINED = ("evaluate", "predict")  # they compare these with the training's
+ONLY |= {k: ("", "finetune", "ddpmseg", *TRAINED) for k in ("labels", "draw")}
+ONLY |= {k: ("", "finetune", *TRAINED) for k in ("dice", "select")}
+ONLY |= {k: ("finetune", *TRAINED) for k in ("strategy", "t", "input")}
+ONLY |= {k: ("ddpmseg", *TRAINED) for k in ("blocks", "t_list", "members", "epochs")}
+ONLY |= {k: ("", *(v for v in VERBS if v != "ddpmseg")) for k in ("steps", "batch", "lr", "lr_steps", "lr_schedule")}
 # ONCE: how something is used this time, neither kept from a training nor compared on continuing it.
 ONCE = {"checkpoint", "split", "limit", "image", "output", "overwrite", "quiet", "device", "amp", "workers"}
 ONCE |= {"num_samples", "features", "sampler", "sampling_steps", "eta", "variance"}
@@ -1705,7 +1748,7 @@ STORY = {"labels", "dice", "variant", "select"}
 
 
 def checkpoint_path(config: Config) -> Path:
-    return runtime.checkpoint_file(config.checkpoint, config.run_folder, ("last.pt",))
+    return runtime.checkpoint_file(config.checkpoint, config.run_folder)
 
 
 def resolve(verb: str, config: Config, given: dict[str, Any]) -> Config:
@@ -1727,7 +1770,7 @@ def resolve(verb: str, config: Config, given: dict[str, Any]) -> Config:
         return replace(found, **how)
     path = checkpoint_path(config)
     if not config.checkpoint:
-        raise InputError(f"{verb} needs --checkpoint FILE, the last.pt that finetune or ddpmseg wrote")
+        raise InputError(f"{verb} needs --checkpoint, the folder that finetune or ddpmseg wrote, or a file in it")
     check_stage(runtime.load_checkpoint(path, SCRIPT), path, "finetune|ddpmseg", f"{verb} needs a fine-tuned one")
     return runtime.trained_config(config, given, path, SCRIPT, FREE, ONCE)
 
@@ -1782,12 +1825,7 @@ def finetune(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) ->
     stop.restore()  # scoring has nothing to save
     out = config.finetune_folder
     chosen = out / ("best.pt" if config.select == "val" and (out / "best.pt").exists() else "last.pt")
-    scores = scores_folder(config, out) / "summary.json"
-    newer = scores.exists() and scores.stat().st_mtime >= chosen.stat().st_mtime
-    if newer and metrics.read_summary(scores)["images"] == len(cases_of(config, data)):
-        say(f"{out}: trained and scored already", ranks)
-        return 0
-    return evaluate(replace(config, checkpoint=str(chosen)), data, ranks, out)
+    return score_run(config, out, chosen, data, ranks)
 
 
 def story(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag, given: dict[str, Any]) -> int:

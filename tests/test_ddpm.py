@@ -335,8 +335,14 @@ def test_network_of_ho_et_al_has_the_parameters_of_the_table():
     with torch.device("meta"):
         model = P.UNet(P.Config(arch="ddpm"), 1, 1)
     assert count(model) == 113_668_609
-    sides = [256 >> i for i, m in enumerate(model.input_blocks) for b in m if isinstance(b, P.AttentionBlock) and i < 0]
-    assert not sides and all(m.heads == 1 for m in model.modules() if isinstance(m, P.AttentionBlock))
+    sides = []
+    for m in model.modules():
+        if isinstance(m, P.AttentionBlock):
+            assert m.heads == 1
+            m.register_forward_hook(lambda _, x, y: sides.append(y.shape[-1]))
+    with torch.device("meta"):
+        model(torch.empty(1, 1, 256, 256), torch.zeros(1))
+    assert sides == [16, 16, 8, 16, 16, 16]  # two blocks of the encoder, the middle, three of the decoder
 
 
 def test_decoder_blocks_have_the_sizes_of_the_table():
@@ -593,7 +599,7 @@ def toy(labels, classes=("a", "b")):
 
 def test_organs_that_do_not_fit_into_four_slices_are_refused_by_name():
     labels = [np.full((8, 8), i + 1, np.uint8) for i in range(6)]
-    with pytest.raises(InputError, match=r"no 4 slices of toy show all organs, \w, \w would"):
+    with pytest.raises(InputError, match=r"no 4 slices of toy were found that show all organs, \w, \w would"):
         P.labelled_slices(toy(labels, "abcdef"), TINY)
 
 
@@ -697,7 +703,7 @@ def test_random_features_are_means_and_deviations_of_the_last_two_maps():
 
 
 def test_yardstick_is_the_error_of_the_best_guess_from_a_pixel():
-    data = SimpleNamespace(meta={}, cases=lambda split: ["a"], depth=lambda case: 1,
+    data = SimpleNamespace(meta={"splits": {"val": ["a"], "train": ["a"]}}, depth=lambda case: 1,
                            slice=lambda case, k: np.array([[0.5, -0.5]], np.float32))  # fmt: skip
     assert P.yardstick(data, "linear") == "0.8897 at t 50, 0.6809 at t 100, 0.1398 at t 300, 0.0207 at t 500"
 
@@ -852,13 +858,15 @@ def one_case(split):
 
 
 def test_held_out_slices_are_of_validation_cases():
-    data = SimpleNamespace(
-        meta={}, cases=one_case, depth=lambda case: 3, slice=lambda case, k: np.full((16, 16), k / 4, np.float32)
-    )
+    splits, asked = {"val": ["v"], "train": ["a"], "unlabelled": ["a", "u"], "pretrain": ["a"]}, set()
+    data = SimpleNamespace(meta={"splits": splits}, depth=lambda case: 3,
+                           slice=lambda case, k: asked.add(case) or np.full((16, 16), k / 4, np.float32))  # fmt: skip
     net = randomised(P.UNet(FAST, 1, 1))
     run = SimpleNamespace(device=torch.device("cpu"), dtype=None, ema=net, model=net, config=FAST)
     assert len(P.held_losses(run, data)) == 5
-    assert P.yardstick(data, "linear")
+    assert P.yardstick(data, "linear") and asked == {"v"}
+    splits["val"] = []  # as FLARE22 is prepared: an unlabelled scan that is not pre-trained on
+    assert P.held_out(data) == ["u"] and len(P.held_losses(run, data)) == 5 and asked == {"v", "u"}
 
 
 def test_select_val_looks_at_val_and_scores_best(monkeypatch, tmp_path):
@@ -1000,6 +1008,17 @@ def test_memory_of_noised_input_is_that_of_clean_input(monkeypatch):
             P.check_memory("finetune", replace(FAST, strategy="decoder", batch=4, **flags), RECORD, RANKS)
         asked.append(str(error.value))
     assert asked[0] == asked[1] and "need about" in asked[0]
+
+
+def test_memory_holds_weights_average_gradients_and_moments(monkeypatch):
+    monkeypatch.setattr(runtime, "free_memory_gb", lambda device: 1e-6)
+    config = P.Config(size=64, batch=1)
+    with torch.device("meta"):
+        weights = count(P.UNet(config, 1, 1))
+    with pytest.raises(InputError) as error:
+        P.check_memory("pretrain", config, RECORD, RANKS)
+    found = float(str(error.value).split("about ")[1].split()[0])
+    assert 20e-9 * weights < found < 20e-9 * weights + 0.4, (weights, found)
 
 
 def middle(model, x, t) -> torch.Tensor:

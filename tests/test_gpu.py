@@ -136,7 +136,7 @@ def test_a_step_on_slices_never_waits_for_the_gpu(stage, flags):
     config = ddpm.Config(**small, batch=2, blocks=(1,), **flags)
     ranks, dtype = runtime.Ranks(0, 1, 0, device), runtime.number_format(config.amp, device)[0]
     run = ddpm.Training(stage, config, loaders.data_record(data), device, dtype)
-    slices = ddpm.Slices(data, config, ddpm.pretraining_slices(data), stage == "finetune")
+    slices = ddpm.Samples(data, config, ddpm.pretraining_slices(data), stage == "finetune")
     if stage == "finetune":
         slices.slices = ddpm.labelled_slices(data, config)[0]
     batches, losses = iter(DataLoader(slices, 2, sampler=range(8), pin_memory=True)), runtime.LossByTime(1000, device)
