@@ -24,11 +24,15 @@ done
 tail -n 1 $RUN/log.csv | cut -d, -f1,2 # steps and seconds of the pre-training
 
 RUNNING=()
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT # where one fails or is stopped, the others save and stop
 tune() { # DRAW LABELS STRATEGY FLAGS...; waits while JOBS are at work
-  [ ${#RUNNING[@]} -lt "$JOBS" ] || { wait "${RUNNING[0]}" && RUNNING=("${RUNNING[@]:1}"); }
+  if [ ${#RUNNING[@]} -ge "$JOBS" ]; then
+    wait "${RUNNING[0]}" # ends this file where it failed
+    RUNNING=("${RUNNING[@]:1}")
+  fi
   (
     [ "$JOBS" = 1 ] || export OMP_NUM_THREADS=$(($(nproc) > JOBS ? $(nproc) / JOBS : 1))
-    $PYTHON ddpm_pretrain_finetune.py finetune $FLAGS --draw "$1" --labels "$2" --strategy "$3" "${@:4}"
+    exec $PYTHON ddpm_pretrain_finetune.py finetune $FLAGS --draw "$1" --labels "$2" --strategy "$3" "${@:4}"
   ) &
   RUNNING+=($!)
 }
@@ -43,6 +47,7 @@ for DRAW in 0 1 2 3 4; do
 done
 STAGED=("$RUN/finetune-4-scratch-per-class-draw?")
 for STEPS in $STAGES; do
+  settle
   [ -e $RUN-$STEPS/samples.npy ] || $PYTHON ddpm_pretrain_finetune.py sample $FLAGS --num-samples 128 --out $RUN-$STEPS
   $PYTHON ddpm_pretrain_finetune.py score $FLAGS --out $RUN-$STEPS
   for DRAW in 0 1 2 3 4; do
@@ -54,6 +59,27 @@ for STEPS in $STAGES; do
 done
 settle
 $PYTHON -m common.metrics draws "${STAGED[@]}"
+# Slices that each stage draws, below slices of validation and test volumes; the distance of the two and its floor.
+$PYTHON - $RUN $STAGES <<'END'
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from common import figures, loaders
+
+run, stages, data = sys.argv[1], sys.argv[2:], loaders.open_slices("chaos64", side=64)
+held = [case for split in ("val", "test") for case in data.cases(split)]
+images = [data.slice(case, data.depth(case) // 2) for case in held]
+titles = ["real"] * len(images)
+for steps in stages:
+    images += list(np.load(f"{run}-{steps}/samples.npy")[: len(held)])
+    titles += [f"{steps} steps"] * len(held)
+    for row in csv.DictReader(Path(f"{run}-{steps}/score_rand.csv").open()):
+        print(steps, *(f"{k} {v}" for k, v in row.items() if v))
+print(figures.montage(images, titles, "results/ddpm_chaos_samples.png", columns=len(held), limits=(-1, 1)))
+END
 
 # The last stage: the other Dice term, linear, the controls from random weights, and more labels.
 LAST=$RUN-${STAGES##* }
@@ -98,6 +124,7 @@ for LABELS in 4 39 all; do
   $PYTHON -m common.metrics table --metric dice iou --seeds $RUN/finetune-$LABELS-scratch-per-class-draw?/summary.json \
     $LAST/finetune-$LABELS-{decoder,full}-per-class-draw?/summary.json
 done
+$PYTHON -m common.metrics table --metric dice iou --seeds $LAST/{finetune-4-linear-per-class,ddpmseg-4}-draw?/summary.json
 for STRATEGY in decoder full; do
   WORD=$([ $STRATEGY = full ] && echo start || echo encoder)
   $PYTHON -m common.metrics draws "$LAST/finetune-4-$STRATEGY-per-class-draw?" "$LAST/finetune-4-$STRATEGY-per-class-random-draw?" \
