@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.data import default_collate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import test_lean
@@ -152,8 +153,26 @@ def recycled_steps(
     return calls
 
 
-def slices(device: torch.device, number: torch.dtype | None, repeats: int) -> None:
-    """ddpm_pretrain_finetune.py, laptop preset: steps, 64 samples, features' distance, DDPM-Seg with more slices."""
+class SliceFiles(loaders.CtPhantoms):
+    """A prepared CT of 400 slices, memory-mapped, whatever the case is called."""
+
+    def __init__(self, folder: Path, side: int):
+        super().__init__(0, side)
+        self.file = folder / f"{side}.npy"
+        noise = np.random.default_rng(0).integers(-1000, 400, (1, side, side, 400), dtype=np.int16)
+        np.save(self.file, np.asfortranarray(noise))
+        for facts in self.meta["cases"].values():
+            facts["shape"] = [side, side, 400]
+
+    def image(self, case: str) -> np.ndarray:
+        return np.load(self.file, mmap_mode="r")
+
+
+def slices(device: torch.device, number: torch.dtype | None, repeats: int, paper: bool) -> None:
+    """ddpm_pretrain_finetune.py, laptop preset: steps, loading, 64 samples, distance of features, DDPM-Seg.
+
+    paper: also steps of its networks, 256 x 256.
+    """
     config = ddpm.Config(**ddpm.PRESETS["laptop"])
     data, ranks = loaders.CtPhantoms(0, side=config.size), runtime.Ranks(0, 1, 0, device)
     record, losses = loaders.data_record(data), runtime.LossByTime(1000, device)
@@ -168,6 +187,24 @@ def slices(device: torch.device, number: torch.dtype | None, repeats: int) -> No
         calls[name] = partial(ddpm.train_step, run, run.model.train(), repeat(batch), ranks, losses)
     for name, s in interleaved(calls, repeats).items():
         print(f"{'slices of 64^2, laptop network':<34}{name:<28}{1000 * s:>9.0f} ms")
+    for c in (128, 256) if paper else ():
+        b = 8 if device.type == "cuda" else 1
+        run = ddpm.Training("pretrain", ddpm.Config(num_channels=c, batch=b), record, device, number)
+        batch = (torch.rand(b, 1, 256, 256), torch.zeros(b), torch.randint(0, 1000, (b,)), torch.arange(b))
+        step = partial(ddpm.train_step, run, run.model.train(), repeat(batch), ranks, losses)
+        s, memory = interleaved({"": step}, min(repeats, 3))[""], 1000 * runtime.measure(step, device)[1]
+        print(f"{f'slices of 256^2, c = {c}':<34}{f'pre-training, batch {b}':<28}{1000 * s:>9.0f} ms{memory:>11.0f} MB")
+        del run, step
+    with tempfile.TemporaryDirectory() as folder:
+        for side, b in ((64, 16), (256, 32)):
+            files = SliceFiles(Path(folder), side)
+            samples, n = ddpm.Samples(files, config, ddpm.pretraining_slices(files), False), iter(range(10**6))
+
+            def load(samples=samples, n=n, b=b) -> None:
+                default_collate([samples[next(n)] for _ in range(b)])
+
+            for name, s in interleaved({f"batch {b}, one process": load}, max(repeats, 20)).items():
+                print(f"{f'loading slices of {side}^2':<34}{name:<28}{1000 * s:>9.1f} ms")
     net = ddpm.Network(replace(config, sampling_steps=5), ddpm.build_model(config, 1, 1).to(device), device, number)
     seconds = runtime.measure(lambda: list(ddpm.generate(net, range(64))), device)[0]
     print(f"{'64 samples':<34}{'5 of 50 steps of DDIM':<28}{seconds:>9.1f} s")
@@ -256,7 +293,7 @@ def main() -> None:
             print(f"{title:<34}{name:<28}{1000 * times[name]:>9.0f} ms{memory:>11.0f} MB")
         del calls_of
 
-    slices(device, number, args.repeats)
+    slices(device, number, args.repeats, bool(args.paper))
     whole_volume(device, number, args.repeats)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "image.npy"
