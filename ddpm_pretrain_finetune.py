@@ -1703,7 +1703,7 @@ def predict(config: Config, ranks: Ranks) -> int:
         raise InputError(f"--output {output} is one file, --image names {len(inputs)} volumes; give a folder")
     for case, (image,) in inputs[ranks.rank :: ranks.world]:
         target = output if to_file else output / f"{case}.nii.gz"
-        loaders.check_not_input(target, [image])
+        loaders.check_output(target, [image])
         x, restore = loaders.load_slices_for_prediction(image, record)
         mask = restore.mask(net.logits(x))
         loaders.write_nifti(target, mask, restore.like, mask.dtype)

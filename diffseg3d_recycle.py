@@ -1248,7 +1248,7 @@ def predict(config: Config, ranks: Ranks) -> int:
     say(f"{checkpoint_path(config)}: {net.record['name']}, step {net.step}", ranks)
     for case, paths in inputs[ranks.rank :: ranks.world]:
         target = output if to_file else output / f"{case}.nii.gz"
-        loaders.check_not_input(target, paths)
+        loaders.check_output(target, paths)
         image, restore = loaders.load_for_prediction(paths, net.record)  # [M, X, Y, Z] on the network's grid
         stem = target.name.removesuffix(".gz").removesuffix(".nii")
         ending = target.name[len(stem) :]  # .nii or .nii.gz

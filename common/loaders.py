@@ -255,6 +255,7 @@ def write_nifti(path: str | os.PathLike, array: np.ndarray, like: Nifti, dtype: 
     header = like.header.copy()
     header.set_data_dtype(dtype)
     header.set_data_shape(array.shape)
+    header["descrip"] = OURS
     header["scl_slope"], header["scl_inter"] = 1, 0
     header["cal_min"], header["cal_max"] = 0, 0  # the input's display range would hide a mask
     header["intent_code"] = 0
@@ -264,6 +265,22 @@ def write_nifti(path: str | os.PathLike, array: np.ndarray, like: Nifti, dtype: 
     gap = header.single_vox_offset - len(header.binaryblock)
     blob = header.binaryblock + bytes(gap) + stored.tobytes(order="F")
     atomic_write(path, gzip.compress(blob, 6, mtime=0) if path.name.endswith(".gz") else blob)
+
+
+OURS = b"written by write_nifti"  # in the header of each NIfTI that may be written again
+
+
+def check_output(output: Path, inputs: Iterable[str | os.PathLike]) -> None:
+    """check_not_input, and InputError where another program's file is there, such as a true mask; before the work."""
+    check_not_input(output, inputs)
+    if not output.exists():
+        return
+    try:
+        ours = bytes(nib.load(output).header["descrip"]).rstrip(b"\0") == OURS  # type: ignore[index]
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error, nib.filebasedimages.ImageFileError):
+        ours = False
+    if not ours:
+        raise InputError(f"{output}: is there and was not written by `predict`; choose another --output, or remove it")
 
 
 def check_not_input(output: str | os.PathLike, inputs: Iterable[str | os.PathLike]) -> None:
@@ -638,7 +655,7 @@ def normalise(image: np.ndarray, spec: dict) -> np.ndarray:
             zeros = values.size - np.count_nonzero(values)
             keep_zeros = rule["zero_fraction"] * values.size <= zeros < values.size
             some = values[values != 0] if keep_zeros else values
-            low, high = (float(p) for p in np.percentile(some, [rule["lower"], rule["upper"]]))
+            low, high = (float(p) for p in np.percentile(some.astype(np.float32), [rule["lower"], rule["upper"]]))
         else:
             raise InputError(f"unknown normalisation {rule['kind']!r}, expected percentile or window")
         if high <= low:
@@ -936,7 +953,7 @@ def find_inputs(
     of a channel, in capitals or not (x_t1.nii.gz, x-T2.nii.gz), and t1.nii.gz, t2.nii.gz in a folder x. Where such
     words tell the channels, the order of `paths` does not count, files of other names are left out with a warning,
     and a folder that holds no volume is searched below. Where names do not tell, as many files as the network has
-    channels, each 3D, are one case in the order given. Names that begin with . or _ are left out.
+    channels, each 3D, are one case in the order given. In folders, names that begin with . or _ are left out.
     channels: number or names. suffixes: words of a channel; without them its name is its word.
     Raises: InputError for a missing path, a folder without volumes, a channel without a file or with two.
     """
@@ -947,7 +964,9 @@ def find_inputs(
         raise InputError(f"{', '.join(missing)}: no such file or folder; check the path")
     files: list[Path] = []
     for p in given:
-        files += _volumes(p, words) if p.is_dir() else [p] * _is_volume(p.name)
+        if not p.is_dir() and not _is_volume(p.name):
+            raise InputError(f"{p}: no .nii or .nii.gz file (or its name begins with . or _); convert or rename it")
+        files += _volumes(p, words) if p.is_dir() else [p]
     if not files:
         named = f", nor below it one named as CASE_{' or CASE_'.join(words)}" if words else ""
         what = f"no .nii or .nii.gz file found{named}; give files or a folder of them"
@@ -1412,9 +1431,14 @@ def slices_of(volume: np.ndarray, grid: SliceGrid, rule: dict) -> np.ndarray:
     if rule["kind"] == "hu":
         floor = FOV_FLOOR if rule["fov_pad"] == "raise" else -np.inf
         return np.rint(grid.image(volume, rule["low"], floor)).astype(np.int16)
-    window = [rule["low"], rule["high"]] if "low" in rule else np.percentile(volume, [rule["lower"], rule["upper"]])
+    window = [rule["low"], rule["high"]] if "low" in rule else percentiles_of(volume, rule)
     low, high = (float(v) for v in window)
     return to_unit(grid.image(volume, low), low, high).astype(np.float16)
+
+
+def percentiles_of(volume: np.ndarray, rule: dict) -> np.ndarray:
+    """Of all voxels; as float32, since differences of int16 wrap."""
+    return np.percentile(volume.astype(np.float32), [rule["lower"], rule["upper"]])
 
 
 def to_unit(values: np.ndarray, low: float, high: float) -> np.ndarray:

@@ -59,7 +59,8 @@ from common.loaders import (
 
 MEMBER = 1 << 29  # bytes, the largest file that is unpacked from an archive
 ROUNDING = 1e-3  # a float label this close to an integer was one; farther off it was interpolated
-MANY = 12  # splits; more are counted in the manifest, not named
+MANY = 12  # splits, or unknown values of a label; more are counted, not named
+NO_ROOM = "does not fit the memory; use fewer --workers"
 QUANTILES = np.linspace(0, 1, 1001)  # of the foreground of one CT, the same weight for each case
 
 
@@ -260,9 +261,12 @@ def clean_label(values: np.ndarray, known: dict[int, int], path: Path) -> tuple[
     index = np.where(inside, values, 0)
     unknown = values[~(inside & legal[index])]
     wanted = ", ".join(str(k) for k in sorted(known))
-    for value, count in zip(*(a.tolist() for a in np.unique(unknown, return_counts=True))):
+    found = list(zip(*(a.tolist() for a in np.unique(unknown, return_counts=True))))
+    for value, count in found[:MANY]:
         kind = "negative" if value < 0 else "unknown"
         faults.append(f"{path}: {kind} label value {value} in {count:,} voxels, expected {wanted}; correct the label")
+    if len(found) > MANY:
+        faults.append(f"{path}: and {len(found) - MANY} more such values; is this an image?")
     return table[index], faults
 
 
@@ -301,7 +305,8 @@ def attempt(report: Report, function: Callable, *args: Any, **kwargs: Any) -> An
         if str(e) not in report.faults:
             report.faults.append(str(e))
     except MemoryError:
-        report.faults.append(f"{args[0]}: does not fit the memory; use fewer --workers")
+        what = args[0][0].path if isinstance(args[0], list) else args[0].path if isinstance(args[0], Nifti) else args[0]
+        report.faults.append(f"{what}: {NO_ROOM}")
     return None
 
 
@@ -331,19 +336,27 @@ def reduced(image: np.ndarray, objects: np.ndarray, k: int) -> tuple[np.ndarray,
 def check_case(source: Source, case: Case, allow: bool) -> Report:
     """First pass: read all files of a case, write nothing. facts["quantiles"]: of each CT channel's foreground."""
     report = Report(case.id)
-    if source.read:
-        attempt(report, source.check or source.read, case, report)
-        return report
-    if source.slices:
-        check_slices(source, case, allow, report)
-        return report
+    try:
+        if source.read:
+            attempt(report, source.check or source.read, case, report)
+        else:
+            (check_slices if source.slices else check_volume)(source, case, allow, report)
+    except MemoryError:
+        report.faults.append(f"{case.id}: {NO_ROOM}")
+    return report
+
+
+def check_volume(source: Source, case: Case, allow: bool, report: Report) -> None:
+    """First pass of a case whose volumes stay volumes."""
     loaded = load_case(source, case, allow, report)
     if loaded is not None:
-        image, labels, _ = loaded
+        image, labels, first = loaded
+        for channel, ct in zip(image, source.ct):
+            if ct and (low := float(channel.min())) >= 0:
+                report.notes.append(f"{first.path}: no value is below {low:g}; are these Hounsfield units?")
         if labels is not None and source.fits_window and labels.any():
             inside = [channel[labels > 0] if ct else None for channel, ct in zip(image, source.ct)]
             report.facts["quantiles"] = [None if v is None else np.quantile(v, QUANTILES).tolist() for v in inside]
-    return report
 
 
 def crop_start(shape: Sequence[int], size: Sequence[int], label: np.ndarray | None) -> list[int]:
@@ -956,21 +969,31 @@ def setup_of(source: Source, options: argparse.Namespace, tool: str) -> dict:
         **({"crop": source.crop} if source.crop else {}),
         **({"settings": source.settings} if source.settings else {}),
         **({"slices": source.slices} if source.slices else {}),
+        **({"unlabelled": str(Path(more).resolve())} if (more := getattr(options, "unlabelled", None)) else {}),
     }
 
 
-def check_destination(dst: Path, setup: dict) -> None:
-    """Raise InputError where dst holds something other than an earlier run of the same set-up."""
-    if not dst.exists() or (dst.is_dir() and not any(dst.iterdir())):
+def check_destination(dst: Path, setup: dict, splits: dict[str, list[str]]) -> None:
+    """Raise InputError where dst holds something other than an earlier run of the same set-up.
+
+    Or where a case would go to another split: what was trained on it would be tested on it.
+    """
+    if not dst.exists() or (dst.is_dir() and all(file.name[0] == "." for file in dst.iterdir())):
         return
     try:
         earlier = dict(json.loads((dst / "prepare.json").read_text(encoding="utf-8")))
+        before = earlier.pop("splits", {})
     except (OSError, ValueError, TypeError):
         raise InputError(f"{dst}: holds other files, expected an empty or new folder; choose another --dst") from None
     for key in {**earlier, **setup}:
         was, now = earlier.get(key), setup.get(key)
         if was != now:
             raise InputError(f"{dst}: was prepared with {key} {was}, now {now}; remove it or choose another --dst")
+    old, new = ({c: part for part, ids in s.items() if part != "pretrain" for c in ids} for s in (before, splits))
+    if moved := [case for case in old if case in new and old[case] != new[case]]:
+        case = moved[0]
+        raise InputError(f"{dst}: {len(moved)} cases would go to another split, such as {case} from {old[case]} to "
+                         f"{new[case]}; networks would be tested on what they learnt; use another --dst")  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -1017,13 +1040,13 @@ def splits_of(source: Source, sizes: tuple[int, ...] | None) -> dict[str, list[s
 def prepare(source: Source, options: argparse.Namespace, tool: str) -> str:
     """Check all, prepare what is not yet there, write dataset.json last. Returns the manifest."""
     dst, setup = Path(options.dst), setup_of(source, options, tool)
-    if not options.check:
-        check_destination(dst, setup)
-    folder = dst / "cases"
-    done = {} if options.check else {c.id: r for c in source.cases if (r := finished(c, folder))}
     # where cases are at fault, or only checked, their number may be another: faults come first
     splits = splits_of(source, None if source.faults or options.check else options.split_sizes)
     splits["unlabelled"] = sorted((case.id for case in source.cases if not case.label), key=natural_key)
+    if not options.check:
+        check_destination(dst, setup, splits if not source.faults else {})
+    folder = dst / "cases"
+    done = {} if options.check else {c.id: r for c in source.cases if (r := finished(c, folder))}
     corpus = corpus_of(source, splits, dst) if source.slices else None
     reports = check_all(source, [c for c in source.cases if c.id not in done], options, corpus)
     notes = [r.notes for r in reports.values()] + [r["notes"] for r in done.values()]
@@ -1058,13 +1081,13 @@ def prepare(source: Source, options: argparse.Namespace, tool: str) -> str:
     with alone_in(dst):
         if todo:
             (dst / "dataset.json").unlink(missing_ok=True)  # it would describe cases that are about to change
-        atomic_write(dst / "prepare.json", json.dumps(setup, indent=1).encode())
+        atomic_write(dst / "prepare.json", json.dumps({**setup, "splits": splits}, indent=1).encode())
         if corpus:
             corpus.save()
         jobs = [(replace(source, cases=()), case, recipe, folder) for case in todo]
         for report in over_cases(prepare_case, jobs, options.workers, "prepare", options.quiet):
             if report.faults:
-                raise Faults(report.faults, f"{report.id} changed while it was read; run again")
+                raise Faults(report.faults, f"{report.id} could be read before: has it changed? run again")
             records[report.id] = report.facts
         return _finish(source, dst, setup, recipe, splits, records, corpus)
 

@@ -29,7 +29,7 @@ import nibabel as nib
 import numpy as np
 
 from common import InputError
-from common.loaders import natural_key, nifti_stem
+from common.loaders import make_splits, natural_key, nifti_stem
 from data_prep import _prepare
 from data_prep._prepare import Case, Source
 
@@ -104,6 +104,10 @@ def read_btcv(raw: Path) -> Source:
             faults.append(f"{wanted}: missing, {file.name} of Training needs it; copy it")
     faults += [f"{f}: a label without {image} in Training/img; copy it or remove it" for image, f in labels.items()]
     cases += [Case(nifti_stem(f), (f,)) for name in ("Testing", "Test") for f in volumes(raw / name / "img")]
+    if not cases and not faults:
+        raise InputError(f"{raw}: no volumes found, expected img0001.nii.gz in Training/img; check --src")
+    names = [case.id for case in cases]
+    faults += [f"{raw}: {name} is there twice; remove one" for name in sorted({n for n in names if names.count(n) > 1})]
     values = {value: value for value in range(len(BTCV) + 1)}
     classes = {name: value for value, name in enumerate(BTCV, 1)}
     return Source("BTCV", ("CT",), (True,), classes, values, values, tuple(cases), tuple(faults))
@@ -127,6 +131,7 @@ def read_labelled(src: Path) -> Source:
     classes = read_labels(meta.get("labels"), file)
     channels = read_channels(meta, file)
     cases, faults, notes = list_cases(src, meta, len(channels))
+    splits = published_splits(meta, cases, notes)
     if not cases and not faults:
         raise InputError(f"{src}: no cases found, expected files in imagesTr; check --src")
     published = sorted(classes.values())
@@ -141,7 +146,20 @@ def read_labelled(src: Path) -> Source:
         cases=tuple(sorted(cases, key=lambda case: natural_key(case.id))),
         faults=tuple(faults),
         notes=tuple(notes),
+        splits=splits,
     )
+
+
+def published_splits(meta: dict, cases: list[Case], notes: list[str]) -> dict[str, list[str]] | None:
+    """Where `test` lists labels: these cases are the test set, and the others are divided; else None."""
+    listed = [entry for entry in meta.get("test") or [] if isinstance(entry, dict) and entry.get("label")]
+    names = {nifti_stem(Path(str(entry.get("image")))) for entry in listed}
+    labelled = [case.id for case in cases if case.label]
+    if not (test := [name for name in labelled if name in names]):
+        return None
+    notes.append(f"the {len(test)} labelled cases that dataset.json lists as test are the test set")
+    parts = make_splits([name for name in labelled if name not in names])
+    return {"train": parts["train"] + parts["test"], "val": parts["val"], "test": sorted(test, key=natural_key)}
 
 
 def read_labels(labels: Any, file: Path) -> dict[str, int]:
@@ -173,6 +191,8 @@ def read_labels(labels: Any, file: Path) -> dict[str, int]:
         raise InputError(f"{file}: labels {labels} repeat a name or a value, or have a negative one; correct them")
     if any(name.lower() == "background" and value != 0 for name, value in pairs):
         raise InputError(f"{file}: labels {labels} give background another value than 0; correct them")
+    if max(values) > 65535:
+        raise InputError(f"{file}: labels go up to {max(values)}, expected at most 65535, 16 bits; number them anew")
     if len(pairs) < 2 or len(pairs) > 256:
         raise InputError(f"{file}: {len(pairs)} labels with background, expected 2 to 256; correct them")
     return dict(pairs)
@@ -232,7 +252,9 @@ def _explicit_cases(src: Path, entries: dict) -> tuple[list[Case], list[str]]:
     """nnU-Net 2's `dataset`: case -> {"images": [...], "label": ...}, paths relative to the folder."""
     cases, faults = [], []
     for name, entry in entries.items():
-        if not isinstance(entry, dict) or not entry.get("images"):
+        paths = entry.get("images") if isinstance(entry, dict) else None
+        named = isinstance(paths, list) and paths and all(isinstance(p, str) for p in paths)
+        if not named or not isinstance(entry.get("label", ""), str | None):
             faults.append(f"{src / 'dataset.json'}: case {name} is {entry!r}, expected images and label; correct it")
             continue
         label = src / entry["label"] if entry.get("label") else None
@@ -247,6 +269,9 @@ def _listed_cases(src: Path, meta: dict, channels: int) -> tuple[list[Case], lis
     """The Decathlon's `training` and `test`; version 1 of nnU-Net lists CASE.nii.gz and means CASE_0000.nii.gz."""
     cases, faults = [], []
     for key in ("training", "test"):
+        if not isinstance(meta.get(key) or [], list):
+            faults.append(f"{src / 'dataset.json'}: {key} is {meta[key]!r}, expected a list of cases; correct it")
+            continue
         for entry in meta.get(key) or []:
             image = entry.get("image") if isinstance(entry, dict) else entry
             label = entry.get("label") if isinstance(entry, dict) else None
@@ -267,7 +292,11 @@ def _listed_cases(src: Path, meta: dict, channels: int) -> tuple[list[Case], lis
 def _found_cases(src: Path, channels: int) -> tuple[list[Case], list[str]]:
     """nnU-Net 2 without lists: imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz, and imagesTs without labels."""
     cases, faults = [], []
-    labels = {nifti_stem(f): f for f in volumes(src / "labelsTr")}
+    labels: dict[str, Path] = {}
+    for file in volumes(src / "labelsTr"):
+        if (stem := nifti_stem(file)) in labels:
+            faults.append(f"{file}: there is {labels[stem].name} as well; remove one")
+        labels[stem] = file
     for folder in ("imagesTr", "imagesTs"):
         groups: dict[str, dict[int, Path]] = {}
         for file in volumes(src / folder):
@@ -275,7 +304,10 @@ def _found_cases(src: Path, channels: int) -> tuple[list[Case], list[str]]:
             if match is None:
                 faults.append(f"{file}: name without a channel's number, expected such as CASE_0000.nii.gz; rename it")
                 continue
-            groups.setdefault(match[1], {})[int(match[2])] = file
+            group = groups.setdefault(match[1], {})
+            if int(match[2]) in group:
+                faults.append(f"{file}: there is {group[int(match[2])].name} as well; remove one")
+            group[int(match[2])] = file
         for name, group in groups.items():
             label = labels.pop(name, None) if folder == "imagesTr" else None
             if sorted(group) != list(range(channels)):

@@ -609,3 +609,75 @@ def test_make_fake_writes_what_the_check_passes(fakes):
     orientations = {loaders.orientation_name(nib.load(f).affine) for f in (fakes / "msd" / "labelsTr").glob("f*")}
     types = {nib.load(f).get_data_dtype() for f in (fakes / "msd" / "labelsTr").glob("f*")}
     assert orientations == {"RAS", "LAS"} and types == {np.dtype(np.uint8), np.dtype(np.float32)}
+
+
+# --- what must not happen unseen -------------------------------------------------------------------------------------
+
+
+def test_msd_refuses_to_move_cases_to_another_split(src, tmp_path, capsys):
+    assert run("--src", src, "--dst", tmp_path / "p", "--split-sizes", "6,2,2")[0] == 0
+    before = (tmp_path / "p/dataset.json").read_bytes()
+    code, _, lines = run("--src", src, "--dst", tmp_path / "p", capsys=capsys)
+    assert code == 2 and "cases would go to another split, such as fake_" in lines[-1]
+    assert (tmp_path / "p/dataset.json").read_bytes() == before
+    assert run("--src", src, "--dst", tmp_path / "p", "--split-sizes", "6,2,2")[0] == 0
+
+
+def test_msd_takes_labelled_test_cases_as_the_test_set(src, tmp_path, capsys):
+    meta = json.loads((src / "dataset.json").read_text())
+    edit(src, training=meta["training"][3:], test=meta["training"][:3], numTraining=None)
+    code, _, lines = run("--src", src, "--dst", tmp_path / "p", capsys=capsys)
+    assert code == 0 and any("3 labelled cases that dataset.json lists as test are the test set" in s for s in lines)
+    splits = open_prepared(tmp_path / "p").meta["splits"]
+    assert splits["test"] == ["fake_001", "fake_002", "fake_003"]
+    assert sorted(splits["train"] + splits["val"]) == [f"fake_{i:03d}" for i in range(4, 11)] and splits["val"]
+
+
+@pytest.mark.parametrize(("entries", "text"), [
+    ({"training": 20}, "training is 20, expected a list of cases"),
+    ({"dataset": {"a": {"images": ["x"], "label": 5}}}, "case a is {'images': ['x'], 'label': 5}, expected images"),
+    ({"dataset": {"a": {"images": "x"}}}, "case a is {'images': 'x'}, expected images and label"),
+    ({"labels": {"0": "background", "70000": "core"}}, "labels go up to 70000, expected at most 65535"),
+])  # fmt: skip
+def test_msd_names_an_entry_of_another_kind(src, tmp_path, capsys, entries, text):
+    edit(src, **entries)
+    code, _, lines = run("--src", src, "--dst", tmp_path / "p", capsys=capsys)
+    assert code == 2 and any(text in line for line in lines) and not (tmp_path / "p").exists()
+
+
+def test_msd_refuses_two_files_of_one_name(fakes, tmp_path, capsys):
+    src = shutil.copytree(fakes / "nnunet", tmp_path / "src")
+    for folder, name in (("imagesTr", "fake_003_0001"), ("labelsTr", "fake_004")):
+        nib.save(nib.load(src / folder / f"{name}.nii.gz"), src / folder / f"{name}.nii")
+    code, _, lines = run("--src", src, "--dst", tmp_path / "p", capsys=capsys)
+    assert code == 2 and sum("as well; remove one" in line for line in lines) == 2
+
+
+def test_an_image_as_label_is_a_dozen_lines(src, tmp_path, capsys):
+    shutil.copy(src / "imagesTr/fake_005.nii.gz", src / "labelsTr/fake_005.nii.gz")
+    code, _, lines = run("--src", src, "--dst", tmp_path / "p", capsys=capsys)
+    assert (
+        code == 2 and len(lines) <= _prepare.MANY + 2 and any("more such values; is this an image?" in s for s in lines)
+    )
+
+
+def test_ct_without_negative_values_is_said(src, tmp_path, capsys):
+    edit(src, modality={"0": "CT"})
+    code, _, lines = run("--src", src, "--dst", tmp_path / "p", capsys=capsys)
+    assert code == 0 and sum("are these Hounsfield units?" in line for line in lines) == 11
+
+
+def test_a_case_that_does_not_fit_the_memory_is_one_line(src, tmp_path, capsys, monkeypatch):
+    def full(source, case, *args):
+        if case.id == "fake_004":
+            raise MemoryError
+        return None
+
+    monkeypatch.setattr(_prepare, "load_case", full)
+    assert refused(src, tmp_path / "p", capsys).startswith("fake_004: does not fit the memory; use fewer --workers")
+
+
+def test_what_a_killed_write_left_does_not_stop_the_next_run(src, tmp_path):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p/.prepare.json.123.tmp").write_text("{")
+    assert run("--src", src, "--dst", tmp_path / "p")[0] == 0

@@ -555,12 +555,12 @@ def test_brats_split_sizes_cut_the_same_order_and_never_a_patient(fakes, tmp_pat
     results = {}
     for n in range(1, 11):
         sizes = f"{n},0,{10 - n}"
-        code = brats.main(["--src", src, "--dst", str(tmp_path / "b"), "--quiet", "--split-sizes", sizes])
+        code = brats.main(["--src", src, "--dst", str(tmp_path / f"b{n}"), "--quiet", "--split-sizes", sizes])
         if code:
             assert "the same patient" in capsys.readouterr().err
             assert brats.patient_of(order[n - 1]) == brats.patient_of(order[n])
             continue
-        splits = open_prepared(tmp_path / "b").meta["splits"]
+        splits = open_prepared(tmp_path / f"b{n}").meta["splits"]
         results[n] = (splits["train"], splits["val"], splits["test"]) == (order[:n], [], order[n:])
     assert all(results.values()) and 0 < len(results) < 10
     capsys.readouterr()

@@ -762,6 +762,27 @@ def test_find_inputs_sorts_by_number_and_leaves_out_dot_files(tmp_path):
     assert [name for name, _ in find_inputs([tmp_path], 1)] == ["case1", "case2", "case10"]
 
 
+@pytest.mark.parametrize("name", ["b.mha", "_c.nii.gz", "D.NII.GZ"])
+def test_find_inputs_drops_no_file_that_was_named(tmp_path, name):
+    for file in ("a.nii.gz", name):
+        (tmp_path / file).touch()
+    text = error_of(find_inputs, [tmp_path / "a.nii.gz", tmp_path / name], 1)
+    assert text.startswith(f"{tmp_path / name}: no .nii or .nii.gz file")
+
+
+def test_a_foreign_file_is_not_written_over_and_an_own_one_is(tmp_path):
+    image, label = pair(tmp_path)
+    target = tmp_path / "mask.nii.gz"
+    loaders.check_output(target, [image.path])
+    loaders.write_nifti(target, np.zeros((7, 6, 5)), image, np.uint8)
+    loaders.check_output(target, [image.path])
+    text = error_of(loaders.check_output, label.path, [image.path])
+    assert text.startswith(f"{label.path}: is there and was not written by `predict`")
+    target.write_bytes(b"no NIfTI")
+    assert "was not written by" in error_of(loaders.check_output, target, [image.path])
+    assert "would overwrite the input" in error_of(loaders.check_output, image.path, [image.path])
+
+
 def test_find_inputs_groups_channel_files(tmp_path):
     touch(tmp_path, "b_0001.nii.gz", "b_0000.nii.gz", "a_0000.nii.gz", "a_0001.nii.gz")
     found = find_inputs([tmp_path], ["T2", "ADC"])

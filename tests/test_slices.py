@@ -435,8 +435,25 @@ def test_btcv_is_read_as_published(tmp_path):
     source = msd.read_source(tmp_path, options)
     assert [(c.id, c.label is None) for c in source.cases] == [("img0001", False), ("img0061", True), ("img0062", True)]
     assert source.classes["liver"] == 6 and source.ct == (True,) and len(source.classes) == 13
+    save(tmp_path / "RawData" / "Test" / "img" / "img0061.nii.gz", body(1)[0])
+    assert "img0061 is there twice" in msd.read_source(tmp_path, options).faults[0]
+    (tmp_path / "RawData" / "Test" / "img" / "img0061.nii.gz").unlink()
     (tmp_path / "RawData" / "Training" / "label" / "label0001.nii.gz").unlink()
     assert "label0001.nii.gz: missing" in msd.read_source(tmp_path, options).faults[0]
+
+
+def test_btcv_without_volumes_is_refused(tmp_path):
+    (tmp_path / "RawData/Training/img").mkdir(parents=True)
+    options = argparse.Namespace(as_slices=True, unlabelled=None, spacing=None, side=None, norm=None, fov_pad=None)
+    with pytest.raises(InputError, match=r"no volumes found, expected img0001\.nii\.gz"):
+        msd.read_source(tmp_path, options)
+
+
+def test_the_folder_of_unlabelled_scans_must_stay_the_same(ct, tmp_path, capsys):
+    flags = ["--src", str(ct), "--dst", str(tmp_path / "v"), "--as-slices", "--side", "64", "--quiet"]
+    assert msd.main([*flags, "--unlabelled", str(tmp_path / "more")]) == 0
+    assert msd.main(flags) == 2 and "was prepared with unlabelled" in capsys.readouterr().err
+    assert json.loads((tmp_path / "v/dataset.json").read_text())["splits"]["unlabelled"] == ["u0", "u1"]
 
 
 def test_unlabelled_cases_may_join_volumes_too(ct, tmp_path):
