@@ -854,6 +854,7 @@ class Training:
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
         self.skipped.copy_(torch.tensor(state["skipped"]))
+        self.skipped[2] = self.skipped[1]  # the row that ended a run may be over now
 
 
 def train_step(
@@ -908,12 +909,13 @@ def train(stage: str, config: Config, data: Any, ranks: Ranks, stop: runtime.Sto
     # 1. what is needed, and the checkpoint to continue from; nothing is written or thrown away before all is there
     fine = stage == "finetune"
     slices, total, warnings = labelled_slices(data, config) if fine else (pretraining_slices(data), 0, [])
-    check_memory(stage, config, record, ranks)
     run = Training(stage, config, record, device, dtype)
     out = run.out
     state = None if config.overwrite else runtime.find_run(out, SCRIPT, asdict(config), MAY_DIFFER, record, ranks)
     if fine and config.strategy != "scratch":
         run.start = start_of(config, state, out)
+    if state is None or state["step"] < config.steps:
+        check_memory(stage, config, record, ranks)
     if state is not None:
         run.restore(state)
     elif config.init not in ("", "none") and config.strategy != "scratch":
@@ -960,9 +962,10 @@ def train(stage: str, config: Config, data: Any, ranks: Ranks, stop: runtime.Sto
 
         # 5. log, save, stop
         if (device.type == "cpu" or run.step % LOG_EVERY == 0) and run.skipped[2] >= 20:  # a GPU is not asked each step
-            raise InputError(f"no finite gradient in 20 steps before step {run.step}; lower --lr, or use --amp off")
+            raise InputError(f"no finite gradient in 20 steps before step {run.step}; use --amp off, or begin "
+                             "anew with a lower --lr")  # fmt: skip
         signal, time_up = stop.agreed(ranks, run.seconds >= limit)
-        if run.step % LOG_EVERY == 0 or run.step in (10, config.steps):
+        if run.step % LOG_EVERY == 0 or run.step in (10, config.steps) or time_up:
             rate = (run.step - clock[0]) / (run.seconds - clock[1])  # steps a second
             row = {"step": run.step, "seconds": run.seconds, "lr": learning_rate(config, run.step - 1)}
             row |= {"grad_norm": float(norm), "skipped": int(run.skipped[0])}
@@ -975,7 +978,8 @@ def train(stage: str, config: Config, data: Any, ranks: Ranks, stop: runtime.Sto
     bar.close()
     runtime.check_same_weights(run.model, ranks, "at the end")
     if signal:
-        say(f"stopped by signal {signal}; step {run.step} is saved in {out}, the same command continues", ranks)
+        again = "the same command" + " without --overwrite" * config.overwrite
+        say(f"stopped by signal {signal}; step {run.step} is saved in {out}, {again} continues", ranks)
         return 128 + signal
     if ranks.first and run.step:
         figures.loss_curve(out / "log.csv", out / "loss.png", title=f"{stage}, {Path(config.data).name}")

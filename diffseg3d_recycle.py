@@ -54,8 +54,8 @@ Differs
     D10 an ensemble is the mean probability; the public code lets the masks vote (--combine vote).
     D11 a volume larger than --size: training cuts a window at random, sampling slides it with Gaussian weights over
         probabilities, the noise being one field for the volume. The paper crops all volumes to one size.
-    D12 images come scaled to [0, 1] by data_prep (fixed window for CT, percentiles for MR) instead of by their minimum
-        and maximum after cropping; predict never crops.
+    D12 images come scaled to [0, 1] by data_prep (fixed window for CT, percentiles for MR; the paper's own MR set by
+        minimum and maximum of the whole volume) instead of by those after cropping; predict never crops.
     D13 the small presets: smaller network and batch, larger learning rate that falls until the last step. Of fewer than
         1,000 steps a tenth is warm-up.
     D14 the small presets: the image is spread from [0, 1] to [-2.5, 2.5]. Beside noise of SD 1 it otherwise makes
@@ -350,6 +350,26 @@ def network_for(config: Config, record: dict[str, Any]) -> nn.Module:
     c = 1 + len(record["classes"])
     masks = 0 if config.method == "unet" else 2 if config.recycle == "self-condition" else 1
     return build_model(config, len(record["channels"]) + masks * c, c)
+
+
+def check_memory(config: Config, record: dict[str, Any], ranks: Ranks) -> None:
+    """InputError where a step needs more memory than is free: counted on tensors without storage."""
+    if config.recompute:
+        return
+    device, share = ranks.device, config.batch // ranks.world
+    dtype, batch = runtime.number_format(config.amp, device)[0] or torch.float32, share // config.accumulate
+    with torch.device("meta"):
+        model = network_for(config, record).to(dtype).train()
+        width = next(p for p in model.parameters() if p.ndim > 3).shape[1]
+        x = torch.empty(batch, width, *config.size, dtype=dtype)
+        maps = runtime.kept_for_backward_gb(lambda: model(x, torch.zeros(batch)))
+    # Weights, their gradient, average and two moments, 4 bytes each, do not shrink with the batch.
+    needed, free = maps + 20e-9 * sum(p.numel() for p in model.parameters()), runtime.free_memory_gb(device)
+    if needed > free:
+        split = f"--accumulate {share}, " if config.accumulate < share else ""
+        size = "x".join(map(str, config.size))
+        raise InputError(f"training on {batch} x {size} voxels needs about {needed:.1f} GB, {device} has {free:.1f} GB "
+                         f"free; try {split}--recompute, a lower --batch or a smaller --size")  # fmt: skip
 
 
 # A network with its number format: f(image, xk, t, prev) -> logits or noise [B, C, X, Y, Z] in fp32.
@@ -733,6 +753,7 @@ class Training:
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.skipped.copy_(torch.tensor(state["skipped"]))
+        self.skipped[2] = self.skipped[1]  # the row that ended a run may be over now
         self.best = state["best"]
 
 
@@ -784,6 +805,8 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
     absent = check_labels(data, volumes.cases)
     check_labels(data, validation_cases(config, data))
     state = None if config.overwrite else runtime.find_run(out, SCRIPT, asdict(config), MAY_DIFFER, record, ranks)
+    if state is None or state["step"] < config.steps:
+        check_memory(config, record, ranks)
     if state is not None:
         run.restore(state)
     elif config.init:
@@ -827,9 +850,10 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
 
         # 5. log, save, stop
         if (device.type == "cpu" or run.step % LOG_EVERY == 0) and run.skipped[2] >= 20:  # a GPU is not asked each step
-            raise InputError(f"no finite gradient in 20 steps before step {run.step}; lower --lr, or use --amp off")
+            raise InputError(f"no finite gradient in 20 steps before step {run.step}; use --amp off, or begin "
+                             "anew with a lower --lr")  # fmt: skip
         signal, time_up = stop.agreed(ranks, run.seconds >= limit)
-        if run.step % LOG_EVERY == 0 or run.step in (10, config.steps):
+        if run.step % LOG_EVERY == 0 or run.step in (10, config.steps) or time_up:
             rate = (run.step - clock[0]) / (run.seconds - clock[1])  # steps a second
             row = {"step": run.step, "seconds": run.seconds, "lr": learning_rate(config, run.step - 1)}
             row |= {
@@ -845,7 +869,8 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
     bar.close()
     runtime.check_same_weights(run.model, ranks, "at the end")
     if signal:
-        say(f"stopped by signal {signal}; step {run.step} is saved in {out}, the same command continues", ranks)
+        again = "the same command" + " without --overwrite" * config.overwrite
+        say(f"stopped by signal {signal}; step {run.step} is saved in {out}, {again} continues", ranks)
         return 128 + signal
     if ranks.first:
         how = f"recycle {config.recycle}" if config.method == "diffusion" else "U-net"
@@ -1132,7 +1157,7 @@ def score_cases(
         case, truth = cases[i], np.asarray(data.label(cases[i]))
         image = torch.from_numpy(np.asarray(data.image(case), np.float32))  # [M, X, Y, Z]
         full, window, inside = padded(truth.shape, config)
-        diary = figures.Diary(truth, inside) if out and i == 0 else None
+        diary = figures.Diary(truth, inside, max(data.classes.values())) if out and i == 0 else None
         for result in sample_ensemble(net, image, case, diary if full == window else None):
             if result.size in found:
                 mask = result.mask.cpu().numpy()
@@ -1318,8 +1343,10 @@ def main(argv: Sequence[str]) -> int:
         config = runtime.trained_config(config, given, checkpoint_path(config), SCRIPT, USE, ONCE | {"limit"})
     elif config.init:
         config = replace(config, init=str(runtime.checkpoint_file(config.init, config.run_folder)))
-        old = runtime.load_checkpoint(Path(config.init), SCRIPT)["config"]
-        config = replace(config, **{k: old[k] for k in NETWORK if k not in given and k in old})
+        state = runtime.load_tensors(Path(config.init))
+        if isinstance(state, dict) and "format" in state:  # one of ours
+            old = runtime.load_checkpoint(Path(config.init), SCRIPT)["config"]
+            config = replace(config, **{k: old[k] for k in NETWORK if k not in given and k in old})
     check_levels(config)
     ranks, stop = runtime.start_processes(config.device), runtime.StopFlag()
     try:
@@ -1343,7 +1370,9 @@ def main(argv: Sequence[str]) -> int:
                 code = code or train(run, data, ranks, stop)
             stop.restore()  # from here on there is nothing to save
             for run in runs if verb in ("", "evaluate") and code == 0 else ():
-                evaluate(run, data, ranks, run.run_folder if verb == "" else None)
+                evaluate(
+                    run, data, ranks, None if verb else run.run_folder / ("" if run.split == "test" else run.split)
+                )
             if len(runs) > 1 and code == 0 and ranks.first:
                 say("\nthe rows side by side: recycled (the paper), not recycled, U-net")
                 metrics.main(["table", *(str(run.run_folder) for run in runs)])

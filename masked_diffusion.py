@@ -84,6 +84,7 @@ Expect
 """
 
 import copy
+import json
 import math
 import random
 import re
@@ -911,6 +912,7 @@ class Training:
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds, self.seen = state["step"], state["seconds"], state["best"]["seen"]
         self.skipped.copy_(torch.tensor(state["skipped"]))
+        self.skipped[2] = self.skipped[1]  # the row that ended a run may be over now
 
 
 def train_step(
@@ -960,11 +962,12 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
     supervised = config.method == "unet"
     cases = labelled_cases(data, config) if supervised else pretraining_cases(data, config)
     crops = Crops(data, config, cases)
-    check_memory(config, record, ranks)
     run = Training(config, record, device, dtype)
     may_differ = MAY_DIFFER | (LATER - {"labels", "draw"} if supervised else LATER)
     may_differ -= {"steps"} if config.method == "mae" else set()  # its learning rate falls to 0 at the last of them
     state = None if config.overwrite else runtime.find_run(out, SCRIPT, asdict(config), may_differ, record, ranks)
+    if state is None or state["step"] < config.steps:
+        check_memory(config, record, ranks)
     if state is not None:
         run.restore(state)
     elif config.init:
@@ -1009,9 +1012,10 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
 
         # 5. log, save, stop
         if (device.type == "cpu" or run.step % LOG_EVERY == 0) and run.skipped[2] >= 20:  # a GPU is not asked each step
-            raise InputError(f"no finite gradient in 20 steps before step {run.step}; lower --lr, or use --amp off")
+            raise InputError(f"no finite gradient in 20 steps before step {run.step}; use --amp off, or begin "
+                             "anew with a lower --lr")  # fmt: skip
         signal, time_up = stop.agreed(ranks, run.seconds >= limit)
-        if run.step % LOG_EVERY == 0 or run.step in (10, config.steps):
+        if run.step % LOG_EVERY == 0 or run.step in (10, config.steps) or time_up:
             rate = (run.step - clock[0]) / (run.seconds - clock[1])  # steps a second
             row = {"step": run.step, "seconds": run.seconds, "lr": learning_rate(config, run.step - 1)}
             row |= {"grad_norm": float(norm), "skipped": int(run.skipped[0])}
@@ -1024,7 +1028,8 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
     bar.close()
     runtime.check_same_weights(run.model, ranks, "at the end")
     if signal:
-        say(f"stopped by signal {signal}; step {run.step} is saved in {out}, the same command continues", ranks)
+        again = "the same command" + " without --overwrite" * config.overwrite
+        say(f"stopped by signal {signal}; step {run.step} is saved in {out}, {again} continues", ranks)
         return 128 + signal
     if ranks.first and run.step:
         figures.loss_curve(out / "log.csv", out / "loss.png", title=f"{config.method}, {Path(config.data).name}")
@@ -1846,6 +1851,8 @@ def load_runs(config: Config, files: Sequence[Path], ranks: Ranks) -> tuple[list
         if mine.method == "unet":
             model = network_for(mine, record)
             model.load_state_dict(state["ema"] or state["model"])
+            if state["step"] < state["config"]["steps"]:
+                say(f"note: {file} is at step {state['step']} of {state['config']['steps']}", ranks)
             runs.append(Run(seed, frozen(mine, model, ranks), []))
             continue
         if state["backbone"] == "random":
@@ -1867,9 +1874,11 @@ def load_runs(config: Config, files: Sequence[Path], ranks: Ranks) -> tuple[list
     return runs, record
 
 
-def run_files(path: Path) -> list[Path]:
-    files = [path] if path.is_file() else sorted(path.glob("run*/last.pt"), key=lambda f: int(f.parent.name[3:]))
-    if not files:
+def run_files(path: Path, needed: bool = True) -> list[Path]:
+    """A run's file itself, or run0/last.pt, run1/last.pt, ... of a folder. Raises: InputError where one is needed."""
+    found = [f for f in path.glob("run*/last.pt") if re.fullmatch(r"run\d+", f.parent.name)]
+    files = [path] if path.is_file() else sorted(found, key=lambda f: int(f.parent.name[3:]))
+    if needed and not files:
         raise InputError(f"{path} holds no classifier (run0/last.pt); run `segment` with the same flags first")
     return files
 
@@ -1883,16 +1892,35 @@ def evaluate(config: Config, data: Any, ranks: Ranks) -> int:
     if (here := loaders.data_record(data).get("reduce", 1)) != (there := record.get("reduce", 1)):
         raise InputError(f"{config.data} was made with --reduce {here}, the classifier's with {there}; prepare alike")
     path, out = classifier_path(config), config.run_folder
-    old = runtime.load_checkpoint(run_files(path)[0], SCRIPT)["config"]
-    other = f"{Path(config.data).name}-" * (config.data != old["data"])
-    fewer = f"-{config.limit}" if config.limit not in (0, old["limit"]) else ""
-    if out == (path if path.is_dir() else path.parent) and other + config.split + fewer != old["split"]:
-        out = out / (other + config.split + fewer)  # the scores of `segment` stay
+    if out.resolve() == (path if path.is_dir() else path.parent).resolve():
+        old = runtime.load_checkpoint(run_files(path)[0], SCRIPT)["config"]
+        out = scores_folder(config, out, old, ranks)
     return score(config, data, runs, ranks, out)
+
+
+def scores_folder(config: Config, folder: Path, first: Mapping[str, Any], ranks: Ranks) -> Path:
+    """Where scores go: into the folder of the classifiers those of the split that was scored there first, others below.
+
+    first: settings with which that was, where the folder does not say it (scored.json).
+    """
+    file, keys = folder / "scored.json", ("data", "split", "limit")
+    try:
+        was = {k: json.loads(file.read_text(encoding="utf-8"))[k] for k in keys}
+    except (OSError, ValueError, KeyError, TypeError):
+        was = {k: first[k] for k in keys}
+    runtime.gather(None, ranks)  # all have looked
+    if ranks.first:
+        runtime.write_json(file, was)
+    if all(was[k] == getattr(config, k) for k in keys):
+        return folder
+    other = f"{Path(config.data).name}-" * (config.data != was["data"])
+    return folder / (other + config.split + f"-{config.limit}" * (config.limit > 0))
 
 
 def segment(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> int:
     """Train --runs classifiers on --labels images (or supervised U-Nets), then score them. Finished runs stay."""
+    # said in words, since `evaluate` may be given data of another name
+    config = replace(config, protocol="natural" if config.natural else "medical")
     folder, record = config.segment_folder, loaders.data_record(data)
     cases_of(config, data)  # before hours of work: is there something to score, and something to learn from
     cases = labelled_cases(data, config)
@@ -1938,22 +1966,20 @@ def segment(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> 
             runtime.save_checkpoint(file, state)
     runtime.gather(None, ranks)
     runs, _ = load_runs(config, [folder / f"run{seed}/last.pt" for seed in seeds], ranks)
-    return score(config, data, runs, ranks, folder)
+    return score(config, data, runs, ranks, scores_folder(config, folder, asdict(config), ranks))
 
 
 def check_started(config: Config, net: Backbone, folder: Path) -> None:
     """Refuse to continue what `segment` began in `folder` with other settings or another frozen network."""
-    for seed in range(config.seed, config.seed + config.runs):
-        file = folder / f"run{seed}/last.pt"
-        if file.exists():
-            old = runtime.load_checkpoint(file, SCRIPT)["config"]
-            runtime.check_same_config(old, asdict(replace(config, seed=seed)), MAY_DIFFER | {"runs"}, folder)
+    for file in run_files(folder, needed=False):  # of other seeds too: `evaluate` takes all of them together
+        old = runtime.load_checkpoint(file, SCRIPT)["config"]
+        runtime.check_same_config(old, asdict(replace(config, seed=old["seed"])), MAY_DIFFER | {"runs"}, folder)
     file = folder / "backbone.pt"
     if config.checkpoint != "none" and file.exists():
         old, weights = runtime.load_checkpoint(file, SCRIPT)["model"], net.model.state_dict()
         if old.keys() != weights.keys() or any(not torch.equal(old[k], weights[k].cpu()) for k in old):
             raise InputError(f"{file} holds other weights than --checkpoint: its classifiers belong to an earlier "
-                             "state; use --overwrite, or another --out")  # fmt: skip
+                             "state; use `segment --overwrite`, or another --out")  # fmt: skip
 
 
 def probe(config: Config, data: Any, ranks: Ranks) -> int:
@@ -2197,7 +2223,11 @@ def resolve(verb: str, config: Config, given: dict[str, Any]) -> Config:
         beside = str(path if path.is_dir() else path.parent)  # without --checkpoint, --out only says where to look
         out = given.get("out", beside) if given.get("checkpoint", "none") != "none" else beside
         return replace(found, checkpoint=str(path), out=out)
+    if verb == "segment" and config.method != "unet" and config.init:
+        raise InputError("--init is for pretrain and for --method unet; name a pre-trained network by --checkpoint")
     if config.method == "unet":
+        if "checkpoint" in given:
+            raise InputError("--method unet has no pre-trained network; leave --checkpoint out, or start from --init")
         if verb != "segment":
             raise InputError(f"{verb} needs a pre-trained network, --method unet has none; choose another --method")
         return config
@@ -2223,6 +2253,7 @@ def main(argv: Sequence[str]) -> int:
                 config = runtime.shared_batch(config, given, ranks)
             if not verb:  # before the training: is there something to learn from afterwards, and something to score
                 cases_of(config, data), labelled_cases(data, config)
+                check_unused(config)
             code = train(config, data, ranks, stop) if verb != "segment" else 0
             if verb != "pretrain" and code == 0:
                 supervised = verb == "segment" and config.method == "unet"
@@ -2242,6 +2273,16 @@ def main(argv: Sequence[str]) -> int:
         stop.restore()
     runtime.stop_processes()
     return code
+
+
+def check_unused(config: Config) -> None:
+    """InputError where the bare run would train on, and classifiers of the state before would then be in its way."""
+    last, folder = config.run_folder / "last.pt", config.segment_folder
+    if config.overwrite or not (last.exists() and (folder / "backbone.pt").exists()):
+        return
+    if (step := runtime.load_checkpoint(last, SCRIPT)["step"]) < config.steps:
+        raise InputError(f"{folder} holds classifiers of step {step}, --steps {config.steps} would train on; use "
+                         "`pretrain` and then `segment --overwrite`, or another --out")  # fmt: skip
 
 
 def story(config: Config) -> list[str]:

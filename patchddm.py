@@ -67,11 +67,12 @@ Expect
 
 import copy
 import math
+import os
 import re
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -356,7 +357,8 @@ def check_memory(
             needed = runtime.kept_for_backward_gb(lambda: model(x, torch.zeros(batch)))
     else:
         needed = (3.4 if config.slab else 4) * batch * config.num_channels * math.prod(shape) * dtype.itemsize / 1e9
-    free = runtime.free_memory_gb(device)
+    devices = config.split_devices.split(",") if config.split_devices else [device]
+    free = sum(runtime.free_memory_gb(torch.device(d)) for d in devices)
     if needed > free:
         less = "--recompute, --batch, --patch" if training else "--slab 16, --method half"
         raise InputError(
@@ -676,6 +678,7 @@ class Training:
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.skipped.copy_(torch.tensor(state["skipped"]))
+        self.skipped[2] = self.skipped[1]  # the row that ended a run may be over now
         self.best = state["best"]
 
 
@@ -776,9 +779,10 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
 
         # 5. log, save, stop
         if (device.type == "cpu" or run.step % LOG_EVERY == 0) and run.skipped[2] >= 20:  # a GPU is not asked each step
-            raise InputError(f"no finite gradient in 20 steps before step {run.step}; lower --lr, or use --amp off")
+            raise InputError(f"no finite gradient in 20 steps before step {run.step}; use --amp off, or begin "
+                             "anew with a lower --lr")  # fmt: skip
         signal, time_up = stop.agreed(ranks, run.seconds >= limit)
-        if run.step % LOG_EVERY == 0 or run.step in (10, config.steps):
+        if run.step % LOG_EVERY == 0 or run.step in (10, config.steps) or time_up:
             rate = (run.step - clock[0]) / (run.seconds - clock[1])  # steps a second
             row = {"step": run.step, "seconds": run.seconds, "lr": learning_rate(config, run.step - 1)}
             row |= {
@@ -794,7 +798,8 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
     bar.close()
     runtime.check_same_weights(run.model, ranks, "at the end")
     if signal:
-        say(f"stopped by signal {signal}; step {run.step} is saved in {out}, the same command continues", ranks)
+        again = "the same command" + " without --overwrite" * config.overwrite
+        say(f"stopped by signal {signal}; step {run.step} is saved in {out}, {again} continues", ranks)
         return 128 + signal
     if ranks.first:
         title = f"PatchDDM, {Path(config.data).name}, target {config.target}"
@@ -974,7 +979,8 @@ def sample_member(net: Network, cond: Tensor, case: str, number: int, watch: Any
     shape = (1, x0_channels(config, net.record), *cond.shape[1:])
     generator = torch.Generator().manual_seed(seed_of(config.seed, "sample", case, number))  # D5
     fed = torch.cat([cond[None], torch.empty(shape, device=cond.device)], dim=1)  # [1, C (+ 3) + K', *S]
-    total, silent = evaluations(config.sampler, config.sampling_steps, config.timesteps), config.quiet or None
+    total = evaluations(config.sampler, config.sampling_steps, config.timesteps)
+    silent = config.quiet or os.environ.get("RANK", "0") != "0" or None
     bar = tqdm(total=total, desc=f"{case} {number}", unit="evaluation", leave=False, delay=5, disable=silent)
 
     def draw() -> Tensor:
@@ -1092,8 +1098,12 @@ def score_cases(
         if i >= len(cases):
             continue
         case, truth = cases[i], np.asarray(data.label(cases[i]))
-        cond, inside = whole_volume(data.image(case), net, data.meta.get("grid"))
-        diary = figures.Diary(truth, inside) if out and i == 0 and config.method != "half" else None
+        cond, inside = whole_volume(data.image(case), net, net.record.get("grid"))
+        diary = (
+            figures.Diary(truth, inside, max(data.classes.values()))
+            if out and i == 0 and config.method != "half"
+            else None
+        )
         for result in sample_ensemble(net, cond, case, diary):
             if result.size in rows:
                 mask = x0_to_mask(result.mean)[inside].cpu().numpy()
@@ -1282,7 +1292,7 @@ def profile(config: Config, data: Any, ranks: Ranks, given: dict[str, Any]) -> i
                 rows.append(profile_row(trial, record, "training", name, seen, ranks.device))
         for name, slab in (("plain", -1), ("lean", 0), (f"lean --slab {config.slab or 16}", config.slab or 16)):
             rows.append(profile_row(base, record, "sampling", name, whole, ranks.device, slab))
-    runtime.write_csv(config.run_folder / "profile.csv", rows)
+        runtime.write_csv(config.run_folder / "profile.csv", rows)
     say(f"\nwritten to {config.run_folder / 'profile.csv'}")
     return 0
 
@@ -1318,8 +1328,9 @@ def profile_row(
         seconds, memory = np.median([s for s, _ in trials[1:] or trials]), max(m for _, m in trials)
         total = runtime.peak_memory_gb(device)
         row |= {"seconds": f"{seconds:.3f}", "memory_gb": f"{memory:.2f}", "process_gb": f"{total:.2f}", "note": ""}
-    except InputError as error:
-        row |= {"seconds": "", "memory_gb": "", "process_gb": "", "note": str(error).split(";")[0]}
+    except (InputError, torch.OutOfMemoryError) as error:  # the check before it knows a lower bound only
+        note = str(error).split(";")[0] if isinstance(error, InputError) else "out of memory"
+        row |= {"seconds": "", "memory_gb": "", "process_gb": "", "note": note}
     say("  ".join(f"{v:<{w}}" for v, w in zip(row.values(), WIDTHS)))
     return row
 
@@ -1391,6 +1402,22 @@ def checkpoint_path(config: Config) -> Path:
     return runtime.checkpoint_file(config.checkpoint, config.run_folder)
 
 
+def check_split(config: Config, given: Mapping[str, Any], ranks: Ranks) -> None:
+    """InputError where --split-devices cannot work: several processes, no such GPU, autocast on two kinds of device."""
+    if ranks.world > 1:
+        raise InputError(f"--split-devices is for one process, {ranks.world} run here; start without torchrun")
+    names = config.split_devices.split(",")
+    if given.get("device", names[0]) != names[0]:
+        raise InputError(f"--split-devices begins with {names[0]}, --device is {given['device']}; leave one out")
+    for name in names:
+        index, there = int(name.partition(":")[2] or -1), torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if index >= there:
+            raise InputError(f"--split-devices names {name}, but {there} GPUs are here; correct the flag")
+    kinds = {name.partition(":")[0] for name in names}
+    if len(kinds) > 1 and runtime.number_format(config.amp, ranks.device)[0] is not None:
+        raise InputError("--split-devices over a CPU and a GPU computes in fp32 only; add --amp off")
+
+
 def main(argv: Sequence[str]) -> int:
     about = (__doc__ or "").split("\n\n")[0]
     verb, config, given = runtime.parse_flags(Config, argv, VERBS, PRESETS, about, ONLY)
@@ -1407,8 +1434,8 @@ def main(argv: Sequence[str]) -> int:
         config = replace(config, **{k: v for k, v in network.items() if k not in given})
     device = config.split_devices.split(",")[0] or config.device
     ranks, stop = runtime.start_processes(device), runtime.StopFlag()
-    if config.split_devices and ranks.world > 1:
-        raise InputError(f"--split-devices is for one process, {ranks.world} run here; start without torchrun")
+    if config.split_devices:
+        check_split(config, given, ranks)
     try:
         if verb in ("", "train"):
             data, config = loaders.open_data(config.data), runtime.shared_batch(config, given, ranks)
@@ -1419,7 +1446,8 @@ def main(argv: Sequence[str]) -> int:
             if verb == "" and code == 0:
                 used = replace(config, checkpoint="")
                 segment = config.task == "segment"
-                code = evaluate(used, data, ranks, config.run_folder) if segment else generate(used, ranks)
+                scores = config.run_folder / ("" if config.split == "test" else config.split)
+                code = evaluate(used, data, ranks, scores) if segment else generate(used, ranks)
         else:
             stop.restore()
             if verb == "predict":

@@ -694,12 +694,13 @@ def heat_map(
 class Diary:
     """Watches a sampler and keeps one axial slice of x_t and of the predicted x_0 of each step.
 
-    truth: [X, Y, Z] integer labels; the slice is the one where the last class is largest, of the last channel.
-    inside: the slices that cut the volume out of the padded grid.
+    truth: [X, Y, Z] integer labels; the slice is the one where the last class, of value `last`, is largest, or
+    without it the middle one. inside: the slices that cut the volume out of the padded grid.
     """
 
-    def __init__(self, truth: np.ndarray, inside: Sequence[slice]):
-        self.truth, self.z = truth, int((truth == truth.max()).sum(axis=(0, 1)).argmax())
+    def __init__(self, truth: np.ndarray, inside: Sequence[slice], last: int):
+        size = (truth == last).sum(axis=(0, 1))  # [Z]
+        self.truth, self.z = truth, int(size.argmax()) if size.any() else len(size) // 2
         self.cut = (0, -1, inside[0], inside[1], inside[2].start + self.z)
         self.frames: list[tuple[int, np.ndarray, np.ndarray]] = []
         self.members: list[np.ndarray] = []  # masks [X, Y, Z] of the first members, if the caller adds them

@@ -1500,7 +1500,10 @@ def _score_instances(preds: Mapping[str, Path], trues: Mapping[str, Path]) -> No
     """A row of object scores for each image, and their means; - where both maps are empty."""
     scores, table = [], []
     for case, pred, true, _ in _pairs(preds, trues):
-        scores.append([*object_scores(pred, true).values()])
+        try:
+            scores.append([*object_scores(pred, true).values()])
+        except ValueError as error:
+            raise InputError(f"{case}: {error}") from error
         objects = [str(np.count_nonzero(np.unique(labels))) for labels in (true, pred)]
         table.append([case, *objects, *("-" if math.isnan(v) else f"{v:.4f}" for v in scores[-1])])
     values = np.array(scores)  # [image, score]

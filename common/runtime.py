@@ -165,10 +165,20 @@ def free_memory_gb(device: torch.device) -> float:
     free = math.inf
     if (info := Path("/proc/meminfo")).exists():
         free = 1024 * int(info.read_text().split("MemAvailable:")[1].split()[0])
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and limit.read_text().strip().isdigit():
-        free = min(free, int(limit.read_text()) - int(limit.with_name("memory.current").read_text()))
-    return free / 1e9
+    return min(free, free_in_container(Path("/sys/fs/cgroup"))) / 1e9
+
+
+def free_in_container(group: Path) -> float:
+    """Bytes up to the limit of a cgroup (version 2 or 1); file pages that the kernel may drop count as free."""
+    for limit, used, folder in (
+        ("memory.max", "memory.current", group),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", group / "memory"),
+    ):
+        if (folder / limit).exists() and (most := (folder / limit).read_text().strip()).isdigit():
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+            return int(most) - int((folder / used).read_text()) + cached
+    return math.inf
 
 
 def kept_for_backward_gb(forward: Callable[[], Any]) -> float:
@@ -256,7 +266,7 @@ def run_main(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[str
         return main(argv)
     except KeyboardInterrupt:
         code = 130
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         remedy = "lower --batch or --num-channels, split the batch by --accumulate, or use --recompute"
         print(f"{name}: out of memory ({_first_line(error)}); {remedy}", file=sys.stderr, flush=True)
         code = 2
@@ -267,6 +277,8 @@ def run_main(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[str
         if isinstance(error, OSError) and error.errno is not None:
             where = f"{error.filename}: " if error.filename is not None else ""
             error = InputError(f"{where}{error.strerror}; check the path, its permissions and the free space")
+        if "can't allocate memory" in str(error):  # of the CPU's allocator, a plain RuntimeError
+            error = InputError(f"out of memory ({_first_line(error)}); lower --batch or use --recompute")
         if not isinstance(error, InputError):
             raise
         line = (
@@ -410,15 +422,16 @@ def checkpoint_file(given: str, folder: Path, names: Sequence[str] = ("best.pt",
 def scores_folder(config: Any, checkpoint: Path, script: str) -> Path:
     """Where `evaluate` writes: beside the checkpoint if it scores all test cases of the data that it was trained on.
 
-    Other data, another split or fewer cases get a folder of their own there, so that no scores are written over
-    others. An --out elsewhere is taken as it is.
+    Other data, another split, fewer cases, or the last weights where the best are there, get a folder of their own, so
+    that no scores are written over others. An --out elsewhere is taken as it is.
     """
-    if config.run_folder != checkpoint.parent:
+    if config.run_folder.resolve() != checkpoint.parent.resolve():
         return config.run_folder
     trained = load_checkpoint(checkpoint, script)["config"]["data"]
     name = (
         f"{Path(config.data).name}-" * (config.data != trained) + config.split + f"-{config.limit}" * (config.limit > 0)
     )
+    name += "-last" * (checkpoint.name == "last.pt" and checkpoint.with_name("best.pt").exists())
     return config.run_folder / name if name != "test" else config.run_folder
 
 
@@ -496,7 +509,7 @@ def make_run(out: Path, config: Mapping[str, Any], overwrite: bool, ranks: Ranks
             raise InputError(
                 f"--out {out} is a link, which --overwrite leaves alone; name the folder itself, or another"
             )
-        if any(out.iterdir()) and not (out / "config.json").exists():
+        if {f.name for f in out.iterdir()} - {"profile.csv"} and not (out / "config.json").exists():
             raise InputError(f"{out} holds files but no run (no config.json) and is left alone; choose another --out")
         shutil.rmtree(out)
     if ranks.first:
@@ -670,8 +683,13 @@ def parse_flags(
 
 
 def shared_batch(config: Any, given: Mapping[str, Any], ranks: Ranks) -> Any:
-    """The config with a batch that processes and accumulation can share: a preset's is raised, a given one refused."""
+    """The config with a batch that processes and accumulation can share: a preset's is raised, a given one refused.
+
+    A run that was begun with a raised one keeps it, on however many processes it is continued.
+    """
     share = ranks.world * config.accumulate
+    if "batch" not in given and not config.overwrite and (begun := _begun_batch(config)) > config.batch:
+        config = dataclasses.replace(config, batch=begun)
     if config.batch % share == 0:
         return config
     batch = -(-config.batch // share) * share
@@ -682,6 +700,14 @@ def shared_batch(config: Any, given: Mapping[str, Any], ranks: Ranks) -> Any:
         )
     say(f"note: the preset's batch of {config.batch} becomes {batch}, so that all processes have work (--batch)", ranks)
     return dataclasses.replace(config, batch=batch)
+
+
+def _begun_batch(config: Any) -> int:
+    """The batch of the run in the run folder; 0 where there is none."""
+    try:
+        return int(json.loads((config.run_folder / "config.json").read_text(encoding="utf-8"))["batch"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def check_range(config: Any, name: str, low: float, high: float = math.inf, open_low: bool = False) -> None:

@@ -1,6 +1,6 @@
 """Corrupt the test images of a prepared 2D set: 15 corruptions at 5 severities, to see how robust a network is.
 
-  python -m data_prep.corrupt --src data/glas --dst data/glas-corrupted
+  python -m data_prep.corrupt --src data/glas --dst data/glas-corrupt
   python -m data_prep.corrupt --src data/glas --dst data/glas-noisy --corruptions gaussian_noise jpeg --severities 1 3
   python -m data_prep.corrupt --src data/glas --check           list what would be made, write nothing
   python -m data_prep.corrupt --make-fake /tmp/fake             a small prepared set to try it on

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Abdominal MR, four organs, anisotropic: the four main rows of the recycling paper at equal optimisation time. SRC is a
 # folder of the CHAOS T2-SPIR volumes in the Decathlon's layout (16 cases: 10 to train, 2 to validate, 4 to test, which
-# says little). Resampled in the plane to 4 mm, 80 x 80 x 48 voxels with the padding. Each training takes about half an
-# hour of one core; all can be stopped and continued by running this file again.
+# says little). Resampled in the plane to 4 mm, 80 x 80 x 48 voxels with the padding. Each training takes an hour or two of
+# one core; all can be stopped and continued by running this file again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SRC=${SRC:?set SRC to the folder of CHAOS T2 volumes}

@@ -46,7 +46,15 @@ for NAME in noise05 noise10 noise20 gamma05 gamma20; do
     done
   done
   $PYTHON -m common.metrics table --seeds $D-$NAME-{prev,none,unet}-? --metric dice hd95_mm | sed -n '/runs in all/,$p'
+  for S in 0 2; do
+    $PYTHON -m common.metrics compare $D-$NAME-unet-$S $D-$NAME-prev-$S --metric dice
+  done
 done
+$PYTHON diffseg3d_recycle.py evaluate $FLAGS --data hippocampus-noise20 --checkpoint $D-max-0/best.pt --out $D-noise20-max-0
+for OTHER in $D-noise20-unet-2 $D-noise20-prev-2 $D-noise20-max-0; do
+  $PYTHON -m common.metrics compare $D-noise20-unet-noise-0 $OTHER --metric dice
+done
+$PYTHON -m common.metrics compare $D-unet-2 $D-unet-noise-0 --metric dice
 $PYTHON - <<'PYTHON_END'
 from pathlib import Path
 from common import figures, metrics

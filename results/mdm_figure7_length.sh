@@ -15,7 +15,8 @@ for STEPS in $LENGTHS; do
   [ -e $OUT-$STEPS/last.pt ] && continue
   $PYTHON masked_diffusion.py pretrain --quiet --accumulate $ACCUMULATE --data glas --preset $PRESET --steps $STEPS --out $OUT
   mkdir -p $OUT-$STEPS
-  cp $OUT/config.json $OUT/last.pt $OUT-$STEPS/
+  cp $OUT/config.json $OUT-$STEPS/
+  cp $OUT/last.pt $OUT-$STEPS/part.pt && mv $OUT-$STEPS/part.pt $OUT-$STEPS/last.pt # whole, or not there
 done
 for STEPS in $LENGTHS; do
   for LABELS in 85 8; do

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Table 7 of the paper: tiles of 4, 8 and 16 pixels. The row of 8 is that of results/mdm_table1.sh.
+# Table 7 of the paper: tiles of 4, 8 and 16 pixels. The row of 8 is results/mdm_table1.sh's, trained here again.
 # Wants data/glas and a GPU. At half resolution (preset laptop) the same areas are --tile 2, 4 and 8.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -9,7 +9,7 @@ PYTHON=${PYTHON:-python}
 row() { # DATA NAME
   run=runs/table1-$1-$2
   [ -e $run/best.pt ] && weights=$run/best.pt || weights=$run/last.pt
-  [ -e runs/table3-$1-$2/summary.json ] ||
+  [ runs/table3-$1-$2/summary.json -nt $weights ] ||
     $PYTHON patchddm.py evaluate --data "$1" --checkpoint "$weights" --out runs/table3-$1-$2 --ensemble 15 --quiet
 }
 for data in hippocampus brats2mm; do
@@ -21,9 +21,11 @@ done
 $PYTHON - <<'PROGRAM'
 from common import figures, metrics
 
-sizes, lines = [1, 3, 5, 7, 15], {}
-for name in ("patch", "full", "half"):
-    runs = [f"runs/table3-hippocampus-{name}/summary{f'_ensemble{n}' if n < 15 else ''}.json" for n in sizes]
-    lines[name] = sizes, [metrics.read_summary(run)["mean"]["dice"]["mean"] for run in runs]
-figures.curves(lines, "results/patchddm_figure4.png", "Hippocampus, test", "members", "mean Dice", dots=True)
+sizes = [1, 3, 5, 7, 15]
+for key, title, file in (("dice", "mean Dice", "figure4"), ("hd95_mm", "mean HD95, mm", "figure4_hd95")):
+    lines = {}
+    for name in ("patch", "full", "half"):
+        runs = [f"runs/table3-hippocampus-{name}/summary{f'_ensemble{n}' if n < 15 else ''}.json" for n in sizes]
+        lines[name] = sizes, [metrics.read_summary(run)["mean"][key]["mean"] for run in runs]
+    figures.curves(lines, f"results/patchddm_{file}.png", "Hippocampus, test", "members", title, dots=True)
 PROGRAM

@@ -187,7 +187,7 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path, fake):
     assert two.returncode == 0, two.stderr
     assert "2 processes x 2 parts x 1" in two.stdout and two.stdout.count("DiffSeg3D with recycling") == 1
     assert_close(tmp_path / "one", tmp_path / "two")
-    one, both = (metrics.read_metrics_csv(tmp_path / n / "metrics.csv") for n in ("one", "two"))
+    one, both = (metrics.read_metrics_csv(tmp_path / n / "train/metrics.csv") for n in ("one", "two"))
     assert [(r["case"], r["class"]) for r in one] == [(r["case"], r["class"]) for r in both] and len(one) == 4
     np.testing.assert_allclose([r["dice"] for r in one], [r["dice"] for r in both], atol=5e-3)
 
@@ -561,3 +561,27 @@ def test_bare_run_reaches_its_dice_in_five_minutes(tmp_path):
         for name in ("", "not-recycled", "unet")
     ]
     assert dice[0] > 0.9 and dice[2] > 0.92
+
+
+def test_scores_of_another_split_leave_those_of_the_test(tmp_path, fake):
+    argv = ["--data", str(fake / "prepared"), "--preset", "tiny", *FAST, "--steps", "1", "--out", str(tmp_path / "run")]
+    assert D.main(argv) == 0
+    before = (tmp_path / "run/metrics.csv").read_bytes()
+    assert D.main([*argv, "--split", "val"]) == 0
+    assert (tmp_path / "run/metrics.csv").read_bytes() == before and (tmp_path / "run/val/metrics.csv").exists()
+
+
+def test_too_little_memory_is_said_before_the_training(tmp_path, fake, capsys, monkeypatch):
+    argv = ["train", "--data", str(fake / "prepared"), "--preset", "tiny", *FAST, "--out", str(tmp_path / "run")]
+    assert D.main([*argv, "--steps", "1"]) == 0
+    monkeypatch.setattr(runtime, "free_memory_gb", lambda device: 1e-6)
+    assert D.main([*argv, "--steps", "1"]) == 0  # there is nothing left to train
+    error = CLI.refused(capsys, *argv, "--steps", "2")
+    assert "training on 2 x " in error and "voxels needs about" in error and "a lower --batch" in error
+
+
+def test_a_file_that_is_no_start_is_named(tmp_path, fake, capsys):
+    torch.save({"a": torch.zeros(2)}, tmp_path / "public.pt")
+    argv = ["train", "--data", str(fake / "prepared"), "--preset", "tiny", *FAST, "--out", str(tmp_path / "run")]
+    error = CLI.refused(capsys, *argv, "--init", str(tmp_path / "public.pt"))
+    assert "public.pt does not fit" in error and "go to --init" not in error

@@ -341,7 +341,7 @@ def test_case_sheet_shows_members_only_of_an_ensemble(tmp_path):
     label = np.zeros((8, 8, 4), np.uint8)
     label[2:5, 2:5, 1:3] = 1
     image, none = np.random.default_rng(0).random((8, 8, 4)), np.zeros((8, 8, 4))
-    diary = figures.Diary(label, [slice(0, 8), slice(0, 8), slice(0, 4)])
+    diary = figures.Diary(label, [slice(0, 8), slice(0, 8), slice(0, 4)], int(label.max()))
     diary(1000, torch.randn(1, 1, 8, 8, 4), torch.zeros(1, 1, 8, 8, 4))
     figures.case_sheet(tmp_path / "one", "a", image, label, (1, 1, 1), {"x": 1}, diary, none)
     assert not (tmp_path / "one/a_ensemble.png").exists()

@@ -673,3 +673,48 @@ def test_each_flag_of_the_classifier_changes_it(flags):
         net = M.frozen(config, M.fresh(config, loaders.data_record(data)), runtime.Ranks(0, 1, 0, torch.device("cpu")))
         found.append(M.fit_medical(config, net, data, data.cases("train")[:2], 0, "x").first.weight)
     assert found[0].shape != found[1].shape or not torch.equal(found[0], found[1])
+
+
+# --- what is already there -------------------------------------------------------------------------------------------
+
+
+def test_segment_on_fewer_images_leaves_the_scores_that_are_there(trained, prepared):
+    argv = ["segment", "--data", str(prepared), "--preset", "tiny", "--out", str(trained), *LATER[:-2], "--quiet"]
+    argv += ["--amp", "off", "--split", "testA"]
+    before = (trained / "segment-3/table.csv").read_text()
+    assert json.loads((trained / "segment-3/scored.json").read_text())["split"] == "testA"
+    assert M.main([*argv, "--limit", "1"]) == 0
+    assert (trained / "segment-3/table.csv").read_text() == before
+    assert (trained / "segment-3/testA-1/table.csv").exists()
+
+
+def test_classifiers_of_other_settings_do_not_join_a_folder(trained, prepared, capsys):
+    argv = ["segment", "--data", str(prepared), "--preset", "tiny", "--out", str(trained), *LATER, "--quiet"]
+    argv += ["--amp", "off", "--split", "testA", "--seed", "10", "--feature-t", "250"]
+    assert "--feature-t was" in refused(capsys, *argv)
+
+
+def test_protocol_of_the_classifiers_is_kept_by_name(trained):
+    assert runtime.load_checkpoint(trained / "segment-3/run0/last.pt", M.SCRIPT)["config"]["protocol"] == "medical"
+
+
+def test_longer_bare_run_is_refused_before_it_trains(tmp_path, capsys):
+    argv = [*FAST, *LATER, "--out", str(tmp_path / "run")]
+    assert M.main([*argv, "--steps", "1"]) == 0
+    before = (tmp_path / "run/last.pt").read_bytes()
+    assert "holds classifiers of step 1, --steps 2 would train on" in refused(capsys, *argv, "--steps", "2")
+    assert (tmp_path / "run/last.pt").read_bytes() == before
+
+
+def test_starts_that_a_method_does_not_look_at_are_refused(trained, prepared, capsys):
+    argv = ["segment", "--data", str(prepared), "--preset", "tiny", "--quiet", "--amp", "off"]
+    assert "--init is for pretrain and for --method unet" in refused(capsys, *argv, "--init", str(trained / "last.pt"))
+    error = refused(capsys, *argv, "--method", "unet", "--checkpoint", str(trained / "last.pt"))
+    assert "--method unet has no pre-trained network" in error
+
+
+def test_only_numbered_folders_are_runs(tmp_path):
+    for name in ("run10", "run2", "run-glas"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "last.pt").touch()
+    assert [f.parent.name for f in M.run_files(tmp_path)] == ["run2", "run10"]

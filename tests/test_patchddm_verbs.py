@@ -302,3 +302,32 @@ def test_tables_are_written_whole(tmp_path):
     with open(tmp_path / "deep/table.csv", newline="") as f:
         assert next(csv.reader(f)) == ["a", "b"]
     assert json.dumps(asdict(P.Config(**SMALL)))  # what config.json holds
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--split-devices", "cpu,cuda:7"], "--split-devices names cuda:7, but "),
+    (["--split-devices", "cpu,cpu", "--device", "cuda"], "--split-devices begins with cpu, --device is cuda"),
+])  # fmt: skip
+def test_devices_that_are_not_there_are_refused(tmp_path, argv, message):
+    flags = argv if "--device" in argv else [*argv, "--device", "cpu"]
+    with pytest.raises(InputError, match=message):
+        P.main(["train", *FAST[: FAST.index("--device")], *flags, "--out", str(tmp_path / "run")])
+
+
+def test_memory_of_two_devices_counts_together(monkeypatch):
+    monkeypatch.setattr(runtime, "free_memory_gb", lambda device: 0.001)
+    config, record = P.Config(split_devices="cpu,cpu"), {"channels": ["a"], "classes": {"x": 1}}
+    with pytest.raises(InputError, match=r"cpu has 0\.0 GB free"):
+        P.check_memory(config, record, (32, 32, 32), 1, True, torch.device("cpu"))
+    monkeypatch.setattr(runtime, "free_memory_gb", lambda device: 30.0)
+    P.check_memory(config, record, (32, 32, 32), 1, True, torch.device("cpu"))
+
+
+def test_profile_goes_on_after_a_row_without_memory(tmp_path, monkeypatch):
+    def measure(call, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(runtime, "measure", measure)
+    assert P.main(["profile", *FAST, "--method", "patch", "--out", str(tmp_path / "run")]) == 0
+    rows = list(csv.DictReader((tmp_path / "run/profile.csv").open()))
+    assert len(rows) > 2 and {row["note"] for row in rows} == {"out of memory"}

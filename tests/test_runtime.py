@@ -312,3 +312,74 @@ def test_device_that_is_not_there_is_refused():
 def test_amp_off_is_fp32_and_names_its_reason():
     assert runtime.number_format("off", torch.device("cpu")) == (None, "--amp off")
     assert runtime.number_format("fp16", torch.device("cpu"))[0] == torch.float16
+
+
+# --- memory, batches, folders of scores ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_of_a_container_counts_pages_that_can_be_dropped(tmp_path, version):
+    folder = tmp_path / "memory" if version == 1 else tmp_path
+    folder.mkdir(exist_ok=True)
+    limit, used = [("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")][version - 1]
+    (folder / limit).write_text("16000\n")
+    (folder / used).write_text("15000\n")
+    (folder / "memory.stat").write_text("anon 2000\ninactive_file 9000\n")
+    assert runtime.free_in_container(tmp_path) == 16000 - 15000 + 9000
+    (folder / limit).write_text("max\n")
+    assert runtime.free_in_container(tmp_path) == float("inf")
+
+
+@dataclass(frozen=True)
+class Batched:
+    run_folder: Path
+    batch: int = 1
+    accumulate: int = 1
+    overwrite: bool = False
+    data: str = "a"
+    split: str = "test"
+    limit: int = 0
+
+
+def test_a_raised_batch_stays_when_a_run_is_continued_on_fewer_processes(tmp_path):
+    four = Ranks(0, 4, 0, torch.device("cpu"))
+    raised = runtime.shared_batch(Batched(tmp_path), {}, four)
+    assert raised.batch == 4
+    runtime.write_json(tmp_path / "config.json", {"batch": raised.batch})
+    assert runtime.shared_batch(Batched(tmp_path), {}, ALONE).batch == 4
+    assert runtime.shared_batch(Batched(tmp_path, batch=8), {}, ALONE).batch == 8
+    assert runtime.shared_batch(Batched(tmp_path, batch=2), {"batch": 2}, ALONE).batch == 2
+    assert runtime.shared_batch(Batched(tmp_path, overwrite=True), {}, ALONE).batch == 1
+
+
+def test_scores_of_the_last_weights_lie_apart_from_those_of_the_best(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = complete_state(config={"data": "a"})
+    runtime.save_checkpoint(tmp_path / "run/last.pt", state)
+    config = Batched(Path("run"))
+    assert runtime.scores_folder(config, tmp_path / "run/last.pt", "patchddm") == Path("run")
+    runtime.save_checkpoint(tmp_path / "run/best.pt", state)
+    assert runtime.scores_folder(config, tmp_path / "run/best.pt", "patchddm") == Path("run")
+    assert runtime.scores_folder(config, tmp_path / "run/last.pt", "patchddm") == Path("run/test-last")
+    val = Batched(Path("run"), split="val", limit=3)
+    assert runtime.scores_folder(val, tmp_path / "run/best.pt", "patchddm") == Path("run/val-3")
+
+
+def test_a_folder_with_a_profile_alone_can_become_a_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/profile.csv").write_text("method\n")
+    runtime.make_run(tmp_path / "run", {"a": 1}, True, ALONE)
+    assert [f.name for f in (tmp_path / "run").iterdir()] == ["config.json"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds files but no run"):
+        runtime.make_run(tmp_path / "other", {"a": 1}, True, ALONE)
+
+
+def test_lack_of_memory_on_a_cpu_is_one_line(capsys):
+    def full(argv):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    assert runtime.run_main("patchddm", full, []) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("patchddm: out of memory (") and "lower --batch" in line and line.count("\n") == 1
