@@ -909,13 +909,13 @@ def train(stage: str, config: Config, data: Any, ranks: Ranks, stop: runtime.Sto
     # 1. what is needed, and the checkpoint to continue from; nothing is written or thrown away before all is there
     fine = stage == "finetune"
     slices, total, warnings = labelled_slices(data, config) if fine else (pretraining_slices(data), 0, [])
-    run = Training(stage, config, record, device, dtype)
-    out = run.out
+    out = config.finetune_folder if fine else config.run_folder
     state = None if config.overwrite else runtime.find_run(out, SCRIPT, asdict(config), MAY_DIFFER, record, ranks)
-    if fine and config.strategy != "scratch":
-        run.start = start_of(config, state, out)
+    start = start_of(config, state, out) if fine and config.strategy != "scratch" else []
     if state is None or state["step"] < config.steps:
         check_memory(stage, config, record, ranks)
+    run = Training(stage, config, record, device, dtype)
+    run.start = start
     if state is not None:
         run.restore(state)
     elif config.init not in ("", "none") and config.strategy != "scratch":

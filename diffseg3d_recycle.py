@@ -801,12 +801,13 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
     dtype, reason = runtime.number_format(config.amp, device)
 
     # 1. what is needed, and the checkpoint to continue from; nothing is written or thrown away before all is there
-    volumes, run = Volumes(data, config), Training(config, record, device, dtype)
+    volumes = Volumes(data, config)
     absent = check_labels(data, volumes.cases)
     check_labels(data, validation_cases(config, data))
     state = None if config.overwrite else runtime.find_run(out, SCRIPT, asdict(config), MAY_DIFFER, record, ranks)
     if state is None or state["step"] < config.steps:
         check_memory(config, record, ranks)
+    run = Training(config, record, device, dtype)
     if state is not None:
         run.restore(state)
     elif config.init:

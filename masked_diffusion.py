@@ -962,12 +962,12 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
     supervised = config.method == "unet"
     cases = labelled_cases(data, config) if supervised else pretraining_cases(data, config)
     crops = Crops(data, config, cases)
-    run = Training(config, record, device, dtype)
     may_differ = MAY_DIFFER | (LATER - {"labels", "draw"} if supervised else LATER)
     may_differ -= {"steps"} if config.method == "mae" else set()  # its learning rate falls to 0 at the last of them
     state = None if config.overwrite else runtime.find_run(out, SCRIPT, asdict(config), may_differ, record, ranks)
     if state is None or state["step"] < config.steps:
         check_memory(config, record, ranks)
+    run = Training(config, record, device, dtype)
     if state is not None:
         run.restore(state)
     elif config.init:
@@ -1894,27 +1894,25 @@ def evaluate(config: Config, data: Any, ranks: Ranks) -> int:
     path, out = classifier_path(config), config.run_folder
     if out.resolve() == (path if path.is_dir() else path.parent).resolve():
         old = runtime.load_checkpoint(run_files(path)[0], SCRIPT)["config"]
-        out = scores_folder(config, out, old, ranks)
+        out = scores_folder(config, data, out, old)[0]
     return score(config, data, runs, ranks, out)
 
 
-def scores_folder(config: Config, folder: Path, first: Mapping[str, Any], ranks: Ranks) -> Path:
-    """Where scores go: into the folder of the classifiers those of the split that was scored there first, others below.
+def scores_folder(config: Config, data: Any, folder: Path, first: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """Where scores go: into the folder of the classifiers those of what was scored there first, others below it.
 
-    first: settings with which that was, where the folder does not say it (scored.json).
+    first: settings with which that was, where the folder does not say it (scored.json). Also returns what that says.
     """
-    file, keys = folder / "scored.json", ("data", "split", "limit")
+    here = {"data": config.data, "split": config.split, "images": len(cases_of(config, data))}
     try:
-        was = {k: json.loads(file.read_text(encoding="utf-8"))[k] for k in keys}
-    except (OSError, ValueError, KeyError, TypeError):
-        was = {k: first[k] for k in keys}
-    runtime.gather(None, ranks)  # all have looked
-    if ranks.first:
-        runtime.write_json(file, was)
-    if all(was[k] == getattr(config, k) for k in keys):
-        return folder
-    other = f"{Path(config.data).name}-" * (config.data != was["data"])
-    return folder / (other + config.split + f"-{config.limit}" * (config.limit > 0))
+        was = json.loads((folder / "scored.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        same = config.limit in (0, first["limit"])
+        was = {"data": first["data"], "split": first["split"], "images": here["images"] if same else 0}
+    if was == here:
+        return folder, here
+    other = f"{Path(config.data).name}-" * (config.data != was.get("data"))
+    return folder / (other + config.split + f"-{config.limit}" * (config.limit > 0)), here
 
 
 def segment(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> int:
@@ -1966,7 +1964,11 @@ def segment(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> 
             runtime.save_checkpoint(file, state)
     runtime.gather(None, ranks)
     runs, _ = load_runs(config, [folder / f"run{seed}/last.pt" for seed in seeds], ranks)
-    return score(config, data, runs, ranks, scores_folder(config, folder, asdict(config), ranks))
+    out, scored = scores_folder(config, data, folder, asdict(config))
+    runtime.gather(None, ranks)  # all have looked
+    if ranks.first and out == folder:
+        runtime.write_json(folder / "scored.json", scored)
+    return score(config, data, runs, ranks, out)
 
 
 def check_started(config: Config, net: Backbone, folder: Path) -> None:

@@ -316,11 +316,11 @@ def test_devices_that_are_not_there_are_refused(tmp_path, argv, message):
 
 def test_memory_of_two_devices_counts_together(monkeypatch):
     monkeypatch.setattr(runtime, "free_memory_gb", lambda device: 0.001)
-    config, record = P.Config(split_devices="cpu,cpu"), {"channels": ["a"], "classes": {"x": 1}}
+    config, record = P.Config(**SMALL, split_devices="cpu,cpu"), {"channels": ["a"], "classes": {"x": 1}}
     with pytest.raises(InputError, match=r"cpu has 0\.0 GB free"):
-        P.check_memory(config, record, (32, 32, 32), 1, True, torch.device("cpu"))
+        P.check_memory(config, record, (32, 32, 32), 64, True, torch.device("cpu"))
     monkeypatch.setattr(runtime, "free_memory_gb", lambda device: 30.0)
-    P.check_memory(config, record, (32, 32, 32), 1, True, torch.device("cpu"))
+    P.check_memory(config, record, (32, 32, 32), 64, True, torch.device("cpu"))
 
 
 def test_profile_goes_on_after_a_row_without_memory(tmp_path, monkeypatch):
@@ -328,6 +328,11 @@ def test_profile_goes_on_after_a_row_without_memory(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(runtime, "measure", measure)
-    assert P.main(["profile", *FAST, "--method", "patch", "--out", str(tmp_path / "run")]) == 0
+    assert (
+        P.main(
+            ["profile", *NET, "--device", "cpu", "--amp", "off", "--method", "patch", "--out", str(tmp_path / "run")]
+        )
+        == 0
+    )
     rows = list(csv.DictReader((tmp_path / "run/profile.csv").open()))
     assert len(rows) > 2 and {row["note"] for row in rows} == {"out of memory"}

@@ -355,6 +355,7 @@ def test_a_raised_batch_stays_when_a_run_is_continued_on_fewer_processes(tmp_pat
 def test_scores_of_the_last_weights_lie_apart_from_those_of_the_best(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     state = complete_state(config={"data": "a"})
+    (tmp_path / "run").mkdir()
     runtime.save_checkpoint(tmp_path / "run/last.pt", state)
     config = Batched(Path("run"))
     assert runtime.scores_folder(config, tmp_path / "run/last.pt", "patchddm") == Path("run")
