@@ -170,11 +170,11 @@ class Config:
     slab: int = flag(0, "sampling: norm and convolution in slabs of so many slices: less memory; 0: off")
     save_members: bool = flag(False, "evaluate, predict: write each member's mask")
     save_maps: bool = flag(False, "evaluate, predict: write mean and variance maps")
-    checkpoint: str = flag("", "evaluate, predict: weights; empty: OUT/best.pt, else OUT/last.pt")
-    split: Literal["train", "val", "test"] = flag("test", "evaluate: which cases")
-    limit: int = flag(0, "evaluate and validation: at most so many cases; 0: all")
+    checkpoint: str = flag("", "weights to use; empty: OUT/best.pt, else OUT/last.pt")
+    split: Literal["train", "val", "test"] = flag("test", "evaluate, grid: which cases")
+    limit: int = flag(0, "evaluate, grid, validation: at most so many cases; 0: all")
     image: tuple[str, ...] = flag((), "predict: NIfTI files (one per channel, or 4D) or one folder")
-    output: str = flag("", "predict: file (for one image) or folder")
+    output: str = flag("", "predict: file (for one image) or folder; sample: folder")
     # fmt: on
 
     @property
@@ -1195,8 +1195,8 @@ def grid(config: Config, data: Any, ranks: Ranks) -> int:
     """Figure 5: scores over steps x ensemble size, beside the network evaluations that each cell costs.
 
     Each member is sampled once; size n scores the first n. Cells go to grid.csv row by row, and what stands there for
-    the same weights, cases and sampler is not sampled again. All others stay; those of the same weights and cases are
-    compared at equal evaluations.
+    the same weights, cases and sampler is not sampled again. All others stay, but for rows in an older form; those of
+    the same weights and cases are compared at equal evaluations.
     """
     net, cases, path = load_network(config, ranks), cases_to_score(config, data), config.run_folder / "grid.csv"
     check_same_data(net, config, data)

@@ -16,3 +16,23 @@ for METHOD in mdm ddpm mae; do
     done
   done
 done
+# IoU against severity: means over the kinds, and over the classifiers of each
+$PYTHON - $OUT "$KINDS" <<'END'
+import csv
+import sys
+from pathlib import Path
+from statistics import mean
+
+from common import figures
+
+out, kinds = sys.argv[1], sys.argv[2].split()
+lines = {}
+for method in ("mdm", "ddpm", "mae"):
+    found = []
+    for severity in range(1, 6):
+        tables = [Path(f"{out}-{method}/corrupt-{kind}-{severity}/table.csv") for kind in kinds]
+        found.append(mean(float(row["iou"]) for table in tables for row in csv.DictReader(table.open()) if row["run"]))
+    print(method, *(f"severity {s}: {v:.4f}" for s, v in enumerate(found, 1)))
+    lines[method.upper()] = list(range(1, 6)), found
+print(figures.curves(lines, f"{out}-corrupt.png", "", "severity", "mean IoU", dots=True))
+END
