@@ -1049,11 +1049,16 @@ def check_memory(stage: str, config: Config, record: Mapping[str, Any], ranks: R
         )
         x = torch.empty(batch, channels, config.size, config.size, dtype=dtype)
         needed = runtime.kept_for_backward_gb(lambda: model(x, torch.zeros(batch)))
+    maps = needed
     weights, learn = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False))
     needed += 4e-9 * (weights * (1 + bool(config.ema)) + 3 * learn)
     free = runtime.free_memory_gb(ranks.device)
     if needed > free:
-        parts = "" if stage == "finetune" else f"--accumulate {2 * math.ceil(needed / free)}, "
+        parts = (
+            ""
+            if stage == "finetune"
+            else f"--accumulate {min(batch, 2 * math.ceil(maps / free)) * config.accumulate}, "
+        )
         raise InputError(f"{batch} slices of {config.size} x {config.size} need about {needed:.1f} GB to train on, "
                          f"{ranks.device} has {free:.1f} GB free; try {parts}--recompute, a lower --batch")  # fmt: skip
 
@@ -1132,7 +1137,7 @@ def start_of(config: Config, state: Mapping[str, Any] | None, out: Path) -> list
         return []
     start = runtime.load_tensors(Path(config.init))
     found = [start["step"], start["seconds"]] if isinstance(start, dict) and "format" in start else []
-    if state is not None and found != state["start"]:
+    if state is not None and found != state.get("start", found):  # one of ddpmseg did not hold it before
         raise InputError(f"{out} began from {config.init} at step {state['start'][:1]}, which is at {found[:1]} now; "
                          "use --overwrite, or another --out")  # fmt: skip
     return found
@@ -1680,9 +1685,10 @@ def score_run(config: Config, out: Path, weights: Path, data: Any, ranks: Ranks)
 
 
 def scores_folder(config: Config, out: Path) -> Path:
-    """Scores of another split than test, or of fewer cases (--limit), stand in a folder of their own."""
-    name = config.split + f"-{config.limit}" * (config.limit > 0)
-    return out if name == "test" else out / name
+    """Scores of another split than test, or of fewer cases than are scored there, stand in a folder of their own."""
+    there = out / ("" if config.split == "test" else config.split)
+    more = (there / "summary.json").exists() and metrics.read_summary(there / "summary.json")["images"] > config.limit
+    return out / f"{config.split}-{config.limit}" if config.limit and more else there
 
 
 def write_png(file: Path, array: np.ndarray) -> None:
@@ -1851,7 +1857,9 @@ def story(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag, given
         for row in rows:
             mine = replace(config, draw=draw, **row)
             mine = with_labels(as_finetuning(mine, {k: v for k, v in given.items() if k in STORY}), data, {})
-            code = finetune(runtime.shared_batch(mine, {}, ranks), data, ranks, runtime.StopFlag())
+            code = finetune(
+                runtime.shared_batch(mine, {}, ranks, mine.finetune_folder), data, ranks, runtime.StopFlag()
+            )
             if code:
                 return code
             folders.append(str(mine.finetune_folder))
@@ -1875,7 +1883,8 @@ def main(argv: Sequence[str]) -> int:
             if verb in ("finetune", "ddpmseg"):
                 config = with_labels(config, data, given)
             if verb in ("", "pretrain", "finetune"):
-                config = runtime.shared_batch(config, given, ranks)
+                folder = config.finetune_folder if verb == "finetune" else config.run_folder
+                config = runtime.shared_batch(config, given, ranks, folder)
             else:
                 stop.restore()
             if verb == "":

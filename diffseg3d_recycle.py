@@ -1358,7 +1358,7 @@ def main(argv: Sequence[str]) -> int:
             data: Any = loaders.open_data(config.data)
             config = replace(config, size=training_size(config, data))
             if verb != "evaluate":
-                config = runtime.shared_batch(config, given, ranks)
+                config = runtime.shared_batch(config, given, ranks, config.run_folder)
             bare = verb == "" and config.data == "synthetic" and config.preset == "tiny"
             rows = STORY if bare and not {"method", "recycle", "init"} & given.keys() else {"": {}}
             runs = [replace(config, out=str(config.run_folder / name), **flags) for name, flags in rows.items()]
@@ -1370,13 +1370,12 @@ def main(argv: Sequence[str]) -> int:
             for run in runs if verb in ("", "train") else ():
                 code = code or train(run, data, ranks, stop)
             stop.restore()  # from here on there is nothing to save
+            part = "" if config.split == "test" else config.split  # the bare run's scores of another split lie apart
             for run in runs if verb in ("", "evaluate") and code == 0 else ():
-                evaluate(
-                    run, data, ranks, None if verb else run.run_folder / ("" if run.split == "test" else run.split)
-                )
+                evaluate(run, data, ranks, None if verb else run.run_folder / part)
             if len(runs) > 1 and code == 0 and ranks.first:
                 say("\nthe rows side by side: recycled (the paper), not recycled, U-net")
-                metrics.main(["table", *(str(run.run_folder) for run in runs)])
+                metrics.main(["table", *(str(run.run_folder / part) for run in runs)])
     finally:
         stop.restore()
     runtime.stop_processes()

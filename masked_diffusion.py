@@ -102,6 +102,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -1797,8 +1798,9 @@ def write_mask(file: Path, mask: np.ndarray, values: Mapping[int, int]) -> None:
 
 
 def write_png(file: Path, array: np.ndarray) -> None:
-    buffer = BytesIO()
-    Image.fromarray(array).save(buffer, "PNG")
+    buffer, note = BytesIO(), PngInfo()
+    note.add_text("Software", loaders.OURS.decode())  # what check_output looks for
+    Image.fromarray(array).save(buffer, "PNG", pnginfo=note)
     loaders.atomic_write(file, buffer.getvalue())
 
 
@@ -1903,15 +1905,15 @@ def scores_folder(config: Config, data: Any, folder: Path, first: Mapping[str, A
 
     first: settings with which that was, where the folder does not say it (scored.json). Also returns what that says.
     """
-    here = {"data": config.data, "split": config.split, "images": len(cases_of(config, data))}
+    here = {"data": Path(config.data).name, "split": config.split, "images": len(cases_of(config, data))}
     try:
         was = json.loads((folder / "scored.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         same = config.limit in (0, first["limit"])
-        was = {"data": first["data"], "split": first["split"], "images": here["images"] if same else 0}
+        was = {"data": Path(first["data"]).name, "split": first["split"], "images": here["images"] if same else 0}
     if was == here:
         return folder, here
-    other = f"{Path(config.data).name}-" * (config.data != was.get("data"))
+    other = f"{here['data']}-" * (here["data"] != was.get("data"))
     return folder / (other + config.split + f"-{config.limit}" * (config.limit > 0)), here
 
 
@@ -1975,6 +1977,8 @@ def check_started(config: Config, net: Backbone, folder: Path) -> None:
     """Refuse to continue what `segment` began in `folder` with other settings or another frozen network."""
     for file in run_files(folder, needed=False):  # of other seeds too: `evaluate` takes all of them together
         old = runtime.load_checkpoint(file, SCRIPT)["config"]
+        if old["protocol"] == "auto":  # as an earlier version saved it
+            old["protocol"] = "natural" if Path(old["data"]).name in NATURAL else "medical"
         runtime.check_same_config(old, asdict(replace(config, seed=old["seed"])), MAY_DIFFER | {"runs"}, folder)
     file = folder / "backbone.pt"
     if config.checkpoint != "none" and file.exists():
@@ -2080,7 +2084,7 @@ def predict(config: Config, ranks: Ranks) -> int:
     say(f"{classifier_path(config)}: {record['name']}, run of seed {run.seed}{smaller}", ranks)
     for file in files[ranks.rank :: ranks.world]:
         target = output if to_file else output / f"{file.stem}.png"
-        loaders.check_not_input(target, [file])
+        loaders.check_output(target, [file])
         try:
             image = loaders.read_image(file)
             if len(image) != len(record["channels"]):
@@ -2252,7 +2256,8 @@ def main(argv: Sequence[str]) -> int:
         elif verb in ("", "pretrain", "segment"):
             data = open_images(config)
             if verb != "segment" or config.method == "unet":
-                config = runtime.shared_batch(config, given, ranks)
+                folder = config.segment_folder / f"run{config.seed}" if verb == "segment" else config.run_folder
+                config = runtime.shared_batch(config, given, ranks, folder)
             if not verb:  # before the training: is there something to learn from afterwards, and something to score
                 cases_of(config, data), labelled_cases(data, config)
                 check_unused(config)
@@ -2266,7 +2271,7 @@ def main(argv: Sequence[str]) -> int:
                     code = code or segment(row, data, ranks, stop)
                 if len(rows) > 1 and code == 0 and ranks.first:
                     say("\nside by side: the pre-trained network, the same one untrained, and what needs no network")
-                    print_table([row.segment_folder for row in rows])
+                    print_table([scores_folder(row, data, row.segment_folder, asdict(row))[0] for row in rows])
         else:
             stop.restore()
             verbs = {"evaluate": evaluate, "reconstruct": reconstruct, "cluster": cluster, "probe": probe}
@@ -2282,7 +2287,9 @@ def check_unused(config: Config) -> None:
     last, folder = config.run_folder / "last.pt", config.segment_folder
     if config.overwrite or not (last.exists() and (folder / "backbone.pt").exists()):
         return
-    if (step := runtime.load_checkpoint(last, SCRIPT)["step"]) < config.steps:
+    state = runtime.load_checkpoint(last, SCRIPT)
+    ended = 0 < 60 * config.minutes <= state["seconds"]
+    if (step := state["step"]) < config.steps and not ended:
         raise InputError(f"{folder} holds classifiers of step {step}, --steps {config.steps} would train on; use "
                          "`pretrain` and then `segment --overwrite`, or another --out")  # fmt: skip
 

@@ -357,7 +357,7 @@ def check_memory(
             needed = runtime.kept_for_backward_gb(lambda: model(x, torch.zeros(batch)))
     else:
         needed = (3.4 if config.slab else 4) * batch * config.num_channels * math.prod(shape) * dtype.itemsize / 1e9
-    devices = config.split_devices.split(",") if config.split_devices else [device]
+    devices = set(config.split_devices.split(",")) if config.split_devices else {str(device)}
     free = sum(runtime.free_memory_gb(torch.device(d)) for d in devices)
     if needed > free:
         less = "--recompute, --batch, --patch" if training else "--slab 16, --method half"
@@ -731,11 +731,12 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
     # 1. what is needed, and the checkpoint to continue from; nothing is written or thrown away before all is there
     patches = Patches(data, config)
     share = config.batch // (ranks.world * config.accumulate)
-    check_memory(config, record, patches.largest(), share, True, device)
-    for case in validation_cases(config, data):  # are sampled whole
-        check_sampling(config, record, data.shape(case), data.meta.get("grid"), device)
-    run = Training(config, record, device, dtype)
     state = None if config.overwrite else runtime.find_run(out, "patchddm", asdict(config), MAY_DIFFER, record, ranks)
+    if state is None or state["step"] < config.steps:
+        check_memory(config, record, patches.largest(), share, True, device)
+        for case in validation_cases(config, data):  # are sampled whole
+            check_sampling(config, record, data.shape(case), data.meta.get("grid"), device)
+    run = Training(config, record, device, dtype)
     if state is not None:
         run.restore(state)
     elif config.init:
@@ -1328,8 +1329,11 @@ def profile_row(
         seconds, memory = np.median([s for s, _ in trials[1:] or trials]), max(m for _, m in trials)
         total = runtime.peak_memory_gb(device)
         row |= {"seconds": f"{seconds:.3f}", "memory_gb": f"{memory:.2f}", "process_gb": f"{total:.2f}", "note": ""}
-    except (InputError, torch.OutOfMemoryError) as error:  # the check before it knows a lower bound only
-        note = str(error).split(";")[0] if isinstance(error, InputError) else "out of memory"
+    except (InputError, RuntimeError) as error:  # the check before it knows a lower bound only
+        full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not (full or isinstance(error, InputError)):
+            raise
+        note = "out of memory" if full else str(error).split(";")[0]
         row |= {"seconds": "", "memory_gb": "", "process_gb": "", "note": note}
     say("  ".join(f"{v:<{w}}" for v, w in zip(row.values(), WIDTHS)))
     return row
@@ -1438,7 +1442,7 @@ def main(argv: Sequence[str]) -> int:
         check_split(config, given, ranks)
     try:
         if verb in ("", "train"):
-            data, config = loaders.open_data(config.data), runtime.shared_batch(config, given, ranks)
+            data, config = loaders.open_data(config.data), runtime.shared_batch(config, given, ranks, config.run_folder)
             if not verb and config.task == "segment":
                 cases_to_score(config, data)  # before the training: are there some
             code = train(config, data, ranks, stop)

@@ -267,16 +267,20 @@ def write_nifti(path: str | os.PathLike, array: np.ndarray, like: Nifti, dtype: 
     atomic_write(path, gzip.compress(blob, 6, mtime=0) if path.name.endswith(".gz") else blob)
 
 
-OURS = b"written by write_nifti"  # in the header of each NIfTI that may be written again
+OURS = b"diffusion models for medical segmentation"  # in each NIfTI and PNG that may be written again
 
 
 def check_output(output: Path, inputs: Iterable[str | os.PathLike]) -> None:
-    """check_not_input, and InputError where another program's file is there, such as a true mask; before the work."""
+    """check_not_input, and InputError where another program's file is there, such as a true mask."""
     check_not_input(output, inputs)
     if not output.exists():
         return
     try:
-        ours = bytes(nib.load(output).header["descrip"]).rstrip(b"\0") == OURS  # type: ignore[index]
+        if output.suffix.lower() == ".png":
+            with Image.open(output, formats=["PNG"]) as image:
+                ours = image.info.get("Software") == OURS.decode()
+        else:
+            ours = bytes(nib.load(output).header["descrip"]).rstrip(b"\0") == OURS  # type: ignore[index]
     except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error, nib.filebasedimages.ImageFileError):
         ours = False
     if not ours:

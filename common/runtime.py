@@ -682,13 +682,14 @@ def parse_flags(
     return verb, config(**{**presets[preset], "preset": preset, **given}), given
 
 
-def shared_batch(config: Any, given: Mapping[str, Any], ranks: Ranks) -> Any:
+def shared_batch(config: Any, given: Mapping[str, Any], ranks: Ranks, folder: Path) -> Any:
     """The config with a batch that processes and accumulation can share: a preset's is raised, a given one refused.
 
-    A run that was begun with a raised one keeps it, on however many processes it is continued.
+    folder: of the run. Where one was begun there with a raised batch, it keeps that on however many processes it is
+    continued.
     """
     share = ranks.world * config.accumulate
-    if "batch" not in given and not config.overwrite and (begun := _begun_batch(config)) > config.batch:
+    if "batch" not in given and not config.overwrite and (begun := _begun_batch(folder)) > config.batch:
         config = dataclasses.replace(config, batch=begun)
     if config.batch % share == 0:
         return config
@@ -702,10 +703,11 @@ def shared_batch(config: Any, given: Mapping[str, Any], ranks: Ranks) -> Any:
     return dataclasses.replace(config, batch=batch)
 
 
-def _begun_batch(config: Any) -> int:
-    """The batch of the run in the run folder; 0 where there is none."""
+def _begun_batch(folder: Path) -> int:
+    """The batch of the run in `folder`; 0 where none has saved anything."""
     try:
-        return int(json.loads((config.run_folder / "config.json").read_text(encoding="utf-8"))["batch"])
+        begun = json.loads((folder / "config.json").read_text(encoding="utf-8"))["batch"]
+        return int(begun) if (folder / "last.pt").exists() else 0
     except (OSError, ValueError, KeyError, TypeError):
         return 0
 

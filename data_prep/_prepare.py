@@ -982,8 +982,15 @@ def check_destination(dst: Path, setup: dict, splits: dict[str, list[str]]) -> N
         return
     try:
         earlier = dict(json.loads((dst / "prepare.json").read_text(encoding="utf-8")))
-        before = earlier.pop("splits", {})
-    except (OSError, ValueError, TypeError):
+        before = earlier.pop("splits", None)
+        if before is None:  # an earlier version wrote neither
+            setup = {key: value for key, value in setup.items() if key != "unlabelled"}
+            before = (
+                json.loads((dst / "dataset.json").read_text(encoding="utf-8"))["splits"]
+                if (dst / "dataset.json").exists()
+                else {}
+            )
+    except (OSError, ValueError, TypeError, KeyError):
         raise InputError(f"{dst}: holds other files, expected an empty or new folder; choose another --dst") from None
     for key in {**earlier, **setup}:
         was, now = earlier.get(key), setup.get(key)

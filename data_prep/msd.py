@@ -152,12 +152,15 @@ def read_labelled(src: Path) -> Source:
 
 def published_splits(meta: dict, cases: list[Case], notes: list[str]) -> dict[str, list[str]] | None:
     """Where `test` lists labels: these cases are the test set, and the others are divided; else None."""
-    listed = [entry for entry in meta.get("test") or [] if isinstance(entry, dict) and entry.get("label")]
+    tests = meta["test"] if isinstance(meta.get("test"), list) else []
+    listed = [entry for entry in tests if isinstance(entry, dict) and entry.get("label")]
     names = {nifti_stem(Path(str(entry.get("image")))) for entry in listed}
     labelled = [case.id for case in cases if case.label]
     if not (test := [name for name in labelled if name in names]):
         return None
-    notes.append(f"the {len(test)} labelled cases that dataset.json lists as test are the test set")
+    notes.append(
+        f"the {len(test)} labelled cases that dataset.json lists as test are the test set (without --split-sizes)"
+    )
     parts = make_splits([name for name in labelled if name not in names])
     return {"train": parts["train"] + parts["test"], "val": parts["val"], "test": sorted(test, key=natural_key)}
 

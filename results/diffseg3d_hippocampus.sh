@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Hippocampus: the rows of the recycling paper's tables on real volumes, at equal optimisation time, and what diffusion
-# gives that the U-net does not is in results/diffseg3d_uncertainty.sh. SRC is the unpacked Task04_Hippocampus folder.
+# Hippocampus: the rows of the recycling paper's tables on real volumes, at equal optimisation time. What diffusion gives
+# that the U-net does not is in results/diffseg3d_uncertainty.sh. SRC is the unpacked Task04_Hippocampus folder.
 # A recycled step is two passes forward and one back, 4/3 of a U-net's: 2,400 steps stand beside 3,200. Each training
 # takes about 27 minutes of one core (15 of two); all can be stopped and continued by running this file again.
 # SEEDS="0 1 2" repeats the rows of the first table; those of the second have seed 0, which must be among them.

@@ -3,7 +3,8 @@
 # and two floors of ours: the same network without pre-training, and (in every table printed) all-foreground and colour.
 # Wants data/glas and data/monuseg, and a GPU; with several, put torchrun --nproc_per_node=N for $PYTHON in the rows.
 # MAE has the length that its checkpoints name, 2,000 and 2,441 epochs (of 165 and 44 images, 128 a step): MAE_STEPS.
-# Each row can be stopped and continued by running this file again. SPLIT=testA leaves the 20 images of testB out.
+# Each row can be stopped and continued by running this file again. SPLIT=testA leaves the 20 images of testB
+# out; a second SPLIT goes to folders below the first's, and what is compared at the end is the first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
@@ -13,11 +14,11 @@ SPLIT=${SPLIT:-test}
 OUT=runs/mdm
 
 for DATA in glas monuseg; do
-  MAE=${MAE_STEPS:-$([ $DATA = glas ] && echo 2578 || echo 839)}
-  $PYTHON masked_diffusion.py pretrain --quiet --accumulate $ACCUMULATE --data $DATA --preset $PRESET --method mae --steps $MAE --out $OUT-$DATA-mae
   for METHOD in mdm ddpm; do
     $PYTHON masked_diffusion.py pretrain --quiet --accumulate $ACCUMULATE --data $DATA --preset $PRESET --method $METHOD --out $OUT-$DATA-$METHOD
   done
+  MAE=${MAE_STEPS:-$([ $DATA = glas ] && echo 2578 || echo 839)}
+  $PYTHON masked_diffusion.py pretrain --quiet --accumulate $ACCUMULATE --data $DATA --preset $PRESET --method mae --steps $MAE --out $OUT-$DATA-mae
 done
 
 for LABELS in 85 8; do

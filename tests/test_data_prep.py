@@ -627,7 +627,9 @@ def test_msd_takes_labelled_test_cases_as_the_test_set(src, tmp_path, capsys):
     meta = json.loads((src / "dataset.json").read_text())
     edit(src, training=meta["training"][3:], test=meta["training"][:3], numTraining=None)
     code, _, lines = run("--src", src, "--dst", tmp_path / "p", capsys=capsys)
-    assert code == 0 and any("3 labelled cases that dataset.json lists as test are the test set" in s for s in lines)
+    assert code == 0 and any(
+        "3 labelled cases that dataset.json lists as test are the test set (with" in s for s in lines
+    )
     splits = open_prepared(tmp_path / "p").meta["splits"]
     assert splits["test"] == ["fake_001", "fake_002", "fake_003"]
     assert sorted(splits["train"] + splits["val"]) == [f"fake_{i:03d}" for i in range(4, 11)] and splits["val"]
@@ -635,6 +637,7 @@ def test_msd_takes_labelled_test_cases_as_the_test_set(src, tmp_path, capsys):
 
 @pytest.mark.parametrize(("entries", "text"), [
     ({"training": 20}, "training is 20, expected a list of cases"),
+    ({"test": 20}, "test is 20, expected a list of cases"),
     ({"dataset": {"a": {"images": ["x"], "label": 5}}}, "case a is {'images': ['x'], 'label': 5}, expected images"),
     ({"dataset": {"a": {"images": "x"}}}, "case a is {'images': 'x'}, expected images and label"),
     ({"labels": {"0": "background", "70000": "core"}}, "labels go up to 70000, expected at most 65535"),

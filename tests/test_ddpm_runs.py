@@ -563,7 +563,6 @@ def test_random_features_of_ddpmseg_are_no_linear_map(trained):
     assert P.main([*argv, "--epochs", "1", "--t-list", "50"]) == 0
     state = state_of(trained / "ddpmseg-4-random-draw0")["model"]
     assert float(state["net.middle_block.0.out_layers.3.weight"].abs().max()) > 0
-    P.main([*argv, "--epochs", "1", "--t-list", "50"])
 
 
 def test_labels_above_255_are_written_as_published(trained, tmp_path, monkeypatch):

@@ -781,6 +781,8 @@ def test_a_foreign_file_is_not_written_over_and_an_own_one_is(tmp_path):
     target.write_bytes(b"no NIfTI")
     assert "was not written by" in error_of(loaders.check_output, target, [image.path])
     assert "would overwrite the input" in error_of(loaders.check_output, image.path, [image.path])
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "true.png")
+    assert "was not written by" in error_of(loaders.check_output, tmp_path / "true.png", [image.path])
 
 
 def test_find_inputs_groups_channel_files(tmp_path):

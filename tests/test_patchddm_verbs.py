@@ -315,12 +315,16 @@ def test_devices_that_are_not_there_are_refused(tmp_path, argv, message):
 
 
 def test_memory_of_two_devices_counts_together(monkeypatch):
-    monkeypatch.setattr(runtime, "free_memory_gb", lambda device: 0.001)
-    config, record = P.Config(**SMALL, split_devices="cpu,cpu"), {"channels": ["a"], "classes": {"x": 1}}
-    with pytest.raises(InputError, match=r"cpu has 0\.0 GB free"):
-        P.check_memory(config, record, (32, 32, 32), 64, True, torch.device("cpu"))
-    monkeypatch.setattr(runtime, "free_memory_gb", lambda device: 30.0)
-    P.check_memory(config, record, (32, 32, 32), 64, True, torch.device("cpu"))
+    asked, record = ((32, 32, 32), 64, True, torch.device("cpu")), {"channels": ["a"], "classes": {"x": 1}}
+    monkeypatch.setattr(runtime, "free_memory_gb", lambda device: 0.0)
+    with pytest.raises(InputError) as error:
+        P.check_memory(P.Config(**SMALL), record, *asked)
+    needed = float(str(error.value).split("about ")[1].split()[0])
+    monkeypatch.setattr(runtime, "free_memory_gb", lambda device: 0.7 * needed)
+    P.check_memory(P.Config(**SMALL, split_devices="cpu,cuda:0"), record, *asked)
+    for split in ("", "cpu,cpu"):  # one memory
+        with pytest.raises(InputError, match="GB free"):
+            P.check_memory(P.Config(**SMALL, split_devices=split), record, *asked)
 
 
 def test_profile_goes_on_after_a_row_without_memory(tmp_path, monkeypatch):

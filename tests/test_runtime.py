@@ -343,13 +343,19 @@ class Batched:
 
 def test_a_raised_batch_stays_when_a_run_is_continued_on_fewer_processes(tmp_path):
     four = Ranks(0, 4, 0, torch.device("cpu"))
-    raised = runtime.shared_batch(Batched(tmp_path), {}, four)
+    raised = runtime.shared_batch(Batched(tmp_path), {}, four, tmp_path)
     assert raised.batch == 4
     runtime.write_json(tmp_path / "config.json", {"batch": raised.batch})
-    assert runtime.shared_batch(Batched(tmp_path), {}, ALONE).batch == 4
-    assert runtime.shared_batch(Batched(tmp_path, batch=8), {}, ALONE).batch == 8
-    assert runtime.shared_batch(Batched(tmp_path, batch=2), {"batch": 2}, ALONE).batch == 2
-    assert runtime.shared_batch(Batched(tmp_path, overwrite=True), {}, ALONE).batch == 1
+    assert runtime.shared_batch(Batched(tmp_path), {}, ALONE, tmp_path).batch == 1  # nothing was saved
+    (tmp_path / "last.pt").touch()
+    for config, given, batch in (
+        (Batched(tmp_path), {}, 4),
+        (Batched(tmp_path, batch=8), {}, 8),
+        (Batched(tmp_path, batch=2), {"batch": 2}, 2),
+        (Batched(tmp_path, overwrite=True), {}, 1),
+    ):
+        assert runtime.shared_batch(config, given, ALONE, tmp_path).batch == batch
+    assert runtime.shared_batch(Batched(tmp_path), {}, ALONE, tmp_path / "finetune").batch == 1
 
 
 def test_scores_of_the_last_weights_lie_apart_from_those_of_the_best(tmp_path, monkeypatch):
