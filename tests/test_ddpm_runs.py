@@ -271,10 +271,12 @@ def test_scores_of_another_split_have_a_folder_of_their_own(trained, prepared, c
 
 def test_scores_of_fewer_cases_have_a_folder_of_their_own(trained, prepared):
     argv = ["finetune", *PLAIN, "--data", str(prepared / "slices"), "--out", str(trained), "--steps", "2"]
-    before = (folder_of(trained) / "metrics.csv").read_text()
+    argv += ["--split", "train"]
+    assert P.main(argv) == 0
+    before = (folder_of(trained) / "train/metrics.csv").read_text()
     assert P.main([*argv, "--limit", "1"]) == 0
-    assert (folder_of(trained) / "metrics.csv").read_text() == before
-    assert len({r["case"] for r in table(folder_of(trained) / "test-1/metrics.csv")}) == 1
+    assert (folder_of(trained) / "train/metrics.csv").read_text() == before
+    assert len({r["case"] for r in table(folder_of(trained) / "train-1/metrics.csv")}) == 1
 
 
 def test_finetuning_from_weights_that_went_on_is_refused(prepared, tmp_path, capsys):
