@@ -42,14 +42,15 @@ settle() { # until all are done; stops here where one of them failed
   RUNNING=()
 }
 
-# What the length of the pre-training is worth: samples, and four labels, at each stage.
+# What the length of the pre-training is worth: samples, and four labels, at each stage. Samples by 250 steps of DDPM: the
+# brightness that the first steps guess is wrong so early in training, and DDIM never corrects it.
 for DRAW in 0 1 2 3 4; do
   tune $DRAW 4 scratch --out $RUN
 done
 STAGED=("$RUN/finetune-4-scratch-per-class-draw?")
 for STEPS in $STAGES; do
   settle
-  [ -e $RUN-$STEPS/samples.npy ] || $PYTHON ddpm_pretrain_finetune.py sample $FLAGS --num-samples 128 --out $RUN-$STEPS
+  [ -e $RUN-$STEPS/samples.npy ] || $PYTHON ddpm_pretrain_finetune.py sample $FLAGS --num-samples 128 --sampler ddpm --sampling-steps 250 --out $RUN-$STEPS
   $PYTHON ddpm_pretrain_finetune.py score $FLAGS --out $RUN-$STEPS
   for DRAW in 0 1 2 3 4; do
     for STRATEGY in decoder full; do
