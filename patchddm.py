@@ -1330,7 +1330,7 @@ def profile_row(
         total = runtime.peak_memory_gb(device)
         row |= {"seconds": f"{seconds:.3f}", "memory_gb": f"{memory:.2f}", "process_gb": f"{total:.2f}", "note": ""}
     except (InputError, RuntimeError) as error:  # the check before it knows a lower bound only
-        full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        full = runtime.lacks_memory(error)
         if not (full or isinstance(error, InputError)):
             raise
         note = "out of memory" if full else str(error).split(";")[0]

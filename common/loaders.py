@@ -659,7 +659,7 @@ def normalise(image: np.ndarray, spec: dict) -> np.ndarray:
             zeros = values.size - np.count_nonzero(values)
             keep_zeros = rule["zero_fraction"] * values.size <= zeros < values.size
             some = values[values != 0] if keep_zeros else values
-            low, high = (float(p) for p in np.percentile(some.astype(np.float32), [rule["lower"], rule["upper"]]))
+            low, high = (float(p) for p in percentiles_of(some, rule))
         else:
             raise InputError(f"unknown normalisation {rule['kind']!r}, expected percentile or window")
         if high <= low:
@@ -1441,8 +1441,9 @@ def slices_of(volume: np.ndarray, grid: SliceGrid, rule: dict) -> np.ndarray:
 
 
 def percentiles_of(volume: np.ndarray, rule: dict) -> np.ndarray:
-    """Of all voxels; as float32, since differences of int16 wrap."""
-    return np.percentile(volume.astype(np.float32), [rule["lower"], rule["upper"]])
+    """The rule's `lower` and `upper` percentile of all values; numpy's differences of 16-bit integers would wrap."""
+    narrow = volume.dtype.kind in "iu" and volume.dtype.itemsize < 4
+    return np.percentile(volume.astype(np.int32) if narrow else volume, [rule["lower"], rule["upper"]])
 
 
 def to_unit(values: np.ndarray, low: float, high: float) -> np.ndarray:

@@ -181,6 +181,11 @@ def free_in_container(group: Path) -> float:
     return math.inf
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; that of a tensor on the CPU is a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 def kept_for_backward_gb(forward: Callable[[], Any]) -> float:
     """GB of the distinct tensors that autograd keeps during `forward`, parameters not counted; also on `meta`."""
     storages: dict[int, int] = {}
@@ -266,10 +271,6 @@ def run_main(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[str
         return main(argv)
     except KeyboardInterrupt:
         code = 130
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        remedy = "lower --batch or --num-channels, split the batch by --accumulate, or use --recompute"
-        print(f"{name}: out of memory ({_first_line(error)}); {remedy}", file=sys.stderr, flush=True)
-        code = 2
     except Exception as error:
         if rank:  # the first process has most likely met the same, or ended and thereby caused this
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -277,8 +278,9 @@ def run_main(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[str
         if isinstance(error, OSError) and error.errno is not None:
             where = f"{error.filename}: " if error.filename is not None else ""
             error = InputError(f"{where}{error.strerror}; check the path, its permissions and the free space")
-        if "can't allocate memory" in str(error):  # of the CPU's allocator, a plain RuntimeError
-            error = InputError(f"out of memory ({_first_line(error)}); lower --batch or use --recompute")
+        if lacks_memory(error):
+            remedy = "lower --batch or --num-channels, split the batch by --accumulate, or use --recompute"
+            error = InputError(f"out of memory ({_first_line(error)}); {remedy}")
         if not isinstance(error, InputError):
             raise
         line = (

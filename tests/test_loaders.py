@@ -1260,3 +1260,9 @@ def test_open_data_refuses_images_where_volumes_are_meant_and_the_reverse(tmp_pa
     assert "holds images, expected volumes; choose another --data" in error_of(loaders.open_data, str(flat))
     assert "holds volumes, expected images" in error_of(loaders.open_data, str(deep), 0, 2)
     assert loaders.open_data(str(flat), axes=2).axes == 2
+
+
+def test_percentiles_of_16_bits_do_not_wrap():
+    values = np.array([-32768, 0, 5, 32767], np.int16)
+    found = loaders.percentiles_of(values, {"lower": 1, "upper": 99})
+    np.testing.assert_array_equal(found, np.percentile(values.astype(np.float64), [1, 99]))
