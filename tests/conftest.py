@@ -7,7 +7,6 @@ import csv
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -52,11 +51,9 @@ class CommandLine:
         """The command, under torchrun for several processes."""
         if processes == 1:
             return [sys.executable, f"{self.name}.py", *argv]
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-        return [*launcher, "--master_addr=127.0.0.1", f"--master_port={port}", f"{self.name}.py", *argv]
+        # It finds itself a free port. One looked up here could be taken by another test before it starts.
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+        return [*launcher, f"--nproc_per_node={processes}", f"{self.name}.py", *argv]
 
     def run(self, *argv: str, processes: int = 1, timeout: float = 180) -> subprocess.CompletedProcess:
         words = self.words(*argv, processes=processes)
@@ -85,6 +82,7 @@ class CommandLine:
                 env=self.environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
+                text=True,
                 start_new_session=True,
             )
             begin, before = time.time(), last.stat().st_mtime if last.exists() else 0
@@ -100,7 +98,7 @@ class CommandLine:
             stops += 1
             if processes == 1:
                 assert how and process.returncode == (-how if how == signal.SIGKILL else 128 + how), error
-        assert stops == len(signals) and process.returncode == 0
+        assert stops == len(signals) and process.returncode == 0, error
 
     def refuses_full_disk(self, *argv: str, out: Path) -> None:
         """Of a command line that continues in `out`, whose save does not fit: a file may be half of last.pt here."""
