@@ -657,19 +657,19 @@ class Volumes(Dataset):
         return Batch(image.astype(np.float32), label, affine, k, coin, n)  # type: ignore[arg-type]  # D12
 
 
-def check_labels(data: Any, cases: Sequence[str]) -> list[str]:
-    """The classes that no case holds; InputError lists the cases with values that no class has."""
-    counts = {c: np.bincount(np.asarray(data.label(c)).ravel(), minlength=1 + len(data.classes)) for c in cases}
-    known = {0, *data.classes.values()}
-    faults = [
-        f"{data.root}/cases/{case}/label.npy holds the value {value} in {count} voxels"
-        for case, found in counts.items()
-        for value, count in enumerate(found)
-        if count and value not in known
-    ]
+def absent_classes(data: Any, cases: Sequence[str]) -> list[str]:
+    """The classes that no case holds; InputError names all cases whose label holds a value that no class has."""
+    found: set[int] = set()
+    faults = []
+    for case in cases:
+        try:
+            found.update(np.flatnonzero(np.bincount(np.ravel(data.label(case)))).tolist())
+        except InputError as error:
+            faults.append(str(error))
     if faults:
-        raise InputError(f"{'; '.join(faults)}; dataset.json knows {sorted(known)}; prepare the data again")
-    return [name for name, value in data.classes.items() if not any(found[value] for found in counts.values())]
+        more = f"; and {len(faults) - 3} more cases" if len(faults) > 3 else ""
+        raise InputError("; ".join(faults[:3]) + more)
+    return [name for name, value in data.classes.items() if value not in found]
 
 
 class Sharded(Sampler):
@@ -802,8 +802,8 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
 
     # 1. what is needed, and the checkpoint to continue from; nothing is written or thrown away before all is there
     volumes = Volumes(data, config)
-    absent = check_labels(data, volumes.cases)
-    check_labels(data, validation_cases(config, data))
+    absent = absent_classes(data, volumes.cases)
+    absent_classes(data, validation_cases(config, data))
     state = None if config.overwrite else runtime.find_run(out, SCRIPT, asdict(config), MAY_DIFFER, record, ranks)
     if state is None or state["step"] < config.steps:
         check_memory(config, record, ranks)
@@ -1206,7 +1206,7 @@ def cases_to_score(config: Config, data: Any) -> list[str]:
     cases = [case for case in data.cases(config.split, config.limit or None) if data.has_label(case)]
     if not cases:
         raise InputError(f"{config.data} has no labelled case in its split {config.split}; choose another --split")
-    check_labels(data, cases)
+    absent_classes(data, cases)
     return cases
 
 

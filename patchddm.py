@@ -736,6 +736,7 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
         check_memory(config, record, patches.largest(), share, True, device)
         for case in validation_cases(config, data):  # are sampled whole
             check_sampling(config, record, data.shape(case), data.meta.get("grid"), device)
+            data.label(case)  # refuses foreign values
     run = Training(config, record, device, dtype)
     if state is not None:
         run.restore(state)
@@ -1139,6 +1140,8 @@ def cases_to_score(config: Config, data: Any) -> list[str]:
     cases = [case for case in data.cases(config.split, config.limit or None) if data.has_label(case)]
     if not cases:
         raise InputError(f"{config.data} has no labelled case in its split {config.split}; choose another --split")
+    for case in cases:
+        data.label(case)  # refuses foreign values before anything is sampled
     return cases
 
 

@@ -724,6 +724,7 @@ class Prepared:
         self.name: str = meta["name"]
         self.channels: list[str] = list(meta["channels"])
         self.classes: dict[str, int] = dict(meta["classes"])
+        self._known_labels: set[str] = set()  # cases whose label was seen to hold no foreign value
 
     @property
     def scored(self) -> dict[str, int | list[int]]:
@@ -741,10 +742,25 @@ class Prepared:
         return self._open(case, "image.npy")
 
     def label(self, case: str) -> np.ndarray:
-        """Memory map [X, Y, Z], 2D [Y, X], uint8. Raises: InputError where the case has no label."""
+        """Memory map [X, Y, Z], 2D [Y, X], uint8. It is read whole once, to see that all its values are known.
+
+        Raises: InputError where the case has no label, or one with a value that is no class.
+        """
         if not self.has_label(case):
             raise InputError(f"{self.root}: case {case} has no label, expected label.npy; use a labelled split")
-        return self._open(case, "label.npy")
+        label = self._open(case, "label.npy")
+        if case not in self._known_labels:
+            known = sorted({0, *self.classes.values()} | ({self.ignore} if self.ignore is not None else set()))
+            if label.max(initial=0) > max(self.classes.values(), default=0):  # they are consecutive
+                found = [(v, n) for v, n in enumerate(np.bincount(np.ravel(label))) if n and v not in known]
+                if found:
+                    values = ", ".join(f"the value {v} in {n} voxels" for v, n in found)
+                    raise InputError(
+                        f"{self.root}/cases/{case}/label.npy holds {values}; dataset.json knows {known}; prepare the "
+                        "data again"
+                    )
+            self._known_labels.add(case)
+        return label
 
     def has_label(self, case: str) -> bool:
         return (self.root / "cases" / case / "label.npy").exists()

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import resource
@@ -249,6 +250,16 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def end_loading_processes() -> None:
+    """Kill those that an error has left. Python ends its children by SIGTERM and waits, which these would do for ever."""
+    if children := multiprocessing.active_children():
+        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where torch would raise for each of them
+        for child in children:
+            child.kill()
+            child.join()
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+
+
 def say(text: str, ranks: Ranks | None = None) -> None:
     """Print from the first process; a closed or full stdout never stops a run."""
     if ranks is not None and not ranks.first:
@@ -288,6 +299,8 @@ def run_main(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[str
         )  # one raised in a worker has more
         print(f"{name}: {line}", file=sys.stderr, flush=True)
         code = 2
+    finally:
+        end_loading_processes()
     if world > 1:
         os._exit(code)  # leaving the process group in order would wait for the others
     return code

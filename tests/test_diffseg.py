@@ -1,6 +1,7 @@
 """diffseg3d_recycle.py: equations, network, recycling, loss, augmentation and sampler against the specification."""
 
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -1001,19 +1002,19 @@ def test_masks_become_channels_in_minus_1_and_1():
     assert D.mask_of(torch.tensor([0.2, 0.4, 0.4]).reshape(3, 1, 1, 1)).item() == 1
 
 
-def test_labels_are_checked_all_at_once_and_absent_classes_are_named():
-    class Odd(loaders.Phantoms):
-        def label(self, case):
-            label = super().label(case).copy()
-            label[label == 2] = 0
-            label[:2, 0, 0] = {"phantom_0000": 7, "phantom_0002": 9}.get(case, 0)
-            return label
-
-    data = Odd(0, (3, 1, 1), shape=(16, 16, 12))
-    with pytest.raises(InputError, match=r"phantom_0000.*value 7 in 2 voxels.*phantom_0002.*value 9 in 2") as error:
-        D.check_labels(data, data.cases("train"))
-    assert "knows [0, 1, 2]" in str(error.value)
-    assert D.check_labels(data, data.cases("val")) == ["striped across y"]
+def test_labels_are_checked_all_at_once_and_absent_classes_are_named(fake, tmp_path):
+    shutil.copytree(fake / "prepared", tmp_path / "data")
+    data = loaders.open_prepared(tmp_path / "data")
+    first, second, third = data.cases("train")[:3]
+    for case, value in ((first, 7), (second, 1), (third, 9)):
+        label = np.ones_like(data.label(case))
+        label[:2, 0, 0] = value
+        np.save(tmp_path / "data/cases" / case / "label.npy", label)
+    data = loaders.open_prepared(tmp_path / "data")
+    with pytest.raises(InputError, match=f"{first}/.*value 7 in 2 voxels.*{third}/.*value 9 in 2 voxels") as error:
+        D.absent_classes(data, data.cases("train"))
+    assert "knows [0, 1, 2]" in str(error.value) and f"{second}/" not in str(error.value)
+    assert D.absent_classes(data, [second]) == [name for name, value in data.classes.items() if value == 2]
 
 
 def test_shards_divide_the_global_batch():

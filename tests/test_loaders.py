@@ -597,6 +597,25 @@ def test_prepared_label_names_a_case_without_one(tmp_path):
     assert f"{tmp_path}: case u has no label, expected label.npy" in error_of(data.label, "u")
 
 
+@pytest.mark.parametrize(("ignore", "known"), [(None, "[0, 1]"), (255, "[0, 1, 255]")])
+def test_prepared_label_names_foreign_values(tmp_path, ignore, known):
+    data = open_prepared(prepared(tmp_path, **({"ignore": ignore} if ignore else {})))
+    file = tmp_path / "cases/b/label.npy"
+    label = np.load(file)
+    label[0, 0, :3], label[1, 0, :2] = 2, 9
+    label[2, 0, 0] = 255 if ignore else 0
+    np.save(file, label)
+    data.label("a")
+    assert error_of(data.label, "b") == (
+        f"{file} holds the value 2 in 3 voxels, the value 9 in 2 voxels; dataset.json knows {known}; prepare the data "
+        "again"
+    )
+    label[label > 1] = 0
+    label[2, 0, 0] = ignore or 0
+    np.save(file, label)
+    assert data.label("b").max() == (ignore or 1)
+
+
 def test_prepared_cases_names_an_unknown_split(tmp_path):
     text = error_of(open_prepared(prepared(tmp_path)).cases, "dev")
     assert text == f"{tmp_path}: no split 'dev', expected one of train, val, test, unlabelled"

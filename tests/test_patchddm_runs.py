@@ -183,6 +183,18 @@ def test_workers_do_not_change_the_result(tmp_path):
     assert_same(tmp_path / "0", tmp_path / "2")
 
 
+@pytest.mark.parametrize("split", ["val", "train"])
+def test_foreign_label_values_are_refused(tmp_path, fake, capsys, split):
+    shutil.copytree(fake / "prepared", tmp_path / "data")
+    for case in loaders.open_prepared(tmp_path / "data").cases(split):
+        label = np.load(tmp_path / "data/cases" / case / "label.npy")
+        label[0, 0, 0] = 7
+        np.save(tmp_path / "data/cases" / case / "label.npy", label)
+    argv = ["train", *FAST, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), "--steps", "2"]
+    argv += ["--workers", "2"]  # values of training cases are met by the processes that load them
+    assert "label.npy holds the value 7 in 1 voxels" in CLI.refused(capsys, *argv)
+
+
 # --- stopping and continuing -----------------------------------------------------------------------------------------
 
 
