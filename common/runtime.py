@@ -251,7 +251,7 @@ def ignore_signals(worker: int) -> None:
 
 
 def end_loading_processes() -> None:
-    """Kill those that an error has left. Python ends its children by SIGTERM and waits, which these would do for ever."""
+    """Kill those that an error has left: they ignore the SIGTERM by which Python ends its children before it waits."""
     if children := multiprocessing.active_children():
         before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where torch would raise for each of them
         for child in children:
