@@ -1649,7 +1649,10 @@ def evaluate(config: Config, data: Any, ranks: Ranks, out: Path | None = None) -
         if record[key] != loaders.data_record(data)[key]:
             raise InputError(f"{config.data} has {key} {loaders.data_record(data)[key]}, the network was trained with "
                              f"{record[key]}; prepare alike")  # fmt: skip
-    out = scores_folder(config, out) if out else runtime.scores_folder(config, where, SCRIPT)
+    if out is None:
+        out = runtime.scores_folder(config, where, SCRIPT)
+    else:
+        out = metrics.scores_folder(out, config.split, config.limit)
     cases = cases_of(config, data)
     volumes, flat = score_cases(net, data, cases, ranks, out, config.quiet)
     if not ranks.first:
@@ -1676,19 +1679,12 @@ def evaluate(config: Config, data: Any, ranks: Ranks, out: Path | None = None) -
 
 def score_run(config: Config, out: Path, weights: Path, data: Any, ranks: Ranks) -> int:
     """`evaluate` at the end of finetune and ddpmseg, into their folder `out`; not again where it was done already."""
-    scores = scores_folder(config, out) / "summary.json"
+    scores = metrics.scores_folder(out, config.split, config.limit) / "summary.json"
     newer = scores.exists() and scores.stat().st_mtime >= weights.stat().st_mtime
     if newer and metrics.read_summary(scores)["images"] == len(cases_of(config, data)):
         say(f"{out}: trained and scored already", ranks)
         return 0
     return evaluate(replace(config, checkpoint=str(weights)), data, ranks, out)
-
-
-def scores_folder(config: Config, out: Path) -> Path:
-    """Scores of another split than test, or of fewer cases than are scored there, stand in a folder of their own."""
-    there = out / ("" if config.split == "test" else config.split)
-    more = (there / "summary.json").exists() and metrics.read_summary(there / "summary.json")["images"] > config.limit
-    return out / f"{config.split}-{config.limit}" if config.limit and more else there
 
 
 def write_png(file: Path, array: np.ndarray) -> None:

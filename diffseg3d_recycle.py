@@ -1370,12 +1370,12 @@ def main(argv: Sequence[str]) -> int:
             for run in runs if verb in ("", "train") else ():
                 code = code or train(run, data, ranks, stop)
             stop.restore()  # from here on there is nothing to save
-            part = "" if config.split == "test" else config.split  # the bare run's scores of another split lie apart
-            for run in runs if verb in ("", "evaluate") and code == 0 else ():
-                evaluate(run, data, ranks, None if verb else run.run_folder / part)
+            folders = [metrics.scores_folder(run.run_folder, config.split, config.limit) for run in runs]
+            for run, folder in zip(runs, folders) if verb in ("", "evaluate") and code == 0 else ():
+                evaluate(run, data, ranks, None if verb else folder)
             if len(runs) > 1 and code == 0 and ranks.first:
                 say("\nthe rows side by side: recycled (the paper), not recycled, U-net")
-                metrics.main(["table", *(str(run.run_folder / part) for run in runs)])
+                metrics.main(["table", *map(str, folders)])
     finally:
         stop.restore()
     runtime.stop_processes()

@@ -1453,7 +1453,7 @@ def main(argv: Sequence[str]) -> int:
             if verb == "" and code == 0:
                 used = replace(config, checkpoint="")
                 segment = config.task == "segment"
-                scores = config.run_folder / ("" if config.split == "test" else config.split)
+                scores = metrics.scores_folder(config.run_folder, config.split, config.limit)
                 code = evaluate(used, data, ranks, scores) if segment else generate(used, ranks)
         else:
             stop.restore()

@@ -784,6 +784,16 @@ def read_summary(path: Path | str) -> dict:
     return summary
 
 
+def scores_folder(out: Path, split: str, limit: int = 0) -> Path:
+    """Where a run in `out` writes its scores, all or `limit` cases of them.
+
+    Scores of another split than test, or of fewer cases than are scored there, stand in a folder of their own.
+    """
+    there = out / ("" if split == "test" else split)
+    more = (there / "summary.json").exists() and read_summary(there / "summary.json")["images"] > limit
+    return out / f"{split}-{limit}" if limit and more else there
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Tables
 # --------------------------------------------------------------------------------------------------------------------

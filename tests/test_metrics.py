@@ -1122,3 +1122,12 @@ def test_cut_row_of_a_metrics_csv_is_refused(tmp_path, capsys):
 def test_flags_of_score_that_contradict_are_refused(tmp_path, flags, words, capsys):
     assert metrics.main(["score", "--pred", str(tmp_path), "--true", str(tmp_path), *flags]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_scores_of_fewer_cases_do_not_replace_all(tmp_path):
+    folder, mask = metrics.scores_folder, np.ones((2, 2, 2), np.uint8)
+    assert folder(tmp_path, "test", 2) == tmp_path and folder(tmp_path, "val") == tmp_path / "val"
+    rows = [row for case in "abc" for row in metrics.evaluate_case(case, mask, mask, (1, 1, 1), {"organ": 1})]
+    metrics.write_summary(tmp_path / "summary.json", metrics.summarise(rows))
+    assert folder(tmp_path, "test", 2) == tmp_path / "test-2"
+    assert folder(tmp_path, "test", 3) == folder(tmp_path, "test") == tmp_path
