@@ -292,6 +292,9 @@ def run_main(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[str
         if lacks_memory(error):
             remedy = "lower --batch or --num-channels, split the batch by --accumulate, or use --recompute"
             error = InputError(f"out of memory ({_first_line(error)}); {remedy}")
+        if "DataLoader worker (pid" in str(error):  # killed, mostly for lack of memory or of room in /dev/shm
+            remedy = "give fewer --workers, or more (shared) memory; the same command continues"
+            error = InputError(f"a process that loads data has ended ({_first_line(error)}); {remedy}")
         if not isinstance(error, InputError):
             raise
         line = (

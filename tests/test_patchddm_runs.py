@@ -220,6 +220,23 @@ def test_stopped_run_with_loading_processes_continues_to_the_same_weights(tmp_pa
     stop_and_continue(tmp_path, [signal.SIGTERM], workers="2")
 
 
+def test_a_killed_loading_process_is_one_line_and_ends_the_run(tmp_path):
+    argv = ["train", *FAST, "--workers", "2", "--steps", "100000", "--save-every", "1", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        CLI.words(*argv), cwd=ROOT, env=CLI.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    children, begin = Path(f"/proc/{process.pid}/task/{process.pid}/children"), time.time()
+    while not (tmp_path / "run/last.pt").exists() and time.time() - begin < 60:
+        time.sleep(0.05)
+    if not children.exists():
+        process.kill()
+        pytest.skip("this system does not list the children of a process")
+    os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2 and error.count("\n") == 1, error
+    assert error.startswith("patchddm: a process that loads data has ended") and "--workers" in error
+
+
 def test_stopped_run_of_two_processes_continues_to_the_same_weights(tmp_path):
     stop_and_continue(tmp_path, [signal.SIGTERM], processes=2)
 
