@@ -7,10 +7,10 @@ Paper
 Idea
     A network that takes noise out of CT slices has to know anatomy, and it learns from scans without labels. Its U-Net
     is then turned into a segmentation network: the time t is fixed, the last layer is exchanged for a small head, and
-    a part of it is trained on very few labelled slices: the head alone (`linear`), the decoder and the head
-    (`decoder`, the paper's choice), all of it (`full`), or the same network from random weights (`scratch`, without
-    all that belongs to t). Whether pre-training pays is the difference decoder - scratch on the same slices, over
-    several draws of them.
+    a part of it is trained on very few labelled slices: the head alone (`linear`, the paper's word: the head has two
+    hidden layers), the decoder and the head (`decoder`, the paper's choice), all of it (`full`), or the same network
+    from random weights (`scratch`, without all that belongs to t). Whether pre-training pays is the difference
+    decoder - scratch on the same slices, over several draws of them.
 
 Symbols
     x_0       x0      [B, 1, H, W]   slice in [-1, 1]: 2 (HU - p_lo) / (p_hi - p_lo) - 1, clipped; p_lo, p_hi: the
@@ -26,7 +26,7 @@ Equations
     (1) q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)
     (2) q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I)
     (3) p(x_{t-1} | x_t) = N(mu(x_t, t), sigma_t^2 I)
-    (4) mu = (x_t - beta_t / sqrt(1 - abar_t) eps) / sqrt(alpha_t), written by way of x_0, which is clipped
+    (4) mu = (x_t - beta_t / sqrt(1 - abar_t) eps_theta) / sqrt(alpha_t), written by way of x_0, which is clipped
     (5) L_noise = mean of (eps - eps_theta)^2 over batch and pixels
     (6) L_seg = w L_CE + (1 - w) L_Dice
     (7) L_CE = - mean over pixels of log y of the true class
@@ -36,8 +36,8 @@ Differs
     D1  betas: linear from 1e-4 to 0.02. The paper gives these ends and a `cosine annealing scheduler`; the two
         readings of it are --schedule cosine and cosine-anneal.
     D2  network: guided-diffusion's for 256 x 256 (attention at sides 32, 16, 8). The paper says U-Net with scale and
-        shift by t; its 8,448 features of DDPM-Seg fit these widths. --arch ddpm is Ho et al.'s. Variance fixed
-        (--variance), not learned. Kernels of the head: 3, 3, 1 (paper: in a figure).
+        shift by t; its 8,448 features of DDPM-Seg fit these widths at c = 256 (4,224 at 128). --arch ddpm is Ho et
+        al.'s. Variance fixed (--variance), not learned. Kernels of the head: 3, 3, 1 (paper: in a figure).
     D3  the average of the weights warms up, d = min(ema, (1 + n) / (10 + n)); else a short run keeps its start.
     D4  eq. (8) over a softmax with background is 1 - mean of the true class' probability: a mean absolute error that
         does not see imbalance (--dice joint, the paper preset). The small presets use `per-class`: the mean over
@@ -51,12 +51,13 @@ Differs
     D8  no Inception weights: the distances come from a fixed random network (fd_rand) or from one you name. The real
         slices are of scans that the network has not seen (paper: of the unlabelled scans).
     D9  --strategy full and --init none are not in the paper: they tell weights from architecture. Layers that a new
-        network starts at zero are drawn at random where --init none freezes them, else the frozen part were linear.
+        network starts at zero are drawn at random where --init none freezes them: a frozen part that is linear and
+        does not see t would be no control.
     D10 t = 0 (linear: 200), the best t of the paper's table 2 (S), found on its test set; none is chosen here.
-        Its t = 0..1000 is taken as the number that is embedded: then 1000 was never trained. Transfer starts from
-        the last step (paper: from 250,000 at c = 128).
+        The paper's t, 0..1000, is read as the number that is embedded; 1000 was then never trained. Transfer starts
+        from the last step (paper: from 250,000 at c = 128).
     D11 ddpmseg keeps the maps at their own size, in fp16, and works on them before enlarging: the same numbers but
-        for rounding, 20 times less memory.
+        for rounding, 22 times fewer of them, in half the bytes.
     D12 the small presets: narrow network, small slices, EMA 0.999, fewer steps, a larger learning rate (fine-tuning
         on a laptop 3e-4, tiny 1e-3 in both stages), DDIM. tiny does not mirror: features that cannot tell left from
         right cannot tell the kidneys apart.
@@ -77,8 +78,10 @@ Usage
 Expect
     The bare run takes four and a half minutes on two cores of a server CPU, two of them pre-training (600 steps), and
     prints the Dice of four organs in 24 unseen scans after learning from 4 slices, over three draws of them: decoder
-    0.48, the same from random weights (the control) 0.28, scratch 0.45 on one thread and 0.39 on two. The 16 samples
-    show bodies, their brightness is still off.
+    0.48, the same from random weights (the control) 0.28, scratch 0.45 (one thread; on two, where sums are rounded
+    otherwise, decoder 0.49 and scratch 0.39: differences of this size are chance). The 16 samples show bodies, their
+    brightness is still off. With few volumes look at val_loss and stop when it rises: with the 10 of CHAOS that was
+    after 1,000 of the laptop's 20,000 steps (results/ddpm_chaos.md).
 """
 
 import copy
@@ -132,7 +135,7 @@ T = 1000  # noise levels; t = 0..T-1 throughout this file
 LOG_EVERY = 50  # steps
 GROUPS = 32  # of every group norm
 AT_ONCE = 16  # slices in one forward pass without gradient
-MEMORY = 20_000  # pre-training slices among which the nearest to a sample is looked for
+NEAREST_AMONG = 20_000  # pre-training slices among which the nearest to a sample is looked for
 PROBES = (50, 100, 300, 500)  # levels at which slices that are held out are denoised during pre-training
 WINDOWS = {"lung": (-500, 1400), "abdomen": (40, 350)}  # level and width in HU
 
@@ -315,19 +318,19 @@ def fine_steps(preset: str, labels: int, total: int) -> int:
 class UNet(nn.Module):
     """guided-diffusion's U-Net: residual blocks, attention at coarse maps, concatenated skips.
 
-    Called as model(x, t): x [B, C_in, H, W], t [B] in 0..T-1; returns [B, C_out, H, W]. time=False leaves out all that
+    Called as model(x, t): x [B, C_in, H, W], t [B] in 0..T-1; returns [B, C_out, H, W]. timed=False leaves out all that
     belongs to t (`scratch`); t is then ignored. Parameter names are the public code's.
     """
 
-    def __init__(self, config: Config, in_channels: int, out_channels: int, time: bool = True):
+    def __init__(self, config: Config, in_channels: int, out_channels: int, timed: bool = True):
         super().__init__()
         c, adm = config.num_channels, config.arch == "adm"  # D2
-        self.width, self.recompute, self.time = c, config.recompute, time
-        if time:
+        self.width, self.recompute, self.timed = c, config.recompute, timed
+        if timed:
             self.time_embed = nn.Sequential(nn.Linear(c, 4 * c), nn.SiLU(), nn.Linear(4 * c, 4 * c))
 
         def block(a: int, b: int, resample: Literal["up", "down"] | None = None) -> ResBlock:
-            return ResBlock(2, a, b, 4 * c if time else None, GROUPS, scale_shift=adm, resample=resample)
+            return ResBlock(2, a, b, 4 * c if timed else None, GROUPS, scale_shift=adm, resample=resample)
 
         def attention(width: int) -> AttentionBlock:
             return AttentionBlock(width, config.num_head_channels if adm else width, GROUPS)
@@ -374,7 +377,7 @@ class UNet(nn.Module):
 
     def encode(self, x: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor], Tensor | None]:
         """The middle block's output, the skips from fine to coarse, and the embedded time."""
-        emb = self.time_embed(timestep_embedding(t, self.width)) if self.time else None  # [B, 4c]
+        emb = self.time_embed(timestep_embedding(t, self.width)) if self.timed else None  # [B, 4c]
         skips = []
         for block in self.input_blocks:
             x = self.run(block, x, emb)  # [B, c m, H / 2^level, W / 2^level]
@@ -382,9 +385,8 @@ class UNet(nn.Module):
         return self.run(self.middle_block, x, emb), skips, emb
 
     def decode(self, x: Tensor, skips: list[Tensor], emb: Tensor | None, blocks: Sequence[int] = ()) -> list[Tensor]:
-        """Outputs of output_blocks[k] for k in `blocks`, going no further; none: of the last, [B, c, H, W].
-
-        Empties `skips`.
+        """Outputs of output_blocks[k] for each k in `blocks`, stopping after the largest; without `blocks`, that of the
+        last one alone, [B, c, H, W]. Takes its maps out of `skips`.
         """
         maps = {}
         for k, block in enumerate(self.output_blocks):
@@ -448,6 +450,10 @@ class Segmenter(nn.Module):
     The head replaces all of the network's `out` and reads the last decoder block's raw output. What the strategy does
     not train runs without gradient and stays in eval mode; of what belongs to t, `decoder` trains its blocks' own
     layers and not time_embed. All weights are random until load_start fills `net`.
+
+    t is the same for all slices, so the time is one fixed scale and shift in each block. The slice is clean, which only
+    t = 0 (noise of SD 0.01) fits: a larger t announces noise that is not there. --input noised adds it, a control.
+    forward's t, where given, replaces the fixed one.
     """
 
     def __init__(self, config: Config, in_channels: int, classes: int):
@@ -463,10 +469,10 @@ class Segmenter(nn.Module):
             nn.Conv2d(h, h, 3, padding=1), SyncedNorm(h), nn.ReLU(),
             nn.Conv2d(h, classes, 1),
         )  # fmt: skip
-        self.net = UNet(config, in_channels, in_channels, time=config.strategy != "scratch")
+        self.net = UNet(config, in_channels, in_channels, timed=config.strategy != "scratch")
         self.net.out = nn.Sequential()
         encoder: list[nn.Module] = [self.net.input_blocks, self.net.middle_block]
-        encoder += [self.net.time_embed] if self.net.time else []
+        encoder += [self.net.time_embed] if self.net.timed else []
         frozen: dict[str, list[nn.Module]] = {"linear": [self.net], "decoder": encoder}  # full: none, D9
         self.frozen = frozen.get(config.strategy, [])  # a plain list: these modules are registered above
         for module in self.frozen:
@@ -507,14 +513,10 @@ class PixelEnsemble(nn.Module):
         self.net = UNet(config, in_channels, in_channels).requires_grad_(False)
         if config.init == "none":
             redraw_zeros(self.net)  # D9
-        with torch.device("meta"):
-            x = torch.empty(1, in_channels, config.size, config.size)
-            probe = UNet(config, in_channels, in_channels)
-            self.shapes = [m.shape[1:] for m in probe.decode(*probe.encode(x, torch.zeros(1)), config.blocks)]
-        self.shapes = self.shapes * len(config.t_list)  # [c, h, w] of each map, times outer
-        self.members = nn.ModuleList(
-            PixelClassifier([int(s[0]) for s in self.shapes], classes) for _ in range(config.members)
-        )
+        blocks: Any = self.net.output_blocks
+        widths = [blocks[k][0].out_layers[-1].out_channels for k in config.blocks]
+        self.widths = widths * len(config.t_list)  # channels of each map, times outer
+        self.members = nn.ModuleList(PixelClassifier(self.widths, classes) for _ in range(config.members))
 
     def maps(self, x: Tensor) -> list[Tensor]:
         """Native maps [B, c, h, w], times outer and blocks inner; one noise image for all slices and times."""
@@ -526,13 +528,13 @@ class PixelEnsemble(nn.Module):
             found += [m.float() for m in self.net.decode(*self.net.encode(xt, tt), self.config.blocks)]
         return found
 
-    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
-        maps, one, size = self.maps(x), torch.ones((), device=x.device), x.shape[2:]
+    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:  # t is not used: all networks are called alike
+        maps, by, size = self.maps(x), torch.ones((), device=x.device), x.shape[2:]  # by: the maps are not divided
         votes = torch.zeros(len(x), self.classes, size[0] * size[1], device=x.device)
         with torch.autocast(x.device.type, enabled=False):  # in fp32, as the members learnt
             for i in range(len(x)):  # slice by slice: all of its pixels at once are enough
                 for member in self.members:
-                    chosen = member([m[i : i + 1] for m in maps], one, size).argmax(1)  # [H W]  # D11
+                    chosen = member([m[i : i + 1] for m in maps], by, size).argmax(1)  # [H W]  # D11
                     votes[i].scatter_add_(0, chosen[None], torch.ones_like(votes[i, :1]))
         return votes.unflatten(2, tuple(size)) / len(self.members)
 
@@ -562,7 +564,7 @@ def network_for(stage: str, config: Config, record: Mapping[str, Any]) -> Any:
 
 @cache
 def betas(schedule: str, steps: int = T) -> np.ndarray:
-    """beta [steps] float64 of --schedule; eq. (1). cosine: Nichol & Dhariwal 2021."""  # D1
+    """beta [steps] float64 of --schedule; eq. (1). cosine: Nichol & Dhariwal; cosine-anneal: half a cosine."""  # D1
     i, first, last = np.arange(steps), 1e-4, 0.02
     if schedule == "linear":
         return np.linspace(first, last, steps) * (1000 / steps)  # eq. (1)
@@ -586,15 +588,15 @@ def q_sample(x0: Tensor, eps: Tensor, t: Tensor, schedule: str) -> Tensor:
 
 def noise_loss(net: Any, x0: Tensor, eps: Tensor, t: Tensor, schedule: str) -> Tensor:
     """The squared error of the noise, mean over pixels, of each sample: [B]."""
-    found = net(q_sample(x0, eps, t, schedule), t).float()
-    return (eps - found).square().flatten(1).mean(1)  # eq. (5)
+    eps_theta = net(q_sample(x0, eps, t, schedule), t).float()
+    return (eps - eps_theta).square().flatten(1).mean(1)  # eq. (5)
 
 
 def dice_loss(prob: Tensor, onehot: Tensor, kind: str, e: float = 1e-5) -> Tensor:
     """1 - Dice of softmax and truth, both [B, C, H, W], over all pixels of the batch on all processes; a scalar."""
     sums = torch.stack([(prob * onehot).sum((0, 2, 3)), onehot.sum((0, 2, 3)), prob.sum((0, 2, 3))])
     both, truth, found = over_processes(sums)  # each [C]
-    if kind == "joint":
+    if kind == "joint":  # both sums are the number of pixels: 1 - the mean probability of the true class, D4
         return 1 - (2 * both.sum() + e) / (truth.sum() + found.sum() + e)  # eq. (8)
     both, truth, found = both[1:], truth[1:], found[1:]
     if kind == "joint-fg":
@@ -635,6 +637,15 @@ def slices_of(data: Any, cases: Sequence[str]) -> list[Slice]:
     return [(case, k) for case in cases for k in range(data.depth(case))]
 
 
+def stack(data: Any, slices: Sequence[Slice]) -> np.ndarray:
+    """[N, H, W] float32 in [-1, 1]."""
+    return np.stack([data.slice(*at) for at in slices])
+
+
+def labelled_training(data: Any) -> list[Slice]:
+    return slices_of(data, [case for case in data.cases("train") if data.has_label(case)])
+
+
 def pretraining_slices(data: Any) -> list[Slice]:
     """All slices of the split `pretrain` (FLARE22: cases 1-1000; data_prep.msd: scans without labels and training
     scans, whose labels are not looked at), else of `unlabelled`, else of `train`. Raises: InputError."""
@@ -662,10 +673,11 @@ def label_count(text: str, total: int) -> int:
 
 
 def cover(counts: np.ndarray, size: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-    """`size` slices in which every class is seen, and the classes that are not, of counts [slices, classes] in pixels.
+    """Draw `size` slices that together show every class; counts: pixels [slices, classes].
 
-    Random sets are tried until in one each class has 20 pixels in some slice; where that fails, 1 pixel; then greedily.
-    A class that no slice has does not count.
+    Random sets are tried until each class has 20 pixels in some slice of the set; where none is found, 1 pixel; then
+    greedily. Returns the slices, first those that show most classes, and the classes that none of them shows. A class
+    that no slice has is not asked for.
     """
     wanted = np.nonzero(counts.any(0))[0]
     size = min(size, len(counts))
@@ -701,8 +713,7 @@ def labelled_slices(data: Any, config: Config) -> tuple[list[Slice], int, list[s
     One order per draw, the covering four and then a permutation of the rest: subsets are nested, and the same for all
     strategies. Raises: InputError where there are too few, or four cannot show all organs.
     """
-    cases = [case for case in data.cases("train") if data.has_label(case)]
-    every, names, warnings = slices_of(data, cases), list(data.classes), []
+    every, names, warnings = labelled_training(data), list(data.classes), []
     n = label_count(config.labels, len(every)) if every else 0
     if not n:
         raise InputError(f"{data.name} has no labelled training slice; prepare it with labels")
@@ -862,7 +873,7 @@ def train_step(
 ) -> Tensor:
     """One optimisation step of the global batch; returns the gradient norm.
 
-    net: run.model, wrapped for DDP and torch.compile. A step without a finite gradient leaves its weights alone.
+    net: run.model, wrapped for DDP and torch.compile. A step without a finite gradient changes no weight.
     """
     config, device, dtype = run.config, run.device, run.dtype
     for group in run.optimizer.param_groups:
@@ -878,9 +889,9 @@ def train_step(
                     eps = noise(config.seed, "noise", n.tolist(), x0.shape[1:], device)
                     losses = noise_loss(net, x0, eps, t, config.schedule)  # [B]
                 else:
-                    losses = segmentation_loss(net(x0), label, config.dice).expand(len(x0))
+                    losses = segmentation_loss(net(x0), label, config.dice).expand(len(x0))  # [B], all the same
             run.scaler.scale(losses.mean() / config.accumulate).backward()
-        losses_by_t.add(t + 1, losses.detach())
+        losses_by_t.add(t + 1, losses.detach())  # which counts from 1
     run.scaler.unscale_(run.optimizer)
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)  # for the log: the paper does not clip (nn.utils.clip_grad_norm_)
@@ -929,8 +940,8 @@ def train(stage: str, config: Config, data: Any, ranks: Ranks, stop: runtime.Sto
     print_header(run, data, len(slices), ranks, reason, warnings)
 
     # 2. all processes work on parts of one global batch; DDP averages their gradients
-    look: Any = torch.compile(run.model) if config.compile else run.model
-    net: Any = DistributedDataParallel(look) if ranks.world > 1 else look
+    net: Any = torch.compile(run.model) if config.compile else run.model
+    net = DistributedDataParallel(net) if ranks.world > 1 else net
     net.train()
     loader = DataLoader(
         Samples(data, config, slices, fine),
@@ -1013,7 +1024,7 @@ def held_losses(run: Training, data: Any) -> dict[str, float]:
     """val_loss and val_loss_t50 ..: eq. (5) of the averaged weights on held-out slices, at the levels PROBES."""
     every = slices_of(data, held_out(data))
     chosen = [every[i] for i in np.linspace(0, len(every) - 1, 16).round().astype(int)]
-    x0 = torch.from_numpy(np.stack([data.slice(*at) for at in chosen]))[:, None].to(run.device)
+    x0 = torch.from_numpy(stack(data, chosen))[:, None].to(run.device)
     eps = noise(0, "held", range(len(x0)), x0.shape[1:], torch.device("cpu")).to(run.device)
     losses = {}
     for t in PROBES:
@@ -1027,7 +1038,7 @@ def held_losses(run: Training, data: Any) -> dict[str, float]:
 def yardstick(data: Any, schedule: str) -> str:
     """Error of the best linear guess from each pixel alone at PROBES: above it nothing is learnt yet."""
     slices = slices_of(data, held_out(data))
-    v = float(np.var(np.stack([data.slice(*at) for at in slices[:: max(1, len(slices) // 64)]])))
+    v = float(np.var(stack(data, slices[:: max(1, len(slices) // 64)])))
     abar = np.cumprod(1 - betas(schedule))[list(PROBES)]
     best = abar * v / (abar * v + 1 - abar)  # of linear predictors, for pixels of variance v
     return ", ".join(f"{e:.4f} at t {t}" for t, e in zip(PROBES, best))
@@ -1038,27 +1049,21 @@ def check_memory(stage: str, config: Config, record: Mapping[str, Any], ranks: R
 
     Activations, and 4 bytes a weight for it, its average, its gradient and each of the optimiser's two moments.
     """
-    dtype, batch = runtime.number_format(config.amp, ranks.device)[0] or torch.float32, config.batch // ranks.world
-    if config.recompute:
+    if config.recompute:  # only inputs of blocks are kept then: not estimated
         return
-    batch, config = batch // config.accumulate, replace(config, input="clean")  # noise is not kept for backward
+    dtype = runtime.number_format(config.amp, ranks.device)[0] or torch.float32
+    batch = config.batch // (ranks.world * config.accumulate)
     with torch.device("meta"):
-        channels = len(record["channels"])
-        model = (
-            STAGES[stage](config, channels, 1 if stage == "pretrain" else 1 + len(record["classes"])).to(dtype).eval()
-        )
-        x = torch.empty(batch, channels, config.size, config.size, dtype=dtype)
-        needed = runtime.kept_for_backward_gb(lambda: model(x, torch.zeros(batch)))
-    maps = needed
-    weights, learn = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False))
-    needed += 4e-9 * (weights * (1 + bool(config.ema)) + 3 * learn)
+        model = network_for(stage, replace(config, input="clean"), record).to(dtype).eval()  # noise is not kept
+        x = torch.empty(batch, len(record["channels"]), config.size, config.size, dtype=dtype)
+        maps = runtime.kept_for_backward_gb(lambda: model(x, torch.zeros(batch)))
+    weights = sum(p.numel() for p in model.parameters())
+    learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    needed = maps + 4e-9 * (weights * (1 + bool(config.ema)) + 3 * learn)
     free = runtime.free_memory_gb(ranks.device)
     if needed > free:
-        parts = (
-            ""
-            if stage == "finetune"
-            else f"--accumulate {min(batch, 2 * math.ceil(maps / free)) * config.accumulate}, "
-        )
+        more = min(batch, 2 * math.ceil(maps / free)) * config.accumulate
+        parts = f"--accumulate {more}, " if stage == "pretrain" else ""
         raise InputError(f"{batch} slices of {config.size} x {config.size} need about {needed:.1f} GB to train on, "
                          f"{ranks.device} has {free:.1f} GB free; try {parts}--recompute, a lower --batch")  # fmt: skip
 
@@ -1076,7 +1081,7 @@ def print_header(run: Training, data: Any, count: int, ranks: Ranks, reason: str
     learn = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     lines = [f"DDPM pre-training, few labels (Huang et al. 2025), {run.stage} -> {run.out}"]
     if fine:
-        total = len(slices_of(data, [c for c in data.cases("train") if data.has_label(c)]))
+        total = len(labelled_training(data))
         what = f"{count} of {total} labelled slices ({100 * count / total:.3g} %), draw {config.draw}"
         how = f"{config.strategy}, t = {config.time}, Dice {config.dice}, start {config.init or 'random'}"
         if config.strategy == "scratch":
@@ -1160,12 +1165,12 @@ def fit_member(config: Config, store: FeatureStore, classes: int, member: int) -
     torch.manual_seed(seed_of(config.seed, "member", member) % 2**32)
     classifier = PixelClassifier([s[0] for s in store.shapes], classes).train()
     optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-3, fused=True)
-    best, missed, size = math.inf, 0, 64
+    best, missed, at_once = math.inf, 0, 64
     bar = tqdm(desc=f"member {member}", unit="step", leave=False, disable=config.quiet or None)
     for epoch in range(config.epochs):
         order = np.random.default_rng(seed_of(config.seed, "pixels", member, epoch)).permutation(store.pixels)
-        for i in range(len(order) // size):
-            pixels = order[i * size : (i + 1) * size]
+        for i in range(len(order) // at_once):
+            pixels = order[i * at_once : (i + 1) * at_once]
             vectors = torch.from_numpy(store.gather(pixels))  # [64, D]
             label = torch.from_numpy(store.label[pixels].astype(np.int64))
             loss = F.cross_entropy(classifier.rest(classifier.first(vectors)), label)
@@ -1187,7 +1192,8 @@ def fit_member(config: Config, store: FeatureStore, classes: int, member: int) -
 def ddpmseg(config: Config, data: Any, ranks: Ranks) -> int:
     """The baseline of Baranchuk et al.: features of the frozen network, an ensemble of pixel classifiers, scores.
 
-    The features lie in a file, so memory does not grow with the number of slices (D11). Finished members stay.
+    The features lie in a file, so memory does not grow with the number of slices (D11). Members that
+    were trained before an interruption are kept.
     """
     out, record = config.ddpmseg_folder, loaders.data_record(data)
     cases_of(config, data)  # before the work: is there something to score
@@ -1201,11 +1207,11 @@ def ddpmseg(config: Config, data: Any, ranks: Ranks) -> int:
         model.load_state_dict(state["model"])
         done = state["step"]
     elif config.init not in ("", "none"):
-        model.net.out = nn.Sequential()
+        unused, model.net.out = model.net.out, nn.Sequential()  # load_start leaves the file's `out` away
         load_start(config, model.net, record)
-        model.net.out = network_for("pretrain", config, record).out  # unused; keeps the parts of a checkpoint alike
+        model.net.out = unused  # keeps the parts of a checkpoint alike
     runtime.make_run(out, asdict(config), config.overwrite, ranks)
-    dims = sum(s[0] for s in model.shapes)
+    dims = sum(model.widths)
     say(f"DDPM-Seg (Baranchuk et al.) on {len(slices)} of {total} labelled slices, draw {config.draw} -> {out}\n"
         f"  {dims} features: blocks {config.blocks}, t {config.t_list}; {config.members} members\n"
         f"  differs   D2 D6 D7 D11 (see the top of {SCRIPT}.py)", ranks)  # fmt: skip
@@ -1234,7 +1240,7 @@ def ddpmseg(config: Config, data: Any, ranks: Ranks) -> int:
                 save_ensemble(model, config, record, out, min(first + ranks.world, config.members), start)
     finally:
         file.unlink(missing_ok=True)
-    runtime.gather(None, ranks)
+    runtime.gather(None, ranks)  # all processes wait here
     return score_run(config, out, out / "last.pt", data, ranks)
 
 
@@ -1253,53 +1259,81 @@ def save_ensemble(
 
 
 @dataclass(frozen=True)
-class Steps:
-    """The S levels that a sampler visits, each [S]: t as the network is given it, betas between them, abar, abar one
-    level below. Below, i = 0..S-1 counts these levels."""
+class Levels:
+    """The S of the T noise levels that a sampler visits, from fine to noisy; arrays [S], counted by i = 0..S-1 below.
+
+    t: what the network is given; abar; abar_prev: that of the level before, 1 at the first; beta: the variances of the
+    shortened chain, 1 - abar / abar_prev.
+    """
 
     t: np.ndarray
     beta: np.ndarray
     abar: np.ndarray
-    below: np.ndarray
+    abar_prev: np.ndarray
 
 
-def respaced(schedule: str, count: int) -> Steps:
+def respaced(schedule: str, count: int) -> Levels:
     """`count` of the T levels, from 0 to T - 1 (one: T - 1), evenly; halves are rounded to even. 0: all."""
     abar = np.cumprod(1 - betas(schedule))
     count = count or T
     t = np.rint(np.arange(count) * (T - 1) / (count - 1)).astype(int) if count > 1 else np.array([T - 1])
     abar = abar[t]
-    below = np.append(1.0, abar[:-1])
-    return Steps(t, 1 - abar / below, abar, below)
+    abar_prev = np.append(1.0, abar[:-1])
+    return Levels(t, 1 - abar / abar_prev, abar, abar_prev)
 
 
-def predicted(s: Steps, i: int, xt: Tensor, eps: Tensor) -> Tensor:
-    """The clean slice that noise `eps` in x_t means, clipped to the range of the data."""
-    return (xt / math.sqrt(s.abar[i]) - math.sqrt(1 / s.abar[i] - 1) * eps).clamp(-1, 1)
+def predicted(s: Levels, i: int, xt: Tensor, eps_theta: Tensor) -> Tensor:
+    """Eq. (2) solved for x_0 with the network's noise, clipped to the range of the data."""
+    return (xt / math.sqrt(s.abar[i]) - math.sqrt(1 / s.abar[i] - 1) * eps_theta).clamp(-1, 1)
 
 
-def ddpm_step(s: Steps, i: int, xt: Tensor, eps: Tensor, variance: str, z: Tensor) -> Tensor:
+def ddpm_step(s: Levels, i: int, xt: Tensor, eps_theta: Tensor, variance: str, z: Tensor) -> Tensor:
     """From level i to i - 1; sigma_t^2 is the posterior's variance (small) or beta (large); z: standard normal."""
-    beta, abar, below = s.beta[i], s.abar[i], s.below[i]
-    c1 = beta * math.sqrt(below) / (1 - abar)
-    c2 = (1 - below) * math.sqrt(1 - beta) / (1 - abar)
-    mean = c1 * predicted(s, i, xt, eps) + c2 * xt  # eq. (4)
+    beta, abar, abar_prev = s.beta[i], s.abar[i], s.abar_prev[i]
+    # q(x_{t-1} | x_t, x_0) has the mean c1 x_0 + c2 x_t; with the x_0 of `predicted`, unclipped, that is eq. (4).
+    c1 = beta * math.sqrt(abar_prev) / (1 - abar)
+    c2 = (1 - abar_prev) * math.sqrt(1 - beta) / (1 - abar)
+    mean = c1 * predicted(s, i, xt, eps_theta) + c2 * xt  # eq. (4)
     if i == 0:
         return mean
-    return mean + math.sqrt(beta if variance == "large" else beta * (1 - below) / (1 - abar)) * z  # eq. (3)
+    return mean + math.sqrt(beta if variance == "large" else beta * (1 - abar_prev) / (1 - abar)) * z  # eq. (3)
 
 
-def ddim_step(s: Steps, i: int, xt: Tensor, eps: Tensor, eta: float, z: Tensor) -> Tensor:
+def ddim_step(s: Levels, i: int, xt: Tensor, eps_theta: Tensor, eta: float, z: Tensor) -> Tensor:
     """From level i to i - 1 along the noise that the clipped slice implies (Song et al. 2021); eta 0 adds none."""
-    abar, below = s.abar[i], s.below[i]
-    x0 = predicted(s, i, xt, eps)
-    eps = (xt - math.sqrt(abar) * x0) / math.sqrt(1 - abar)
-    sigma = eta * math.sqrt((1 - below) / (1 - abar)) * math.sqrt(1 - abar / below)
-    return math.sqrt(below) * x0 + math.sqrt(max(1 - below - sigma**2, 0.0)) * eps + (sigma * z if i else 0.0)
+    abar, abar_prev = s.abar[i], s.abar_prev[i]
+    x0 = predicted(s, i, xt, eps_theta)
+    eps = (xt - math.sqrt(abar) * x0) / math.sqrt(1 - abar)  # eq. (2) again, now with the clipped x_0
+    sigma = eta * math.sqrt((1 - abar_prev) / (1 - abar)) * math.sqrt(1 - abar / abar_prev)
+    along = math.sqrt(max(1 - abar_prev - sigma**2, 0.0)) * eps
+    return math.sqrt(abar_prev) * x0 + along + (sigma * z if i else 0.0)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network in use. dtype: of autocast."""
+
+    config: Config
+    model: Any
+    device: torch.device
+    dtype: torch.dtype | None
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            return self.model(x, t).float()
+
+    def logits(self, x: np.ndarray) -> np.ndarray:
+        """Slices [Z, H, W] -> what the classes' argmax is taken of, [Z, C, H, W] fp32."""
+        parts = [
+            self(torch.from_numpy(np.ascontiguousarray(x[i : i + AT_ONCE]))[:, None].to(self.device)).cpu().numpy()
+            for i in range(0, len(x), AT_ONCE)
+        ]
+        return np.concatenate(parts)
 
 
 @torch.no_grad()
-def generate(net: "Network", numbers: Sequence[int], quiet: bool = True) -> Iterator[tuple[int, np.ndarray]]:
+def generate(net: Network, numbers: Sequence[int], quiet: bool = True) -> Iterator[tuple[int, np.ndarray]]:
     """(number, slice [H, W] in [-1, 1]); the noise of each is a function of (seed, its number), whatever the batch."""
     config, device = net.config, net.device
     s = respaced(config.schedule, config.sampling_steps)
@@ -1309,13 +1343,13 @@ def generate(net: "Network", numbers: Sequence[int], quiet: bool = True) -> Iter
         shape = (1, config.size, config.size)
         x = noise(config.seed, "sample", ns, shape, device)
         for i in reversed(range(len(s.t))):
-            eps = net(x, torch.full((len(ns),), int(s.t[i]), device=device))
+            eps_theta = net(x, torch.full((len(ns),), int(s.t[i]), device=device))
             draws = i > 0 and (config.sampler == "ddpm" or config.eta > 0)
             z = noise(config.seed, f"sample {i}", ns, shape, device) if draws else torch.zeros_like(x)
             if config.sampler == "ddpm":
-                x = ddpm_step(s, i, x, eps, config.variance, z)
+                x = ddpm_step(s, i, x, eps_theta, config.variance, z)
             else:
-                x = ddim_step(s, i, x, eps, config.eta, z)
+                x = ddim_step(s, i, x, eps_theta, config.eta, z)
             bar.update()
         yield from zip(ns, x[:, 0].cpu().numpy())
     bar.close()
@@ -1336,7 +1370,7 @@ def display(x: np.ndarray, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {k: np.floor(255 * u + 0.5).astype(np.uint8) for k, u in shown.items()}
 
 
-def parts_folder(net: "Network", config: Config, ranks: Ranks) -> Path:
+def parts_folder(net: Network, config: Config, ranks: Ranks) -> Path:
     """The folder samples.part, empty unless it holds slices of the same weights and settings."""
     folder = config.run_folder / "samples.part"
     names = ("size", "seed", "schedule", "sampler", "sampling_steps", "eta", "variance", "init_weights")
@@ -1344,7 +1378,7 @@ def parts_folder(net: "Network", config: Config, ranks: Ranks) -> Path:
     if ranks.first and (not (folder / "key").exists() or (folder / "key").read_text() != key):
         shutil.rmtree(folder, ignore_errors=True)
         loaders.atomic_write(folder / "key", key.encode())
-    runtime.gather(None, ranks)
+    runtime.gather(None, ranks)  # all processes wait here
     return folder
 
 
@@ -1354,7 +1388,13 @@ def write_array(file: Path, array: np.ndarray) -> None:
     loaders.atomic_write(file, buffer.getvalue())
 
 
-def sample(config: Config, data: Any, ranks: Ranks) -> int:
+def write_png(file: Path, array: np.ndarray) -> None:
+    buffer = BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    loaders.atomic_write(file, buffer.getvalue())
+
+
+def sample(config: Config, ranks: Ranks) -> int:
     """Write samples.npy (HU, or [-1, 1] for MR) and a grid of them as PNG for each window.
 
     Finished slices wait in samples.part: the same command after an interruption makes the others.
@@ -1449,9 +1489,10 @@ def feature_network(config: Config, ranks: Ranks) -> tuple[Callable[[Tensor], tu
 def score(config: Config, data: Any, ranks: Ranks) -> int:
     """Distance of samples.npy from real slices, beside that of other real slices of other scans (the floor).
 
-    Columns: fd, sfd (Fréchet distance of features, of spatial features), precision, recall, f1. Slices are rounded to
-    8 bit first; only rows of the same n compare. memorised: distance to the nearest pre-training slice over that of
-    held-out slices (towards 0: copies). Raises: InputError.
+    Columns: fd, sfd (Fréchet distance of features, of spatial features), precision, recall, f1, each with the name of
+    the features behind it (fd_rand; fid and sfid are Inception's). Slices are rounded to 8 bit first; only rows of the
+    same n compare. memorised: distance to the nearest pre-training slice over that of held-out slices (towards 0:
+    copies). Raises: InputError.
     """
     if not ranks.first:
         return 0
@@ -1472,7 +1513,7 @@ def score(config: Config, data: Any, ranks: Ranks) -> int:
     if n < len(made):
         say(f"note: the {len(scans)} scans give two sets of {n} real slices: the first {n} samples are scored", ranks)
     real, other = ([half[i] for i in rng.permutation(len(half))[:n]] for half in halves)
-    near = [every[i] for i in rng.permutation(len(every))[:MEMORY]]
+    near = [every[i] for i in rng.permutation(len(every))[:NEAREST_AMONG]]
     call, suffix, features = feature_network(config, ranks)
     sets = {"samples": made[:n], "real slices (floor)": other, "real": real}
     found = {name: features_of(call, data, x, ranks) for name, x in sets.items()}
@@ -1512,10 +1553,6 @@ def read_samples(path: Path, config: Config, record: Mapping[str, Any]) -> np.nd
     return 2 * (hu - rule["low"]) / (rule["high"] - rule["low"]) - 1 if rule["kind"] == "hu" else hu
 
 
-def stack(data: Any, slices: Sequence[Slice]) -> np.ndarray:
-    return np.stack([data.slice(*at) for at in slices])
-
-
 @torch.no_grad()
 def features_of(call: Any, data: Any, what: Any, ranks: Ranks) -> tuple[Any, Any]:
     """Features [N, D] and spatial features [N, D'] or None, float64, of slices [N, H, W] or of a list of (case, k).
@@ -1536,29 +1573,6 @@ def features_of(call: Any, data: Any, what: Any, ranks: Ranks) -> tuple[Any, Any
 # =====================================================================================================================
 # Evaluate
 # =====================================================================================================================
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network in use. dtype: of autocast."""
-
-    config: Config
-    model: Any
-    device: torch.device
-    dtype: torch.dtype | None
-
-    @torch.no_grad()
-    def __call__(self, x: Tensor, t: Tensor | None = None) -> Tensor:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            return self.model(x, t).float()
-
-    def logits(self, x: np.ndarray) -> np.ndarray:
-        """Slices [Z, H, W] -> what the classes' argmax is taken of, [Z, C, H, W] fp32."""
-        parts = [
-            self(torch.from_numpy(np.ascontiguousarray(x[i : i + AT_ONCE]))[:, None].to(self.device)).cpu().numpy()
-            for i in range(0, len(x), AT_ONCE)
-        ]
-        return np.concatenate(parts)
 
 
 def load_network(config: Config, stage: str, ranks: Ranks) -> tuple[Network, dict[str, Any]]:
@@ -1589,7 +1603,7 @@ def cases_of(config: Config, data: Any) -> list[str]:
 
 def segment_case(net: Network, data: Any, case: str) -> np.ndarray:
     """[X, Y, Z] uint8 of a prepared case, slice by slice."""
-    x = np.stack([data.slice(case, k) for k in range(data.depth(case))])  # [Z, H, W]
+    x = stack(data, slices_of(data, [case]))  # [Z, H, W]
     mask = net.logits(x).argmax(1).astype(np.uint8)
     return np.stack([loaders.from_display(m) for m in mask], axis=2)
 
@@ -1687,12 +1701,6 @@ def score_run(config: Config, out: Path, weights: Path, data: Any, ranks: Ranks)
     return evaluate(replace(config, checkpoint=str(weights)), data, ranks, out)
 
 
-def write_png(file: Path, array: np.ndarray) -> None:
-    buffer = BytesIO()
-    Image.fromarray(array).save(buffer, "PNG")
-    loaders.atomic_write(file, buffer.getvalue())
-
-
 # =====================================================================================================================
 # Predict
 # =====================================================================================================================
@@ -1760,8 +1768,7 @@ def checkpoint_path(config: Config) -> Path:
 def resolve(verb: str, config: Config, given: dict[str, Any]) -> Config:
     """The settings of a verb: those of what it builds on, where there is something, changed by the given flags."""
     if verb in ("", "pretrain"):
-        wide = config.variant == "L" and config.preset == "paper" and "num_channels" not in given
-        return replace(config, num_channels=256) if wide else config
+        return widened(config, given)
     if verb == "finetune" and config.strategy == "ddpmseg":
         raise InputError("--strategy ddpmseg is not a fine-tuning but a verb of its own; use ddpmseg")
     if verb in ("finetune", "ddpmseg"):
@@ -1781,15 +1788,25 @@ def resolve(verb: str, config: Config, given: dict[str, Any]) -> Config:
     return runtime.trained_config(config, given, path, SCRIPT, FREE, ONCE)
 
 
+def widened(config: Config, given: Mapping[str, Any]) -> Config:
+    """The paper's network L has c = 256."""
+    wide = config.variant == "L" and config.preset == "paper" and "num_channels" not in given
+    return replace(config, num_channels=256) if wide else config
+
+
 def as_finetuning(config: Config, given: dict[str, Any]) -> Config:
-    """Settings of fine-tuning: network and preset of the pre-trained weights, else FINETUNE and given flags."""  # D10
+    """Settings of fine-tuning: the network from the pre-trained checkpoint, the rest from FINETUNE, then given flags.
+
+    Fills `init` (a file, `none`, or empty for scratch) and `t`. scratch needs no checkpoint but takes its shape from
+    one that is there, so that all strategies have one network.
+    """
     if given.get("ema") or given.get("accumulate", 1) > 1:
         raise InputError("--ema and --accumulate are for pretrain: no weights are averaged here, Dice and batch norm "
                          "need the whole batch; leave them out")  # fmt: skip
-    path = Path(config.init) if config.init not in ("", "none") else config.run_folder / "last.pt"
+    path = Path(config.init) if config.init not in ("", "none") else config.run_folder / "last.pt"  # the last step, D10
     if path.exists() or (config.init != "none" and config.strategy != "scratch"):
         state = runtime.load_tensors(path)
-        if isinstance(state, dict) and "format" in state:
+        if isinstance(state, dict) and "format" in state:  # public weights say nothing: the flags must fit them
             check_stage(state, path, "pretrain", "fine-tuning starts from a pre-trained one")
             saved = runtime.load_checkpoint(path, SCRIPT)["config"]
             if "preset" not in given and saved["preset"] != config.preset:
@@ -1801,20 +1818,20 @@ def as_finetuning(config: Config, given: dict[str, Any]) -> Config:
             config = replace(config, **{k: saved[k] for k in PRETRAINED})
         start = "" if config.strategy == "scratch" else "none" if config.init == "none" else str(path)
         config = replace(config, init=start)
-    elif config.variant == "L" and config.preset == "paper" and "num_channels" not in given:
-        config = replace(config, num_channels=256)
+    else:
+        config = widened(config, given)
     wanted = {"S": 128, "M": 128, "L": 256}[config.variant] if config.preset == "paper" else config.num_channels
     if config.num_channels != wanted or (config.variant == "L" and config.preset != "paper"):
         raise InputError(f"--variant {config.variant} is not a network of width {config.num_channels}: S and M have "
                          "128, L has 256, small presets know S and M; choose another --variant or --init")  # fmt: skip
     fine = {k: v for k, v in FINETUNE[config.preset].items() if k not in given}
     config = replace(config, **fine)
-    return replace(config, t=config.time)
+    return replace(config, t=config.time)  # D10
 
 
 def with_labels(config: Config, data: Any, given: Mapping[str, Any]) -> Config:
     """Steps and batch of fine-tuning, which depend on the number of labelled slices."""
-    total = len(slices_of(data, [case for case in data.cases("train") if data.has_label(case)]))
+    total = len(labelled_training(data))
     n = label_count(config.labels, total) if total else 1
     steps: dict[str, Any] = {} if "steps" in given else {"steps": fine_steps(config.preset, n, total)}
     return replace(config, batch=min(config.batch, n), **steps)
@@ -1843,7 +1860,7 @@ def story(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag, given
     if code:
         return code
     stop.restore()  # what follows is short, or saves by itself
-    sample(replace(config, checkpoint=""), data, ranks)
+    sample(replace(config, checkpoint=""), ranks)
     runtime.gather(None, ranks)  # until the file is there
     score(config, data, ranks)
     rows: list[dict[str, Any]] = [{"strategy": "scratch", "init": ""}, {"strategy": "decoder", "init": ""}]
@@ -1871,9 +1888,9 @@ def main(argv: Sequence[str]) -> int:
     config = resolve(verb, config, given)
     ranks, stop = runtime.start_processes(config.device), runtime.StopFlag()
     try:
-        if verb == "predict":
+        if verb in ("sample", "predict"):  # need no data set
             stop.restore()
-            code = predict(config, ranks)
+            code = {"sample": sample, "predict": predict}[verb](config, ranks)
         else:
             data = open_slices(config)
             if verb in ("finetune", "ddpmseg"):
@@ -1890,7 +1907,7 @@ def main(argv: Sequence[str]) -> int:
             elif verb == "finetune":
                 code = finetune(config, data, ranks, stop)
             else:
-                verbs = {"sample": sample, "score": score, "ddpmseg": ddpmseg, "evaluate": evaluate}
+                verbs = {"score": score, "ddpmseg": ddpmseg, "evaluate": evaluate}
                 code = verbs[verb](config, data, ranks)
     finally:
         stop.restore()

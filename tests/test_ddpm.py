@@ -326,7 +326,7 @@ def test_parts_of_the_network_have_the_parameters_of_the_table(c, counts):
 @pytest.mark.parametrize("c, parameters", [(128, 124_689_025), (256, 498_480_385)])
 def test_plain_network_has_nothing_of_time(c, parameters):
     with torch.device("meta"):
-        model = P.UNet(P.Config(num_channels=c), 1, 1, time=False)
+        model = P.UNet(P.Config(num_channels=c), 1, 1, timed=False)
     assert count(model) == parameters
     assert not [k for k in model.state_dict() if "time" in k or "emb" in k]
 
@@ -384,7 +384,7 @@ def test_a_fresh_network_predicts_nothing():
 
 def test_time_reaches_the_output_and_not_that_of_the_plain_network():
     x = torch.randn(1, 1, 16, 16)
-    model, plain = randomised(P.UNet(FAST, 1, 1)), randomised(P.UNet(FAST, 1, 1, time=False))
+    model, plain = randomised(P.UNet(FAST, 1, 1)), randomised(P.UNet(FAST, 1, 1, timed=False))
     assert float((model(x, torch.tensor([0])) - model(x, torch.tensor([500]))).detach().abs().max()) > 1e-3
     assert torch.equal(plain(x, torch.tensor([0])), plain(x, torch.tensor([500])))
 
@@ -715,7 +715,7 @@ def test_yardstick_is_the_error_of_the_best_guess_from_a_pixel():
 def test_pixel_classifier_has_the_parameters_of_the_table(c, parameters):
     with torch.device("meta"):
         model = P.PixelEnsemble(P.Config(num_channels=c, members=1), 1, 14)
-    assert count(model.members[0]) == parameters and sum(s[0] for s in model.shapes) == {256: 8448, 128: 4224}[c]
+    assert count(model.members[0]) == parameters and sum(model.widths) == {256: 8448, 128: 4224}[c]
 
 
 def ensemble(**flags):
@@ -725,7 +725,7 @@ def ensemble(**flags):
 def test_features_are_of_one_noise_image_at_all_times():
     model, x = ensemble(), torch.randn(2, 1, 16, 16)
     maps = model.maps(x)
-    assert [tuple(m.shape[1:]) for m in maps] == [tuple(s) for s in model.shapes]
+    assert [m.shape[1] for m in maps] == model.widths
     eps = P.noise(0, "ddpmseg", ["shared"], (1, 16, 16), torch.device("cpu"))
     t = torch.full((2,), 250)
     again = model.net.decode(*model.net.encode(P.q_sample(x, eps, t, "linear"), t), (1, 3))
@@ -1083,12 +1083,12 @@ def test_samples_of_two_processes_are_those_of_one(tmp_path, monkeypatch):
     def gather(mine, ranks):  # where the first process waits for the slices of the second, the second works
         waits.append(ranks.rank)
         if waits == [0, 0]:
-            P.sample(config, None, second)
+            P.sample(config, second)
 
     monkeypatch.setattr(P, "load_network", lambda *a: (SimpleNamespace(config=FAST), record))
     monkeypatch.setattr(P, "generate", generate)
     monkeypatch.setattr(P.runtime, "gather", gather)
-    P.sample(config, None, first)
+    P.sample(config, first)
     assert asked == [[0, 2, 4], [1, 3]] and not (tmp_path / "samples.part").exists()
     assert np.array_equal(np.load(tmp_path / "samples.npy"), rows)
 
