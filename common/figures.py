@@ -256,9 +256,11 @@ def _save(canvas: Image.Image, path: str | Path) -> Path:
         with open(temporary, "wb") as file:
             canvas.save(file, format="PNG")
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say where
         raise
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -19,6 +19,7 @@ import os
 import pickle  # for the restricted reader of CIFAR-10 alone; a test holds this file to it
 import re
 import struct
+import tokenize
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -792,7 +793,7 @@ class Prepared:
             return np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError as e:
             raise InputError(f"{path}: missing, expected an array; prepare the data again") from e
-        except (OSError, ValueError, EOFError) as e:
+        except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as e:
             raise InputError(f"{path}: not a readable array ({e}); remove its folder and prepare again") from e
 
 
@@ -819,6 +820,8 @@ def open_prepared(path: str | os.PathLike, flags: str = "") -> Prepared:
         for name, values in meta.get("regions", {}).items():
             if not values or not {*values} <= {*data.classes.values()}:
                 raise ValueError(f"region {name} is {values}, expected some of {[*data.classes.values()]}")
+        _check_splits(meta["splits"], meta["cases"])
+        _ = [meta[key] for key in ("normalisation", "label_values")]
         faults = [fault for case, facts in meta["cases"].items() for fault in _array_faults(data, case, facts)]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise InputError(f"{file}: not a description of prepared data ({type(e).__name__}: {e}); {command}") from e
@@ -827,6 +830,15 @@ def open_prepared(path: str | os.PathLike, flags: str = "") -> Prepared:
         listed = "; ".join(faults[:20]) + more
         raise InputError(f"{root}: {len(faults)} faults: {listed}; remove these cases' folders and {command}")
     return data
+
+
+def _check_splits(splits: dict, cases: dict) -> None:
+    """ValueError where a split names a case that is not there, or what is learnt is also validated or tested."""
+    for name, ids in splits.items():
+        if unknown := [case for case in ids if case not in cases]:
+            raise ValueError(f"split {name} names {unknown[0]}, which is no case")
+        if name in ("val", "test") and (both := set(ids) & set(splits.get("train", ()))):
+            raise ValueError(f"{min(both)} is in the splits train and {name}")
 
 
 def _array_faults(data: Prepared, case: str, facts: dict) -> list[str]:

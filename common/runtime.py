@@ -6,10 +6,12 @@ stand in the scripts.
 """
 
 import argparse
+import contextlib
 import csv
 import ctypes
 import dataclasses
 import difflib
+import fcntl
 import hashlib
 import io
 import json
@@ -20,10 +22,12 @@ import pickle
 import resource
 import shutil
 import signal
+import struct
 import sys
 import time
 import types
 import typing
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -80,6 +84,8 @@ def start_processes(device: str) -> Ranks:
 
 
 def stop_processes() -> None:
+    while _held:
+        os.close(_held.popitem()[1])
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -94,13 +100,16 @@ def gather(value: Any, ranks: Ranks) -> list[Any]:
 
 
 def check_same_weights(model: torch.nn.Module, ranks: Ranks, when: str) -> str:
-    """SHA-256 of all parameters; raises RuntimeError where the processes do not hold the same weights."""
+    """SHA-256 of all parameters; InputError where the processes do not hold the same weights."""
     digest = hashlib.sha256()
     for p in model.parameters():
         digest.update(p.detach().to("cpu", torch.float32).numpy().tobytes())
     found = gather(digest.hexdigest(), ranks)
     if len(set(found)) > 1:
-        raise RuntimeError(f"the processes hold different weights {when}: {[d[:12] for d in found]}")
+        raise InputError(
+            f"the processes hold different weights {when}: {[d[:12] for d in found]}; where several machines train, "
+            "all must see the same --out, data and program"
+        )
     return found[0]
 
 
@@ -221,11 +230,17 @@ def noise(seed: int, name: str, ns: Sequence[int | str], shape: Sequence[int], d
 
 
 class StopFlag:
-    """SIGINT and SIGTERM set a flag; the loop asks at the end of a step and all processes get the same answer."""
+    """A signal to stop sets a flag; the loop asks at the end of a step and all processes get the same answer.
+
+    A second Ctrl-C ends at once, for what cannot be waited for. Not under torchrun, which sends the first one again.
+    """
 
     def __init__(self) -> None:
-        self.signal = 0
-        self.before = {n: signal.signal(n, self._set) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.signal, self.since, self.alone = 0, 0.0, "WORLD_SIZE" not in os.environ
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup wants it
+            numbers.append(signal.SIGHUP)  # the terminal was closed
+        self.before = {n: signal.signal(n, self._set) for n in numbers}
 
     def restore(self) -> None:
         """Give the signals back their old meaning once there is nothing left to save."""
@@ -233,6 +248,14 @@ class StopFlag:
             signal.signal(number, handler)
 
     def _set(self, number: int, frame: types.FrameType | None) -> None:
+        if number == signal.SIGINT and self.alone:
+            if self.signal and time.monotonic() - self.since > 1:
+                raise KeyboardInterrupt
+            if not self.signal:
+                text = b"\nstopping after this step, then all is saved; Ctrl-C again stops at once, without saving\n"
+                with contextlib.suppress(OSError):
+                    os.write(2, text)  # print may be at work just now
+        self.since = self.since if self.signal else time.monotonic()
         self.signal = max(self.signal, number)
 
     def agreed(self, ranks: Ranks, time_is_up: bool = False) -> tuple[int, bool]:
@@ -246,8 +269,10 @@ class StopFlag:
 
 def ignore_signals(worker: int) -> None:
     """For processes that load data: a signal to the whole group must not end them before the training has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    for handle in _held.values():  # else these processes would hold the folder for a moment longer than the training
+        os.close(handle)
 
 
 def end_loading_processes() -> None:
@@ -295,6 +320,8 @@ def run_main(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[str
         if "DataLoader worker (pid" in str(error):  # killed, mostly for lack of memory or of room in /dev/shm
             remedy = "give fewer --workers, or more (shared) memory; the same command continues"
             error = InputError(f"a process that loads data has ended ({_first_line(error)}); {remedy}")
+        if world > 1 and ("Connection closed by peer" in str(error) or "Connection reset by peer" in str(error)):
+            error = InputError("another of the processes has ended, see its message; the same command continues")
         if not isinstance(error, InputError):
             raise
         line = (
@@ -384,13 +411,18 @@ def load_tensors(path: Path) -> Any:
             f"{path} holds something other than tensors and plain values, or is not a checkpoint, and was not opened "
             f"({_first_line(error)}); use a file written by this program"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except (
+        RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, struct.error,
+    ) as error:  # fmt: skip
         raise DamagedError(f"{path} is damaged or not a checkpoint ({_first_line(error)}); use another file") from error
 
 
 def load_checkpoint(path: Path, script: str) -> dict[str, Any]:
     """One of our checkpoints, complete; InputError names a missing part, a newer format or another script."""
     state = load_tensors(path)
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as parts:
+        if part := parts.testzip():  # torch.load does not look at the checksums
+            raise DamagedError(f"{path} is damaged ({part} does not fit its checksum); use another file")
     if not isinstance(state, dict) or "format" not in state:
         raise InputError(f"{path} is not a checkpoint of this program (no `format`); public weights go to --init")
     if not isinstance(state["format"], int) or state["format"] > FORMAT:
@@ -505,7 +537,16 @@ def find_run(
 ) -> dict[str, Any] | None:
     """The checkpoint to continue from, or None for a new run. InputError: other settings, other data, fewer steps."""
     state = load_newest(out, script, ranks)
+    if state is None and (out / "best.pt").exists():
+        raise InputError(
+            f"{out} holds best.pt but no last.pt to continue from; use evaluate, another --out, or --overwrite"
+        )
     if state is not None:
+        if not state["optimizer"] and state.get("stage") != "ddpmseg":
+            raise InputError(
+                f"{out / 'last.pt'} holds weights but no optimiser (a copy of best.pt?) and cannot be continued; start "
+                "from it by --init in another --out"
+            )
         check_same_config(state["config"], config, may_differ, out)
         if state["step"] > config["steps"]:
             raise InputError(
@@ -520,21 +561,52 @@ def find_run(
     return state
 
 
+_held: dict[Path, int] = {}  # folders that this process writes to, open
+
+
+def hold(out: Path) -> None:
+    """InputError where another process trains in `out`. The lock ends with the process, however that ends."""
+    if out.resolve() in _held:
+        return
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise InputError(f"another run is training in {out}; wait for it, or choose another --out") from None
+    except OSError:  # a file system without locks
+        pass
+    _held[out.resolve()] = handle
+
+
 def make_run(out: Path, config: Mapping[str, Any], overwrite: bool, ranks: Ranks) -> None:
-    """Make the run folder with its config.json; with `overwrite` a run that is there is thrown away first."""
-    if overwrite and ranks.first and out.is_dir():
-        if out.is_symlink():
-            raise InputError(
-                f"--out {out} is a link, which --overwrite leaves alone; name the folder itself, or another"
-            )
-        if {f.name for f in out.iterdir()} - {"profile.csv"} and not (out / "config.json").exists():
-            raise InputError(f"{out} holds files but no run (no config.json) and is left alone; choose another --out")
-        shutil.rmtree(out)
+    """Make the run folder with its config.json; with `overwrite` a run that is there is thrown away first.
+
+    InputError where the folder holds something else, or another process trains in it.
+    """
     if ranks.first:
+        if out.is_dir():
+            if Path.cwd().resolve().is_relative_to(out.resolve()):
+                raise InputError(f"--out {out} is the folder you are in, or above it; name one of its own for the run")
+            ours = any((out / name).exists() for name in ("config.json", "last.pt", "last.prev.pt"))
+            if not ours and any(f.is_file() and f.name != "profile.csv" for f in out.iterdir()):
+                raise InputError(
+                    f"{out} holds files but no run (no config.json) and is left alone; choose another --out"
+                )
+            if overwrite and out.is_symlink():
+                raise InputError(
+                    f"--out {out} is a link, which --overwrite leaves alone; name the folder itself, or another"
+                )
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--out {out} cannot be made ({error.strerror}); choose another") from error
+        hold(out)
+        for file in out.iterdir() if overwrite else ():
+            if file.is_dir() and not file.is_symlink():
+                shutil.rmtree(file)
+            else:
+                file.unlink()
         write_json(out / "config.json", dict(config))
     if ranks.world > 1:
         dist.barrier()
@@ -543,6 +615,15 @@ def make_run(out: Path, config: Mapping[str, Any], overwrite: bool, ranks: Ranks
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return (text.splitlines()[0] if text else type(error).__name__)[:160]
+
+
+def _number_or_empty(text: str | None) -> str:
+    """A cell as it is, or empty where it holds no number."""
+    try:
+        float(text or "")
+    except ValueError:
+        return ""
+    return text or ""
 
 
 class Log:
@@ -554,10 +635,16 @@ class Log:
             return
         rows: list[list[str]] = []
         if step and path.exists():
-            with open(path, newline="") as f:
-                for row in csv.DictReader(f):
+            with open(path, newline="", errors="replace") as f:
+                reader = csv.DictReader(f)
+                if reader.fieldnames and "step" not in reader.fieldnames:
+                    raise InputError(
+                        f"{path} does not begin with the names of its columns, has another program written it? Restore "
+                        "it, or move it away"
+                    )
+                for row in reader:
                     if (row.get("step") or "").isdigit() and int(row["step"]) <= step:
-                        rows.append([row.get(c) or "" for c in self.columns])
+                        rows.append([_number_or_empty(row.get(c)) for c in self.columns])
         text = io.StringIO(newline="")
         csv.writer(text, lineterminator="\n").writerows([self.columns, *rows])
         write_atomic(path, lambda f: f.write(text.getvalue().encode()))

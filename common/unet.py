@@ -6,6 +6,7 @@ tensors are [B, C, X, Y] or [B, C, X, Y, Z], the spatial sizes written as `*S` b
 """
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -324,6 +325,12 @@ class FeatureStore:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             total = sum(m.numel() for m in maps) * self.count
             self.values = np.lib.format.open_memmap(self.file, "w+", np.float16, (total,))
+            if hasattr(os, "posix_fallocate"):  # a map that outgrows the disk would end the process without a word
+                with open(self.file, "r+b") as f:
+                    try:
+                        os.posix_fallocate(f.fileno(), 0, self.file.stat().st_size)
+                    except OSError as error:
+                        raise OSError(error.errno, error.strerror, str(self.file)) from error
         at = len(self.divisors) * sum(m.numel() for m in maps)
         for m in maps:
             self.starts.append(at)

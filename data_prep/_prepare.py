@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+import tokenize
 import traceback
 import warnings
 import zipfile
@@ -524,7 +525,7 @@ def finished(case: Case, folder: Path) -> dict | None:
         for name in names:
             np.load(folder / case.id / f"{name}.npy", mmap_mode="r", allow_pickle=False)  # refuses a file cut short
         return record if facts["sources"] == file_facts(case) else None
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+    except (OSError, ValueError, KeyError, TypeError, EOFError, SyntaxError, tokenize.TokenError):
         return None
 
 
@@ -1086,6 +1087,7 @@ def prepare(source: Source, options: argparse.Namespace, tool: str) -> str:
     if records:
         print(f"{tool}: {len(records)} cases are there from an earlier run, {len(todo)} to do", file=sys.stderr)
     with alone_in(dst):
+        check_destination(dst, setup, splits)  # another run may have ended since it was looked at
         if todo:
             (dst / "dataset.json").unlink(missing_ok=True)  # it would describe cases that are about to change
         atomic_write(dst / "prepare.json", json.dumps({**setup, "splits": splits}, indent=1).encode())

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import tracemalloc
 from dataclasses import replace
 from types import SimpleNamespace
@@ -764,6 +765,17 @@ def test_features_of_all_slices_lie_in_a_file_and_no_memory_grows_with_them(tmp_
         tracemalloc.stop()
         assert found.shape == (64, 1000) and (tmp_path / f"{count}.npy").stat().st_size > count * 2 * 500 * 320
     assert peaks[1] < peaks[0] + 16 * 20 * 1024, peaks  # numbers and classes of the pixels, not their 6 MB of features
+
+
+def test_features_that_do_not_fit_the_disk_are_refused_before_they_are_written(tmp_path, monkeypatch):
+    def full(handle, offset, size):
+        assert size > 3 * 8 * 16 * 16 * 2
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    store = P.FeatureStore(tmp_path / "f.npy", 3, (16, 16))
+    with pytest.raises(OSError, match=r"f\.npy"):
+        store.add([torch.zeros(1, 8, 16, 16)], 1.0, np.zeros((16, 16)))
 
 
 @pytest.mark.parametrize(

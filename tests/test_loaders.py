@@ -591,6 +591,25 @@ def test_open_prepared_refuses_a_newer_format(tmp_path):
     assert text == f"{tmp_path / 'dataset.json'}: format 9, expected at most 1; use newer code"
 
 
+@pytest.mark.parametrize(
+    ("splits", "words"),
+    [
+        ({"train": ["a"], "val": ["b"], "test": ["x"]}, "split test names x, which is no case"),
+        ({"train": ["a", "c"], "val": ["b"], "test": ["c"]}, "c is in the splits train and test"),
+        ({"train": ["a", "b"], "val": ["b"], "test": ["c"]}, "b is in the splits train and val"),
+    ],
+)
+def test_open_prepared_names_splits_that_cannot_be(tmp_path, splits, words):
+    assert words in error_of(open_prepared, prepared(tmp_path, splits=splits))
+
+
+@pytest.mark.parametrize("key", ["splits", "normalisation", "label_values"])
+def test_open_prepared_names_what_its_description_lacks(tmp_path, key):
+    file = prepared(tmp_path) / "dataset.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != key}))
+    assert f"not a description of prepared data (KeyError: '{key}')" in error_of(open_prepared, tmp_path)
+
+
 def test_prepared_label_names_a_case_without_one(tmp_path):
     data = open_prepared(prepared(tmp_path))
     assert not data.has_label("u")

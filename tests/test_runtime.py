@@ -390,3 +390,114 @@ def test_lack_of_memory_on_a_cpu_is_one_line(capsys):
     assert runtime.run_main("patchddm", full, []) == 2
     line = capsys.readouterr().err
     assert line.startswith("patchddm: out of memory (") and "lower --batch" in line and line.count("\n") == 1
+
+
+# --- faults from outside ---------------------------------------------------------------------------------------------
+
+
+def test_a_changed_bit_in_the_weights_is_noticed(tmp_path, capsys):
+    last, previous = tmp_path / "last.pt", tmp_path / "last.prev.pt"
+    for step in (1, 2):
+        runtime.save_checkpoint(last, complete_state(step=step, model={"w": torch.full((1000,), 7.0)}), previous)
+    content = bytearray(last.read_bytes())
+    at = content.index(torch.full((100,), 7.0).numpy().tobytes())
+    content[at + 40] ^= 1
+    last.write_bytes(content)
+    assert not torch.equal(runtime.load_tensors(last)["model"]["w"], torch.full((1000,), 7.0))  # torch does not notice
+    with pytest.raises(runtime.DamagedError, match="does not fit its checksum"):
+        runtime.load_checkpoint(last, "patchddm")
+    assert runtime.load_newest(tmp_path, "patchddm")["step"] == 1
+    assert "Continuing from last.prev.pt" in capsys.readouterr().out
+
+
+def test_two_trainings_do_not_write_into_one_folder(tmp_path):
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        "from pathlib import Path; import torch; from common import runtime\n"
+        f"runtime.make_run(Path({str(tmp_path / 'run')!r}), {{'a': 2}}, True, "
+        "runtime.Ranks(0, 1, 0, torch.device('cpu')))"
+    )
+    runtime.make_run(tmp_path / "run", {"a": 1}, False, ALONE)
+    runtime.make_run(tmp_path / "run", {"a": 1}, False, ALONE)  # the same process again
+    for held in (True, False):
+        if not held:
+            runtime.stop_processes()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert ("another run is training in" in done.stderr) == held == bool(done.returncode)
+        assert (tmp_path / "run/config.json").read_text().strip() == f'{{\n "a": {1 if held else 2}\n}}'
+
+
+def test_a_run_takes_no_folder_that_holds_other_things(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/thesis.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path / "work")
+    for out, words in ((Path("."), "the folder you are in"), (tmp_path, "the folder you are in"),
+                       (tmp_path / "work", "the folder you are in")):  # fmt: skip
+        for overwrite in (False, True):
+            with pytest.raises(InputError, match=words):
+                runtime.make_run(out, {}, overwrite, ALONE)
+    monkeypatch.chdir(Path(__file__).parent)
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="holds files but no run"):
+            runtime.make_run(tmp_path / "work", {}, overwrite, ALONE)
+    assert [f.name for f in (tmp_path / "work").iterdir()] == ["thesis.txt"]
+
+
+def test_weights_that_cannot_be_continued_are_not_overwritten(tmp_path):
+    runtime.save_checkpoint(tmp_path / "best.pt", complete_state(config={}, data={}))
+    with pytest.raises(InputError, match=r"holds best.pt but no last.pt.*use evaluate"):
+        runtime.find_run(tmp_path, "patchddm", {"steps": 5}, (), {}, ALONE)
+    (tmp_path / "best.pt").rename(tmp_path / "last.pt")
+    with pytest.raises(InputError, match=r"no optimiser .*--init"):
+        runtime.find_run(tmp_path, "patchddm", {"steps": 5}, (), {}, ALONE)
+    state = complete_state(config={}, data={}, optimizer={"state": {}})
+    runtime.save_checkpoint(tmp_path / "last.pt", state)
+    assert runtime.find_run(tmp_path, "patchddm", {"steps": 5}, ["steps"], {}, ALONE)["step"] == 3
+
+
+def test_a_damaged_log_loses_nothing_unsaid(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_bytes(b"step,loss\n1,0.5\n2,0.4.1\n\xff3,0.3\n4,0.2\n")
+    runtime.Log(path, ["step", "loss"], 4, True)
+    assert path.read_text() == "step,loss\n1,0.5\n2,\n4,0.2\n"
+    path.write_text("step;loss\n1;0.5\n")
+    with pytest.raises(InputError, match="does not begin with the names of its columns"):
+        runtime.Log(path, ["step", "loss"], 4, True)
+    assert path.read_text() == "step;loss\n1;0.5\n"
+
+
+def test_second_ctrl_c_stops_at_once_but_not_under_torchrun(capfd, monkeypatch):
+    clock = iter([10.0, 10.5, 12.0, 20.0, 30.0])
+    monkeypatch.setattr(runtime.time, "monotonic", lambda: next(clock))
+    stop = runtime.StopFlag()
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # half a second later: the same key, twice
+        assert stop.signal == signal.SIGINT and capfd.readouterr().err.count("stopping after this step") == 1
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        stop.restore()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    stop = runtime.StopFlag()
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGHUP)  # a closed terminal
+        assert stop.signal == signal.SIGINT
+    finally:
+        stop.restore()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+
+
+def test_end_of_another_process_is_one_line(capsys, monkeypatch):
+    def lost(argv):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1")
+
+    with pytest.raises(RuntimeError):
+        runtime.run_main("name", lost, [])
+    left = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(os, "_exit", left.append)
+    runtime.run_main("name", lost, [])
+    assert left == [2] and capsys.readouterr().err.count("another of the processes has ended") == 1
