@@ -1394,6 +1394,14 @@ def write_png(file: Path, array: np.ndarray) -> None:
     loaders.atomic_write(file, buffer.getvalue())
 
 
+def read_part(file: Path) -> np.ndarray:
+    try:
+        return np.load(file, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        file.unlink()
+        raise InputError(f"{file} was damaged and is removed ({error}); the same command draws it again") from error
+
+
 def sample(config: Config, ranks: Ranks) -> int:
     """Write samples.npy (HU, or [-1, 1] for MR) and a grid of them as PNG for each window.
 
@@ -1411,7 +1419,7 @@ def sample(config: Config, ranks: Ranks) -> int:
     runtime.gather(None, ranks)  # all are there
     if not ranks.first:
         return 0
-    x = np.stack([np.load(file, allow_pickle=False) for file in files])
+    x = np.stack([read_part(file) for file in files])
     write_array(out / "samples.npy", hounsfield(x, record).astype(np.float32))
     shutil.rmtree(folder)
     columns = max(1, math.isqrt(min(len(x), 64)))

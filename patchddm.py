@@ -1209,7 +1209,10 @@ def grid(config: Config, data: Any, ranks: Ranks) -> int:
     what: dict[str, Any] = {"weights": f"step {net.step}, {weights:08x}", "data": config.data, "split": config.split}
     what |= {"cases": len(cases), "seed": config.seed, "clip": config.clip}
     how = {"timesteps": config.timesteps, "eta": config.eta, "sampler": config.sampler}
-    cells = [c for c in runtime.read_csv(path) if "data" in c]  # not those of an older form
+    cells = runtime.read_csv(path)
+    if any("sampling_steps" not in c for c in cells):
+        raise InputError(f"{path} has no column sampling_steps, has another program written it? Move it away")
+    cells = [c for c in cells if "data" in c]  # not those of an older form
     for s in steps:
         cost = evaluations(config.sampler, s, config.timesteps)
         fits = [n for n in sizes if not config.max_evaluations or n * cost <= config.max_evaluations]

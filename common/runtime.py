@@ -389,11 +389,15 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of `write_csv`, all values as text; none where there is no file."""
+    """The rows of `write_csv`, all values as text; none where there is no file. InputError where cells are missing."""
     if not path.exists():
         return []
-    with open(path, newline="") as f:
-        return list(csv.DictReader(f))
+    with open(path, newline="", errors="replace") as f:
+        rows = list(csv.DictReader(f))
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            raise InputError(f"{path}, line {number}: not as many cells as the first line has; mend it or move it away")
+    return rows
 
 
 class DamagedError(InputError):

@@ -1105,6 +1105,15 @@ def test_samples_of_two_processes_are_those_of_one(tmp_path, monkeypatch):
     assert np.array_equal(np.load(tmp_path / "samples.npy"), rows)
 
 
+def test_a_damaged_part_of_the_samples_is_drawn_again(tmp_path):
+    file = tmp_path / "3.npy"
+    P.write_array(file, np.zeros((4, 4)))
+    file.write_bytes(file.read_bytes()[:140])
+    with pytest.raises(InputError, match=r"3\.npy was damaged and is removed .* draws it again"):
+        P.read_part(file)
+    assert not file.exists()
+
+
 def test_evaluate_scores_the_split_that_is_named():
     data = loaders.CtPhantoms(0, side=16)
     assert P.cases_of(replace(FAST, split="val"), data) == data.cases("val")

@@ -501,3 +501,13 @@ def test_end_of_another_process_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr(os, "_exit", left.append)
     runtime.run_main("name", lost, [])
     assert left == [2] and capsys.readouterr().err.count("another of the processes has ended") == 1
+
+
+def test_a_table_with_missing_cells_is_refused_by_its_line(tmp_path):
+    path = tmp_path / "grid.csv"
+    runtime.write_csv(path, [{"a": "1", "b": ""}, {"a": "2", "b": "x"}])
+    assert runtime.read_csv(path) == [{"a": "1", "b": ""}, {"a": "2", "b": "x"}]
+    for line in ("3\n", "3,y,z\n"):
+        path.write_text("a,b\n1,\n" + line)
+        with pytest.raises(InputError, match=r"grid\.csv, line 3: not as many cells"):
+            runtime.read_csv(path)
