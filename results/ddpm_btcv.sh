@@ -8,6 +8,7 @@ cd "$(dirname "$0")/.."
 SRC=${SRC:?set SRC to the folder of BTCV}
 CT=${CT:-}
 STEPS=${STEPS:-1000}
+FINE=${FINE:-1000} # steps of fine-tuning; the preset's would be 3,000
 PYTHON=${PYTHON:-python}
 RUN=runs/ddpm-btcv64
 FLAGS="--quiet --data btcv64 --preset laptop"
@@ -16,7 +17,7 @@ FLAGS="--quiet --data btcv64 --preset laptop"
   $PYTHON -m data_prep.msd --src "$SRC" --dst data/btcv64 --as-slices --side 64 --split-sizes 3,1,2
 $PYTHON ddpm_pretrain_finetune.py pretrain $FLAGS --flip off --steps "$STEPS" --out $RUN
 for STRATEGY in scratch decoder full; do
-  $PYTHON ddpm_pretrain_finetune.py finetune $FLAGS --labels all --strategy $STRATEGY --out $RUN
+  $PYTHON ddpm_pretrain_finetune.py finetune $FLAGS --labels all --strategy $STRATEGY --steps "$FINE" --out $RUN
 done
 $PYTHON -m common.metrics table $RUN/finetune-all-*-per-class-draw0/summary.json --metric dice iou
 [ -z "$CT" ] ||
