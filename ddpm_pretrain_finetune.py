@@ -98,6 +98,7 @@ from hashlib import sha256
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, Literal
 
 import numpy as np
@@ -1001,6 +1002,8 @@ def look_at_held(run: Training, data: Any, ranks: Ranks, log: runtime.Log) -> No
     """Pre-training: error of the noise in 16 held-out slices, the same noise each time; when it rises while the loss
     falls, scans are being memorised. Fine-tuning with --select val: Dice of the validation cases, the best kept."""
     config = run.config
+    if ranks.first and not (run.out / "last.pt").exists():
+        run.save()  # before best.pt, which cannot be continued from
     run.best["seen"] = run.step
     row: dict[str, float] = {"step": run.step, "seconds": run.seconds}
     better = False
@@ -1397,7 +1400,7 @@ def write_png(file: Path, array: np.ndarray) -> None:
 def read_part(file: Path) -> np.ndarray:
     try:
         return np.load(file, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, SyntaxError, TokenError) as error:
         file.unlink()
         raise InputError(f"{file} was damaged and is removed ({error}); the same command draws it again") from error
 

@@ -658,7 +658,7 @@ class Volumes(Dataset):
 
 
 def absent_classes(data: Any, cases: Sequence[str]) -> list[str]:
-    """The classes that no case holds; InputError names all cases whose label holds a value that no class has."""
+    """The classes that no case holds; InputError names cases whose label holds a value that no class has."""
     found: set[int] = set()
     faults = []
     for case in cases:

@@ -711,7 +711,7 @@ def centre_crop(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 
 class Prepared:
-    """A prepared folder. Arrays are opened memory-mapped at each call: no open files pile up, and none is read whole.
+    """A prepared folder. Arrays are opened memory-mapped at each call: no open files pile up, no image is read whole.
 
     name: str. channels: names. classes: name -> value 1..K in the label (0 is background and has no entry).
     scored: name -> value, or values whose union counts: what scores are of. axes: 3, or 2 where the cases are images.

@@ -1639,7 +1639,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 done, 2 bad input (one line on stderr)."""
+    """Run a command; 0 done, 2 bad input (one line on stderr), 130 after Ctrl-C."""
     try:
         args = make_parser().parse_args(argv)
         verbs = {"table": _table, "compare": _compare, "score": _score, "calibration": _calibration, "draws": _draws}
@@ -1647,6 +1647,8 @@ def main(argv: list[str] | None = None) -> int:
     except (InputError, OSError) as error:
         print(f"metrics: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -28,6 +28,7 @@ import time
 import types
 import typing
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -236,7 +237,7 @@ class StopFlag:
     """
 
     def __init__(self) -> None:
-        self.signal, self.since, self.alone = 0, 0.0, "WORLD_SIZE" not in os.environ
+        self.signal, self.interrupted, self.alone = 0, 0.0, "WORLD_SIZE" not in os.environ
         numbers = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup wants it
             numbers.append(signal.SIGHUP)  # the terminal was closed
@@ -249,13 +250,13 @@ class StopFlag:
 
     def _set(self, number: int, frame: types.FrameType | None) -> None:
         if number == signal.SIGINT and self.alone:
-            if self.signal and time.monotonic() - self.since > 1:
+            if self.interrupted and time.monotonic() - self.interrupted > 1:
                 raise KeyboardInterrupt
-            if not self.signal:
+            if not self.interrupted:
+                self.interrupted = time.monotonic()
                 text = b"\nstopping after this step, then all is saved; Ctrl-C again stops at once, without saving\n"
                 with contextlib.suppress(OSError):
                     os.write(2, text)  # print may be at work just now
-        self.since = self.since if self.signal else time.monotonic()
         self.signal = max(self.signal, number)
 
     def agreed(self, ranks: Ranks, time_is_up: bool = False) -> tuple[int, bool]:
@@ -300,7 +301,7 @@ def run_main(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[str
 
     Under torchrun the first process prints the line; another one waits, to be ended by torchrun, and speaks only if
     it is alone with its error. So does an error of the system (no permission, no such folder, disk full). Every other
-    exception is a defect of ours and keeps its traceback (exit code 1).
+    exception, but for lost processes, is a defect of ours and keeps its traceback (exit code 1).
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     try:
@@ -393,7 +394,10 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with open(path, newline="", errors="replace") as f:
-        rows = list(csv.DictReader(f))
+        try:
+            rows = list(csv.DictReader(f))
+        except csv.Error as error:
+            raise InputError(f"{path} is no table ({error}); mend it or move it away") from error
     for number, row in enumerate(rows, 2):
         if None in row or None in row.values():
             raise InputError(f"{path}, line {number}: not as many cells as the first line has; mend it or move it away")
@@ -422,11 +426,17 @@ def load_tensors(path: Path) -> Any:
 
 
 def load_checkpoint(path: Path, script: str) -> dict[str, Any]:
-    """One of our checkpoints, complete; InputError names a missing part, a newer format or another script."""
+    """One of our checkpoints, whole; InputError names damage, a missing part, a newer format or another script."""
     state = load_tensors(path)
-    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as parts:
-        if part := parts.testzip():  # torch.load does not look at the checksums
-            raise DamagedError(f"{path} is damaged ({part} does not fit its checksum); use another file")
+    try:
+        with zipfile.ZipFile(path) as parts:
+            bad = parts.testzip()  # torch.load does not look at the checksums
+    except zipfile.BadZipFile:  # in the older format
+        bad = None
+    except (NotImplementedError, RuntimeError, zlib.error, EOFError, struct.error, ValueError) as error:
+        bad = _first_line(error)
+    if bad:
+        raise DamagedError(f"{path} is damaged ({bad} does not fit its checksum); use another file")
     if not isinstance(state, dict) or "format" not in state:
         raise InputError(f"{path} is not a checkpoint of this program (no `format`); public weights go to --init")
     if not isinstance(state["format"], int) or state["format"] > FORMAT:
@@ -539,7 +549,10 @@ def find_run(
     record: Mapping[str, Any],
     ranks: Ranks,
 ) -> dict[str, Any] | None:
-    """The checkpoint to continue from, or None for a new run. InputError: other settings, other data, fewer steps."""
+    """The checkpoint to continue from, or None for a new run.
+
+    InputError: other settings, other data, fewer steps, weights that cannot be continued.
+    """
     state = load_newest(out, script, ranks)
     if state is None and (out / "best.pt").exists():
         raise InputError(
@@ -548,8 +561,8 @@ def find_run(
     if state is not None:
         if not state["optimizer"] and state.get("stage") != "ddpmseg":
             raise InputError(
-                f"{out / 'last.pt'} holds weights but no optimiser (a copy of best.pt?) and cannot be continued; start "
-                "from it by --init in another --out"
+                f"the checkpoint in {out} holds weights but no optimiser (a copy of best.pt?) and cannot be continued; "
+                "use evaluate, or begin in another --out"
             )
         check_same_config(state["config"], config, may_differ, out)
         if state["step"] > config["steps"]:
@@ -566,10 +579,13 @@ def find_run(
 
 
 _held: dict[Path, int] = {}  # folders that this process writes to, open
+RUN_FOLDERS = {"figures", "predictions", "samples.part"}
+RUN_FILES = {"config.json", "last.pt", "last.prev.pt", "best.pt", "metrics.csv", "summary.json"}
+RUN_SUFFIXES = {".pt", ".csv", ".json", ".npy", ".png", ".gz", ".tmp"}
 
 
 def hold(out: Path) -> None:
-    """InputError where another process trains in `out`. The lock ends with the process, however that ends."""
+    """InputError where another process of this machine writes to `out`. The lock ends with the process in any case."""
     if out.resolve() in _held:
         return
     handle = os.open(out, os.O_RDONLY)
@@ -577,7 +593,7 @@ def hold(out: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise InputError(f"another run is training in {out}; wait for it, or choose another --out") from None
+        raise InputError(f"another run is writing to {out}; wait for it, or choose another --out") from None
     except OSError:  # a file system without locks
         pass
     _held[out.resolve()] = handle
@@ -586,34 +602,49 @@ def hold(out: Path) -> None:
 def make_run(out: Path, config: Mapping[str, Any], overwrite: bool, ranks: Ranks) -> None:
     """Make the run folder with its config.json; with `overwrite` a run that is there is thrown away first.
 
-    InputError where the folder holds something else, or another process trains in it.
+    What no run has written is left in the folder. InputError where it holds no run, or another process writes to it.
     """
     if ranks.first:
-        if out.is_dir():
-            if Path.cwd().resolve().is_relative_to(out.resolve()):
-                raise InputError(f"--out {out} is the folder you are in, or above it; name one of its own for the run")
-            ours = any((out / name).exists() for name in ("config.json", "last.pt", "last.prev.pt"))
-            if not ours and any(f.is_file() and f.name != "profile.csv" for f in out.iterdir()):
-                raise InputError(
-                    f"{out} holds files but no run (no config.json) and is left alone; choose another --out"
-                )
-            if overwrite and out.is_symlink():
-                raise InputError(
-                    f"--out {out} is a link, which --overwrite leaves alone; name the folder itself, or another"
-                )
+        if Path.cwd().resolve().is_relative_to(out.resolve()):
+            raise InputError(f"--out {out} is the folder you are in, or above it; name one of its own for the run")
+        if overwrite and out.is_symlink():
+            raise InputError(
+                f"--out {out} is a link, which --overwrite leaves alone; name the folder itself, or another"
+            )
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--out {out} cannot be made ({error.strerror}); choose another") from error
         hold(out)
-        for file in out.iterdir() if overwrite else ():
-            if file.is_dir() and not file.is_symlink():
-                shutil.rmtree(file)
-            else:
-                file.unlink()
+        if overwrite:
+            _throw_away(out)
         write_json(out / "config.json", dict(config))
     if ranks.world > 1:
         dist.barrier()
+
+
+def _throw_away(out: Path) -> None:
+    """Remove the run in `out` with the runs and scores below it; InputError where there is none, or one is in use."""
+    names = {f.name for f in out.iterdir()} - {"profile.csv"}
+    if any(name[0] != "." for name in names) and not names & RUN_FILES:
+        raise InputError(f"{out} holds files but no run (no config.json) and is left alone; choose another --out")
+    for file in out.glob("*/**/config.json"):
+        inner = os.open(file.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(inner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if file.parent.resolve() not in _held:
+                raise InputError(f"another run is writing to {file.parent}; wait for it before --overwrite") from None
+        except OSError:
+            pass
+        finally:
+            os.close(inner)
+    for file in sorted(out.iterdir(), key=lambda f: f.name == "config.json"):  # last: a stopped removal can be repeated
+        if file.is_dir() and not file.is_symlink():
+            if file.name in RUN_FOLDERS or {f.name for f in file.iterdir()} & RUN_FILES:
+                shutil.rmtree(file)
+        elif file.suffix in RUN_SUFFIXES:
+            file.unlink()
 
 
 def _first_line(error: BaseException) -> str:
@@ -640,13 +671,15 @@ class Log:
         rows: list[list[str]] = []
         if step and path.exists():
             with open(path, newline="", errors="replace") as f:
-                reader = csv.DictReader(f)
-                if reader.fieldnames and "step" not in reader.fieldnames:
+                lines = (line.replace("\0", "") for line in f)
+                header = next(csv.reader(lines), [])
+                if header and "step" not in header:
                     raise InputError(
                         f"{path} does not begin with the names of its columns, has another program written it? Restore "
                         "it, or move it away"
                     )
-                for row in reader:
+                # Cells are numbers: an open quote, which is damage, must not swallow the rows behind it.
+                for row in csv.DictReader(lines, header, quoting=csv.QUOTE_NONE):
                     if (row.get("step") or "").isdigit() and int(row["step"]) <= step:
                         rows.append([_number_or_empty(row.get(c)) for c in self.columns])
         text = io.StringIO(newline="")

@@ -5,6 +5,7 @@ the public state dicts, so public checkpoints load (`load_public`). Everything w
 tensors are [B, C, X, Y] or [B, C, X, Y, Z], the spatial sizes written as `*S` below.
 """
 
+import errno
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -330,7 +331,8 @@ class FeatureStore:
                     try:
                         os.posix_fallocate(f.fileno(), 0, self.file.stat().st_size)
                     except OSError as error:
-                        raise OSError(error.errno, error.strerror, str(self.file)) from error
+                        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # else it cannot be told here
+                            raise OSError(error.errno, error.strerror, str(self.file)) from error
         at = len(self.divisors) * sum(m.numel() for m in maps)
         for m in maps:
             self.starts.append(at)

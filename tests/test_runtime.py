@@ -1,13 +1,18 @@
 """Saving, loading, flags, log, seeds: what keeps a run safe."""
 
 import csv
+import fcntl
+import json
+import multiprocessing
 import os
 import pickle
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -423,7 +428,7 @@ def test_two_trainings_do_not_write_into_one_folder(tmp_path):
         if not held:
             runtime.stop_processes()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-        assert ("another run is training in" in done.stderr) == held == bool(done.returncode)
+        assert ("another run is writing to" in done.stderr) == held == bool(done.returncode)
         assert (tmp_path / "run/config.json").read_text().strip() == f'{{\n "a": {1 if held else 2}\n}}'
 
 
@@ -437,10 +442,52 @@ def test_a_run_takes_no_folder_that_holds_other_things(tmp_path, monkeypatch):
             with pytest.raises(InputError, match=words):
                 runtime.make_run(out, {}, overwrite, ALONE)
     monkeypatch.chdir(Path(__file__).parent)
-    for overwrite in (False, True):
-        with pytest.raises(InputError, match="holds files but no run"):
-            runtime.make_run(tmp_path / "work", {}, overwrite, ALONE)
+    with pytest.raises(InputError, match="holds files but no run"):
+        runtime.make_run(tmp_path / "work", {}, True, ALONE)
     assert [f.name for f in (tmp_path / "work").iterdir()] == ["thesis.txt"]
+
+
+def test_overwrite_leaves_what_no_run_has_written(tmp_path):
+    run = tmp_path / "run"
+    for name in ("log.csv", "finetune/config.json", "val/metrics.csv", "figures/a.png", "job.out", "data/scan.npy"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("")
+    runtime.make_run(run, {"a": 1}, False, ALONE)  # a queue's file does not stand in the way
+    assert (run / "log.csv").exists()
+    runtime.make_run(run, {"a": 2}, True, ALONE)
+    assert sorted(f.name for f in run.iterdir()) == ["config.json", "data", "job.out"]
+    assert (run / "data/scan.npy").exists() and json.loads((run / "config.json").read_text()) == {"a": 2}
+
+
+def test_overwrite_does_not_take_a_subfolder_from_another_run(tmp_path):
+    inner = tmp_path / "run/finetune"
+    runtime.make_run(tmp_path / "run", {}, False, ALONE)
+    inner.mkdir()
+    (inner / "config.json").write_text("{}")
+    handle = os.open(inner, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(InputError, match=r"another run is writing to .*finetune"):
+        runtime.make_run(tmp_path / "run", {}, True, ALONE)
+    os.close(handle)
+    assert inner.exists()
+    runtime.make_run(tmp_path / "run", {}, True, ALONE)
+    assert not inner.exists()
+
+
+def test_loading_processes_do_not_hold_the_folder(tmp_path):
+    runtime.make_run(tmp_path / "run", {}, False, ALONE)
+    worker = multiprocessing.get_context("fork").Process(target=lambda: (runtime.ignore_signals(0), time.sleep(60)))
+    worker.start()
+    time.sleep(0.5)
+    runtime.stop_processes()
+    handle = os.open(tmp_path / "run", os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the worker lives, and the folder is free
+        assert worker.is_alive()
+    finally:
+        os.close(handle)
+        worker.kill()
+        worker.join()
 
 
 def test_weights_that_cannot_be_continued_are_not_overwritten(tmp_path):
@@ -448,7 +495,7 @@ def test_weights_that_cannot_be_continued_are_not_overwritten(tmp_path):
     with pytest.raises(InputError, match=r"holds best.pt but no last.pt.*use evaluate"):
         runtime.find_run(tmp_path, "patchddm", {"steps": 5}, (), {}, ALONE)
     (tmp_path / "best.pt").rename(tmp_path / "last.pt")
-    with pytest.raises(InputError, match=r"no optimiser .*--init"):
+    with pytest.raises(InputError, match=r"no optimiser .*use evaluate"):
         runtime.find_run(tmp_path, "patchddm", {"steps": 5}, (), {}, ALONE)
     state = complete_state(config={}, data={}, optimizer={"state": {}})
     runtime.save_checkpoint(tmp_path / "last.pt", state)
@@ -457,9 +504,9 @@ def test_weights_that_cannot_be_continued_are_not_overwritten(tmp_path):
 
 def test_a_damaged_log_loses_nothing_unsaid(tmp_path):
     path = tmp_path / "log.csv"
-    path.write_bytes(b"step,loss\n1,0.5\n2,0.4.1\n\xff3,0.3\n4,0.2\n")
-    runtime.Log(path, ["step", "loss"], 4, True)
-    assert path.read_text() == "step,loss\n1,0.5\n2,\n4,0.2\n"
+    path.write_bytes(b'step,loss\n1,0.5\n2,0.4.1\n\xff3,0.3\n4,"0.2\n5,0.1\0\n')
+    runtime.Log(path, ["step", "loss"], 5, True)
+    assert path.read_text() == "step,loss\n1,0.5\n2,\n4,\n5,0.1\n"
     path.write_text("step;loss\n1;0.5\n")
     with pytest.raises(InputError, match="does not begin with the names of its columns"):
         runtime.Log(path, ["step", "loss"], 4, True)
@@ -467,13 +514,15 @@ def test_a_damaged_log_loses_nothing_unsaid(tmp_path):
 
 
 def test_second_ctrl_c_stops_at_once_but_not_under_torchrun(capfd, monkeypatch):
-    clock = iter([10.0, 10.5, 12.0, 20.0, 30.0])
-    monkeypatch.setattr(runtime.time, "monotonic", lambda: next(clock))
+    clock = iter([10.0, 10.5, 12.0])
+    monkeypatch.setattr(runtime, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     stop = runtime.StopFlag()
     try:
+        os.kill(os.getpid(), signal.SIGTERM)  # of a queue: the first Ctrl-C after it is still the first
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # half a second later: the same key, twice
-        assert stop.signal == signal.SIGINT and capfd.readouterr().err.count("stopping after this step") == 1
+        assert stop.signal == signal.SIGTERM and capfd.readouterr().err.count("stopping after this step") == 1
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     finally:
@@ -487,7 +536,7 @@ def test_second_ctrl_c_stops_at_once_but_not_under_torchrun(capfd, monkeypatch):
         assert stop.signal == signal.SIGINT
     finally:
         stop.restore()
-    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_DFL
 
 
 def test_end_of_another_process_is_one_line(capsys, monkeypatch):
