@@ -295,6 +295,26 @@ def check_not_input(output: str | os.PathLike, inputs: Iterable[str | os.PathLik
             raise InputError(f"{output}: the output would overwrite the input {file}; choose another output")
 
 
+def lock_folder(folder: Path) -> int | None:
+    """A handle that keeps `folder` to this process until it is closed or the process ends; None: another one has it.
+
+    On one machine only; where there are no locks (Windows, some network drives) all are let in.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return os.open(os.devnull, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    except OSError:  # a file system without locks
+        pass
+    return handle
+
+
 def atomic_write(path: Path, blob: bytes) -> None:
     """Write a file by way of a temporary one in the same folder, so that it is whole or absent. Raises InputError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

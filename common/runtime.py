@@ -11,7 +11,6 @@ import csv
 import ctypes
 import dataclasses
 import difflib
-import fcntl
 import hashlib
 import io
 import json
@@ -38,6 +37,7 @@ import torch
 import torch.distributed as dist
 
 from common import InputError
+from common.loaders import lock_folder
 from common.unet import load_public, public_flags
 
 FORMAT = 1  # of checkpoints; raised when an old program could misread a new file
@@ -588,14 +588,9 @@ def hold(out: Path) -> None:
     """InputError where another process of this machine writes to `out`. The lock ends with the process in any case."""
     if out.resolve() in _held:
         return
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise InputError(f"another run is writing to {out}; wait for it, or choose another --out") from None
-    except OSError:  # a file system without locks
-        pass
+    handle = lock_folder(out)
+    if handle is None:
+        raise InputError(f"another run is writing to {out}; wait for it, or choose another --out")
     _held[out.resolve()] = handle
 
 
@@ -629,16 +624,12 @@ def _throw_away(out: Path) -> None:
     if any(name[0] != "." for name in names) and not names & RUN_FILES:
         raise InputError(f"{out} holds files but no run (no config.json) and is left alone; choose another --out")
     for file in out.glob("*/**/config.json"):
-        inner = os.open(file.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(inner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if file.parent.resolve() not in _held:
-                raise InputError(f"another run is writing to {file.parent}; wait for it before --overwrite") from None
-        except OSError:
-            pass
-        finally:
-            os.close(inner)
+        if file.parent.resolve() in _held:
+            continue
+        handle = lock_folder(file.parent)
+        if handle is None:
+            raise InputError(f"another run is writing to {file.parent}; wait for it before --overwrite")
+        os.close(handle)
     for file in sorted(out.iterdir(), key=lambda f: f.name == "config.json"):  # last: a stopped removal can be repeated
         if file.is_dir() and not file.is_symlink():
             if file.name in RUN_FOLDERS or {f.name for f in file.iterdir()} & RUN_FILES:

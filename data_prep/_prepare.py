@@ -46,6 +46,7 @@ from common.loaders import (
     atomic_write,
     check_intensities,
     check_same_grid,
+    lock_folder,
     make_splits,
     natural_key,
     normalise,
@@ -1007,20 +1008,10 @@ def check_destination(dst: Path, setup: dict, splits: dict[str, list[str]]) -> N
 @contextlib.contextmanager
 def alone_in(dst: Path) -> Iterator[None]:
     """InputError where another run is writing to dst. The system ends the lock with the process, however that ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
     dst.mkdir(parents=True, exist_ok=True)
-    handle = os.open(dst, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise InputError(f"{dst}: another run is preparing it; wait for it, or choose another --dst") from None
-    except OSError:  # a file system without locks
-        pass
+    handle = lock_folder(dst)
+    if handle is None:
+        raise InputError(f"{dst}: another run is preparing it; wait for it, or choose another --dst")
     try:
         yield
     finally:
