@@ -97,9 +97,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from common import InputError, figures, loaders, metrics, runtime
-from common.runtime import Ranks, flag, noise, say, seed_of
-from common.unet import GroupNorm, fast_layout, timestep_embedding
+from common import InputError
+from common.old import figures, loaders, metrics, runtime
+from common.old.runtime import Ranks, flag, noise, say, seed_of
+from common.old.unet import GroupNorm, fast_layout, timestep_embedding
 
 SCRIPT = "diffseg3d_recycle"
 T = 1000  # diffusion steps of the original schedule; t = 1..T, and k = 1..K of them, throughout this file

@@ -110,9 +110,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from common import InputError, figures, loaders, metrics, runtime
-from common.runtime import Ranks, flag, noise, say, seed_of
-from common.unet import (
+from common import InputError
+from common.old import figures, loaders, metrics, runtime
+from common.old.runtime import Ranks, flag, noise, say, seed_of
+from common.old.unet import (
     AttentionBlock,
     EmbedSequential,
     FeatureStore,

@@ -36,7 +36,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import InputError
-from common.loaders import (
+from common.old.loaders import (
     FORMAT,
     FOV_FLOOR,
     PERCENTILES,

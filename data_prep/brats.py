@@ -38,7 +38,7 @@ import nibabel as nib
 import numpy as np
 
 from common import InputError
-from common.loaders import make_splits, natural_key, nifti_stem, read_nifti
+from common.old.loaders import make_splits, natural_key, nifti_stem, read_nifti
 from data_prep import _prepare
 from data_prep._prepare import Case, Report, Source, nifti_files, some
 
@@ -302,7 +302,7 @@ def make_fake(root: Path, layout: str) -> None:
     2018: grades, qform codes that differ, an int16 label. 2020: nested, .nii, the label of case 355, a folder that
     holds its file. 2021: flat. 2023: hyphens, label 3, two dates of some patients.
     """
-    from common.loaders import phantom
+    from common.old.loaders import phantom
 
     shape = (24, 28, 16)
     affine = np.diag([-1.0, -1.0, 1.0, 1.0])  # LPS

@@ -30,7 +30,7 @@ from PIL import Image
 from scipy import ndimage
 
 from common import InputError
-from common.loaders import Prepared, data_record, open_prepared
+from common.old.loaders import Prepared, data_record, open_prepared
 from data_prep import _prepare, glas
 from data_prep._prepare import Case, Flat, Report, Source
 

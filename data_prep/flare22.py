@@ -34,7 +34,7 @@ import nibabel as nib
 import numpy as np
 
 from common import InputError
-from common.loaders import ct_phantom, make_splits, natural_key
+from common.old.loaders import ct_phantom, make_splits, natural_key
 from data_prep import _prepare
 from data_prep._prepare import Case, Source, some
 

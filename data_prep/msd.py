@@ -29,7 +29,7 @@ import nibabel as nib
 import numpy as np
 
 from common import InputError
-from common.loaders import make_splits, natural_key, nifti_stem
+from common.old.loaders import make_splits, natural_key, nifti_stem
 from data_prep import _prepare
 from data_prep._prepare import Case, Source
 
@@ -331,7 +331,7 @@ def _found_cases(src: Path, channels: int) -> tuple[list[Case], list[str]]:
 
 def make_fake(root: Path, layout: str) -> None:
     """Write 10 labelled cases and 1 without label, from phantoms: some LAS, all anisotropic, one float32 label."""
-    from common.loaders import phantom
+    from common.old.loaders import phantom
 
     channels, names = (1, ["MRI"]) if layout == "msd" else (2, ["T2", "ADC"])
     for folder in ("imagesTr", "labelsTr", "imagesTs"):

@@ -26,7 +26,7 @@ import test_lean
 import ddpm_pretrain_finetune as ddpm
 import diffseg3d_recycle as diffseg
 import patchddm
-from common import loaders, metrics, runtime, unet
+from common.old import loaders, metrics, runtime, unet
 
 
 def interleaved(variants: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:

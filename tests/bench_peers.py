@@ -23,7 +23,7 @@ from monai.metrics import compute_average_surface_distance, compute_hausdorff_di
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import blobs, interleaved
 
-from common import metrics, runtime
+from common.old import metrics, runtime
 
 CPU = torch.device("cpu")
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
-from common import runtime  # noqa: E402  (found by the line above)
+from common.old import runtime  # noqa: E402  (found by the line above)
 from data_prep import msd  # noqa: E402
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from common.loaders import data_record, open_prepared
+from common.old.loaders import data_record, open_prepared
 from data_prep import corrupt
 from data_prep.corrupt import CORRUPTIONS
 

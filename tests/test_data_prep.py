@@ -15,8 +15,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from common import InputError, loaders
-from common.loaders import load_for_prediction, open_prepared, read_nifti, write_nifti
+from common import InputError
+from common.old import loaders
+from common.old.loaders import load_for_prediction, open_prepared, read_nifti, write_nifti
 from data_prep import _prepare, msd
 
 REPOSITORY = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import patchddm
-from common.loaders import data_record, load_for_prediction, normalise, open_prepared
+from common.old.loaders import data_record, load_for_prediction, normalise, open_prepared
 from data_prep import _prepare, amos
 
 NAMES = ["spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver", "stomach", "aorta", "postcava",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import patchddm
-from common.loaders import data_record, load_for_prediction, make_splits, open_prepared, write_nifti
+from common.old.loaders import data_record, load_for_prediction, make_splits, open_prepared, write_nifti
 from data_prep import brats
 
 # PatchDDM's published lists, of the official numbers

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.loaders import open_prepared, read_image, read_mask
+from common.old.loaders import open_prepared, read_image, read_mask
 from data_prep import _prepare, ffhq34, glas, monuseg
 
 REPOSITORY = Path(__file__).parents[1]

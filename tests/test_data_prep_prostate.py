@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import patchddm
-from common.loaders import data_record, load_for_prediction, open_prepared, read_window, symmetric_pad
+from common.old.loaders import data_record, load_for_prediction, open_prepared, read_window, symmetric_pad
 from data_prep import _prepare, prostate
 
 NAMES = ["BladderMask", "BoneMask", "ObdInternMask", "TZ", "CG", "RectumMask", "SV", "NVB"]

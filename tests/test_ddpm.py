@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import ddpm_pretrain_finetune as P
-from common import InputError, loaders, runtime
-from common.runtime import Ranks
+from common import InputError
+from common.old import loaders, runtime
+from common.old.runtime import Ranks
 
 TINY = P.Config(**P.PRESETS["tiny"], amp="off")
 FAST = replace(TINY, size=16, channel_mult=(1, 2), attention_resolutions=(8,), blocks=(1, 3))

@@ -17,7 +17,8 @@ from conftest import ROOT, CommandLine, table
 from PIL import Image
 
 import ddpm_pretrain_finetune as P
-from common import InputError, loaders, metrics, runtime
+from common import InputError
+from common.old import loaders, metrics, runtime
 from data_prep import msd
 
 NET = ["--size", "32", "--channel-mult", "1,1", "--num-res-blocks", "1", "--attention-resolutions", "16"]

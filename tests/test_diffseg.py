@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import diffseg3d_recycle as D
-from common import InputError, loaders
-from common.runtime import Ranks
-from common.unet import timestep_embedding
+from common import InputError
+from common.old import loaders
+from common.old.runtime import Ranks
+from common.old.unet import timestep_embedding
 
 CPU = torch.device("cpu")
 SMALL = {"num_channels": 4, "channel_mult": (1, 2), "size": (8, 8, 8)}

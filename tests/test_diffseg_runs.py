@@ -18,7 +18,8 @@ import torch
 from conftest import CommandLine, table
 
 import diffseg3d_recycle as D
-from common import InputError, loaders, metrics, runtime
+from common import InputError
+from common.old import loaders, metrics, runtime
 
 ROOT = Path(__file__).parents[1]
 NET = ["--num-channels", "4", "--channel-mult", "1,2", "--size", "24,24,16", "--batch", "2", "--recycle", "prev"]

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from common import InputError, figures, metrics
+from common import InputError
+from common.old import figures, metrics
 
 ORANGE, BLUE = figures.PALETTE[:2]
 

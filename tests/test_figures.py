@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import figures
+from common.old import figures
 
 ORANGE, BLUE, GREEN = figures.PALETTE[:3]
 BLACK = (0, 0, 0)

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from common.loaders import open_slices
+from common.old.loaders import open_slices
 from data_prep import flare22
 
 LABELLED, PRETRAIN = "FLARE22_LabeledCase50", "FLARE22_UnlabeledCase1-1000"

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 
-from common import InputError, metrics
+from common import InputError
+from common.old import metrics
 
 SQUARE = np.array([(0, 0), (2, 0), (0, 2), (2, 2)], float)
 REAL, FAKE = (np.array(v, float)[:, None] for v in ([0, 1, 2, 3, 4], [0.5, 1.5, 2.5, 20, 21]))

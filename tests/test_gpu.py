@@ -12,8 +12,8 @@ import ddpm_pretrain_finetune as ddpm
 import diffseg3d_recycle as diffseg
 import masked_diffusion
 import patchddm
-from common import loaders, metrics, runtime
-from common.unet import GroupNorm, lean_forward
+from common.old import loaders, metrics, runtime
+from common.old.unet import GroupNorm, lean_forward
 
 NET = ["--num-channels", "4", "--channel-mult", "1,2", "--num-groups", "2", "--patch", "16", "--batch", "2"]
 FAST = [*NET, "--sampling-steps", "2", "--limit", "1", "--quiet"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from common import metrics, runtime
+from common.old import metrics, runtime
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("patchddm", "diffseg3d_recycle", "masked_diffusion", "ddpm_pretrain_finetune")
@@ -47,7 +47,7 @@ def test_script_holds_the_lesson(script):
 
 
 def test_common_holds_no_lesson():
-    for file in (ROOT / "common").glob("*.py"):
+    for file in (ROOT / "common").rglob("*.py"):
         text = file.read_text()
         assert [word for word in LESSON if word in text] == [], file
         assert not re.search(rf"^\s*(from|import) ({'|'.join(NAMES)})\b", text, re.MULTILINE), file
@@ -112,7 +112,7 @@ def test_no_function_is_longer_than_a_screen_and_a_half():
 
 def test_only_the_six_packages_are_imported():
     found = set()
-    for file in [*SCRIPTS, *(ROOT / "common").glob("*.py"), *(ROOT / "data_prep").glob("*.py")]:
+    for file in [*SCRIPTS, *(ROOT / "common").rglob("*.py"), *(ROOT / "data_prep").glob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):
                 found |= {alias.name.split(".")[0] for alias in node.names}
@@ -145,7 +145,7 @@ def pickle_words(file: Path) -> list[str]:
 def test_only_the_restricted_reader_unpickles():
     found = {f.name: set(pickle_words(f)) for f in sources() if f.parent.name != "tests" and pickle_words(f)}
     assert found == {"runtime.py": {"UnpicklingError"}, "loaders.py": {"Unpickler", "UnpicklingError"}}
-    tree = ast.parse((ROOT / "common" / "loaders.py").read_text())
+    tree = ast.parse((ROOT / "common" / "old" / "loaders.py").read_text())
     uses = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "Unpickler"]
     bases = [base for n in ast.walk(tree) if isinstance(n, ast.ClassDef) for base in n.bases]
     assert len(uses) == 1 and uses[0] in bases  # subclassed once, never called as it is

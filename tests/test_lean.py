@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import patchddm as P
-from common import runtime, unet
+from common.old import runtime, unet
 
 
 class Live(TorchDispatchMode):

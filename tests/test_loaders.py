@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import InputError, loaders
-from common.loaders import (
+from common import InputError
+from common.old import loaders
+from common.old.loaders import (
     centre_crop,
     channels_first,
     check_not_input,

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 
 import masked_diffusion as M
-from common import InputError, loaders, metrics, unet
-from common.runtime import Ranks
+from common import InputError
+from common.old import loaders, metrics, unet
+from common.old.runtime import Ranks
 
 CPU = torch.device("cpu")
 FIXTURES = Path(os.environ.get("SHARED_DIR", Path(__file__).parents[2] / "shared")) / "data" / "fixtures"

@@ -16,7 +16,8 @@ from conftest import CommandLine, table
 from PIL import Image
 
 import masked_diffusion as M
-from common import InputError, loaders, metrics, runtime
+from common import InputError
+from common.old import loaders, metrics, runtime
 
 ROOT, TISSUE = Path(__file__).parents[1], loaders.Tissue
 NET = ["--channel-mult", "1,1", "--num-res-blocks", "1", "--attention-resolutions", "2", "--crop", "32"]

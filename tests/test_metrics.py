@@ -14,7 +14,8 @@ from PIL import Image
 from scipy import ndimage, stats
 from scipy.spatial.distance import cdist
 
-from common import InputError, loaders, metrics
+from common import InputError
+from common.old import loaders, metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE = (1.0, 1.0, 1.0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import metrics
+from common.old import metrics
 
 
 def drawn(text: str) -> np.ndarray:

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import patchddm as P
-from common import InputError, loaders
-from common.runtime import Ranks
-from common.unet import load_public, public_flags
+from common import InputError
+from common.old import loaders
+from common.old.runtime import Ranks
+from common.old.unet import load_public, public_flags
 
 FIXTURES = Path(os.environ.get("SHARED_DIR", Path(__file__).parents[2] / "shared")) / "data" / "fixtures"
 SMALL = {"num_channels": 4, "channel_mult": (1, 2), "num_res_blocks": 1, "num_groups": 4, "patch": (8,)}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import patchddm
-from common import loaders, metrics, runtime
+from common.old import loaders, metrics, runtime
 from data_prep import brats
 
 NET = ["--preset", "tiny", "--num-channels", "8", "--channel-mult", "1,2", "--patch", "16", "--batch", "2"]

@@ -17,7 +17,8 @@ import torch
 from conftest import CommandLine
 
 import patchddm
-from common import InputError, loaders, metrics, runtime
+from common import InputError
+from common.old import loaders, metrics, runtime
 
 ROOT = Path(__file__).parents[1]
 NET = ["--num-channels", "4", "--channel-mult", "1,2", "--num-groups", "2", "--patch", "16", "--batch", "2"]

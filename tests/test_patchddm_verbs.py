@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import patchddm as P
-from common import InputError, loaders, metrics, runtime
+from common import InputError
+from common.old import loaders, metrics, runtime
 
 NET = ["--num-channels", "4", "--channel-mult", "1,2", "--num-groups", "2", "--patch", "16", "--batch", "2"]
 FAST = [*NET, "--sampling-steps", "2", "--limit", "2", "--quiet", "--amp", "off", "--device", "cpu"]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common.loaders import phantom
+from common.old.loaders import phantom
 
 
 def dice(a, b):

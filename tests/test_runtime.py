@@ -18,8 +18,9 @@ from typing import Literal
 import pytest
 import torch
 
-from common import InputError, runtime
-from common.runtime import Ranks, flag
+from common import InputError
+from common.old import runtime
+from common.old.runtime import Ranks, flag
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 
@@ -68,7 +69,7 @@ def test_a_device_that_is_really_full_is_reported(tmp_path):
 def test_process_killed_inside_a_save_leaves_a_loadable_checkpoint(tmp_path):
     runtime.save_checkpoint(tmp_path / "last.pt", complete_state(step=1))
     code = (
-        "import os, signal, sys, torch\nfrom pathlib import Path\nfrom common import runtime\n"
+        "import os, signal, sys, torch\nfrom pathlib import Path\nfrom common.old import runtime\n"
         "def half(f):\n    f.write(b'x' * 1000); f.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
         "runtime.write_atomic(Path(sys.argv[1]), half, Path(sys.argv[2]))\n"
     )
@@ -215,9 +216,8 @@ def test_console_shows_the_numbers_of_the_log(tmp_path, capsys):
 
 
 def test_closed_stdout_does_not_stop_a_run():
-    code = (
-        "import sys\nfrom common.runtime import say\nsys.stdout.close()\nsay('a')\nsay('b')\nsys.stderr.write('alive')"
-    )
+    code = "import sys\nfrom common.old.runtime import say\n"
+    code += "sys.stdout.close()\nsay('a')\nsay('b')\nsys.stderr.write('alive')"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "alive"
 
@@ -418,7 +418,7 @@ def test_a_changed_bit_in_the_weights_is_noticed(tmp_path, capsys):
 def test_two_trainings_do_not_write_into_one_folder(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
-        "from pathlib import Path; import torch; from common import runtime\n"
+        "from pathlib import Path; import torch; from common.old import runtime\n"
         f"runtime.make_run(Path({str(tmp_path / 'run')!r}), {{'a': 2}}, True, "
         "runtime.Ranks(0, 1, 0, torch.device('cpu')))"
     )

@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import InputError, loaders
-from common.loaders import (
+from common import InputError
+from common.old import loaders
+from common.old.loaders import (
     CtPhantoms,
     SliceGrid,
     as_display,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.unet import (
+from common.old.unet import (
     AttentionBlock,
     Downsample,
     EmbedSequential,

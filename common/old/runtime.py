@@ -37,8 +37,8 @@ import torch
 import torch.distributed as dist
 
 from common import InputError
-from common.loaders import lock_folder
-from common.unet import load_public, public_flags
+from common.old.loaders import lock_folder
+from common.old.unet import load_public, public_flags
 
 FORMAT = 1  # of checkpoints; raised when an old program could misread a new file
 CHECKPOINT_KEYS = ("format", "script", "config", "model", "ema", "optimizer", "scaler", "step", "best", "data")
