@@ -138,7 +138,12 @@ LOG_EVERY = 50  # steps
 GROUPS = 32  # of every group norm
 AT_ONCE = 16  # slices in one forward pass without gradient
 NEAREST_AMONG = 20_000  # pre-training slices among which the nearest to a sample is looked for
-PROBES = (50, 100, 300, 500)  # levels at which slices that are held out are denoised during pre-training
+PROBES = (
+    50,
+    100,
+    300,
+    500,
+)  # levels at which slices that are held out are denoised during pre-training
 WINDOWS = {"lung": (-500, 1400), "abdomen": (40, 350)}  # level and width in HU
 
 # =====================================================================================================================
@@ -224,10 +229,14 @@ class Config:
         """Below the pre-training's; its name holds what differs between the runs that one compares."""
         parts = ["finetune", self.labels.replace("%", "pc"), self.strategy, self.dice]
         parts += ["random"] * (self.init == "none" and self.strategy != "scratch")
-        parts += [f"t{self.time}"] * (self.time != replace(self, t=-1).time) + [self.variant] * (self.variant != "S")
+        parts += [f"t{self.time}"] * (self.time != replace(self, t=-1).time) + [self.variant] * (
+            self.variant != "S"
+        )
         parts += ["noised"] * (self.input == "noised")
         default = FINETUNE[self.preset]
-        parts += [f"lr{self.lr:g}"] * (self.lr != default["lr"]) + [f"seed{self.seed}"] * (self.seed != 0)
+        parts += [f"lr{self.lr:g}"] * (self.lr != default["lr"]) + [f"seed{self.seed}"] * (
+            self.seed != 0
+        )
         return self.run_folder / "-".join([*parts, f"draw{self.draw}"])
 
     @property
@@ -250,7 +259,15 @@ class Config:
 
     def __post_init__(self) -> None:
         """Ranges and the rules between flags; InputError names the flag."""
-        for name in ("num_channels", "num_res_blocks", "num_head_channels", "batch", "accumulate", "steps", "members"):
+        for name in (
+            "num_channels",
+            "num_res_blocks",
+            "num_head_channels",
+            "batch",
+            "accumulate",
+            "steps",
+            "members",
+        ):
             runtime.check_range(self, name, 1)
         for name in ("eval_every", "save_every", "num_samples", "epochs"):
             runtime.check_range(self, name, 1)
@@ -261,15 +278,23 @@ class Config:
         runtime.check_range(self, "lr", 0, 1, open_low=True)
         runtime.check_range(self, "t", -1, T)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise InputError(f"--device is {self.device}, expected auto, cpu, cuda or cuda:N; correct the flag")
+            raise InputError(
+                f"--device is {self.device}, expected auto, cpu, cuda or cuda:N; correct the flag"
+            )
         if not re.fullmatch(r"all|[1-9]\d*|\d*\.?\d+%", self.labels):
-            raise InputError(f"--labels is {self.labels}, expected a number, `all` or a share such as 1%; correct it")
+            raise InputError(
+                f"--labels is {self.labels}, expected a number, `all` or a share such as 1%; correct it"
+            )
         if self.input == "noised" and self.t == T:
             raise InputError(f"--input noised has no level t = {T}, the last is {T - 1}; lower --t")
         if not re.fullmatch(r"rand|(encoder|inception):.+", self.features):
-            raise InputError(f"--features is {self.features}, expected rand, encoder:FILE or inception:FILE")
+            raise InputError(
+                f"--features is {self.features}, expected rand, encoder:FILE or inception:FILE"
+            )
         if not self.channel_mult or min(self.channel_mult) < 1:
-            raise InputError(f"--channel-mult is {self.channel_mult}, expected whole numbers of 1 or more")
+            raise InputError(
+                f"--channel-mult is {self.channel_mult}, expected whole numbers of 1 or more"
+            )
         if self.num_channels % GROUPS:
             raise InputError(f"--num-channels is {self.num_channels}, expected a multiple of {GROUPS}, the groups of "
                              f"its norms; use {-(-self.num_channels // GROUPS) * GROUPS}")  # fmt: skip
@@ -278,7 +303,9 @@ class Config:
             raise InputError(f"--size {self.size} is not a multiple of {step} and at least {2 * step}, which "
                              f"{len(self.channel_mult)} levels ask for; change --size or --channel-mult")  # fmt: skip
         for i, m in enumerate(self.channel_mult):
-            attends = self.arch == "adm" and (self.size >> i in self.attends or i == len(self.channel_mult) - 1)
+            attends = self.arch == "adm" and (
+                self.size >> i in self.attends or i == len(self.channel_mult) - 1
+            )
             if attends and self.num_channels * m % self.num_head_channels:
                 raise InputError(f"--num-head-channels {self.num_head_channels} does not divide the "
                                  f"{self.num_channels * m} channels of an attention; choose a divisor")  # fmt: skip
@@ -290,10 +317,28 @@ SMALL: dict[str, Any] = {
     "num_head_channels": 32,
     "attention_resolutions": (8,),
 }
-SMALL |= {"ema": 0.999, "workers": 0, "batch": 16, "dice": "per-class", "sampler": "ddim", "sampling_steps": 50}  # D12
-LAPTOP: dict[str, Any] = {"size": 64, "channel_mult": (1, 1, 2, 4), "steps": 20_000, "eval_every": 1000}
+SMALL |= {
+    "ema": 0.999,
+    "workers": 0,
+    "batch": 16,
+    "dice": "per-class",
+    "sampler": "ddim",
+    "sampling_steps": 50,
+}  # D12
+LAPTOP: dict[str, Any] = {
+    "size": 64,
+    "channel_mult": (1, 1, 2, 4),
+    "steps": 20_000,
+    "eval_every": 1000,
+}
 LAPTOP |= {"save_every": 100, "blocks": (1, 3, 5)}
-TINY: dict[str, Any] = {"size": 32, "channel_mult": (1, 2, 2), "steps": 600, "eval_every": 200, "save_every": 200}
+TINY: dict[str, Any] = {
+    "size": 32,
+    "channel_mult": (1, 2, 2),
+    "steps": 600,
+    "eval_every": 200,
+    "save_every": 200,
+}
 TINY |= {"lr": 1e-3, "flip": "off"}  # two of the phantoms' organs differ by their side alone
 TINY |= {"blocks": (1, 3), "num_samples": 16, "members": 3, "epochs": 4, "sampling_steps": 25}
 PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "laptop": SMALL | LAPTOP, "tiny": SMALL | TINY}
@@ -308,7 +353,11 @@ FINETUNE: dict[str, dict[str, Any]] = {
 
 def fine_steps(preset: str, labels: int, total: int) -> int:
     """Steps of fine-tuning with `labels` of `total` slices: the paper's, fewer in the small presets."""  # D5
-    few, more, every = {"paper": (1000, 10_000, 30_000), "laptop": (600, 2000, 3000), "tiny": (200, 400, 600)}[preset]
+    few, more, every = {
+        "paper": (1000, 10_000, 30_000),
+        "laptop": (600, 2000, 3000),
+        "tiny": (200, 400, 600),
+    }[preset]
     return few if labels <= 4 else every if labels == total else more
 
 
@@ -332,7 +381,9 @@ class UNet(nn.Module):
             self.time_embed = nn.Sequential(nn.Linear(c, 4 * c), nn.SiLU(), nn.Linear(4 * c, 4 * c))
 
         def block(a: int, b: int, resample: Literal["up", "down"] | None = None) -> ResBlock:
-            return ResBlock(2, a, b, 4 * c if timed else None, GROUPS, scale_shift=adm, resample=resample)
+            return ResBlock(
+                2, a, b, 4 * c if timed else None, GROUPS, scale_shift=adm, resample=resample
+            )
 
         def attention(width: int) -> AttentionBlock:
             return AttentionBlock(width, config.num_head_channels if adm else width, GROUPS)
@@ -357,7 +408,9 @@ class UNet(nn.Module):
             if level < len(config.channel_mult) - 1:
                 self.input_blocks.append(EmbedSequential(down(width)))
                 skips.append(width)
-        self.middle_block = EmbedSequential(block(width, width), attention(width), block(width, width))
+        self.middle_block = EmbedSequential(
+            block(width, width), attention(width), block(width, width)
+        )
 
         # Decoder: block k = output_blocks[k]; the last of a level doubles the map.
         self.output_blocks = nn.ModuleList()
@@ -370,11 +423,15 @@ class UNet(nn.Module):
                 if level > 0 and i == config.num_res_blocks:
                     layers.append(up(width))
                 self.output_blocks.append(EmbedSequential(*layers))
-        self.out = nn.Sequential(GroupNorm(GROUPS, width), nn.SiLU(), zero_module(conv(2, width, out_channels)))
+        self.out = nn.Sequential(
+            GroupNorm(GROUPS, width), nn.SiLU(), zero_module(conv(2, width, out_channels))
+        )
 
     def run(self, block: nn.Module, x: Tensor, emb: Tensor | None) -> Tensor:
         if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(block, x, emb, use_reentrant=False, preserve_rng_state=False)  # no dropout here
+            return checkpoint(
+                block, x, emb, use_reentrant=False, preserve_rng_state=False
+            )  # no dropout here
         return block(x, emb)
 
     def encode(self, x: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor], Tensor | None]:
@@ -386,7 +443,9 @@ class UNet(nn.Module):
             skips.append(x)
         return self.run(self.middle_block, x, emb), skips, emb
 
-    def decode(self, x: Tensor, skips: list[Tensor], emb: Tensor | None, blocks: Sequence[int] = ()) -> list[Tensor]:
+    def decode(
+        self, x: Tensor, skips: list[Tensor], emb: Tensor | None, blocks: Sequence[int] = ()
+    ) -> list[Tensor]:
         """Outputs of output_blocks[k] for each k in `blocks`, stopping after the largest; without `blocks`, that of the
         last one alone, [B, c, H, W]. Takes its maps out of `skips`.
         """
@@ -464,7 +523,9 @@ class Segmenter(nn.Module):
         self.strategy, self.t, self.config = config.strategy, config.time, config
         shape, cpu = (in_channels, config.size, config.size), torch.device("cpu")
         self.eps: Tensor
-        self.register_buffer("eps", noise(0, "input", ["shared"], shape, cpu), persistent=False)  # --input noised
+        self.register_buffer(
+            "eps", noise(0, "input", ["shared"], shape, cpu), persistent=False
+        )  # --input noised
         # The head first, so that it starts alike with every strategy.
         self.head = nn.Sequential(
             nn.Conv2d(c, h, 3, padding=1), SyncedNorm(h), nn.ReLU(),
@@ -475,8 +536,13 @@ class Segmenter(nn.Module):
         self.net.out = nn.Sequential()
         encoder: list[nn.Module] = [self.net.input_blocks, self.net.middle_block]
         encoder += [self.net.time_embed] if self.net.timed else []
-        frozen: dict[str, list[nn.Module]] = {"linear": [self.net], "decoder": encoder}  # full: none, D9
-        self.frozen = frozen.get(config.strategy, [])  # a plain list: these modules are registered above
+        frozen: dict[str, list[nn.Module]] = {
+            "linear": [self.net],
+            "decoder": encoder,
+        }  # full: none, D9
+        self.frozen = frozen.get(
+            config.strategy, []
+        )  # a plain list: these modules are registered above
         for module in self.frozen:
             module.requires_grad_(False)
             if config.init == "none":
@@ -511,14 +577,18 @@ class PixelEnsemble(nn.Module):
         self.config, self.classes = config, classes
         count = len(config.channel_mult) * (config.num_res_blocks + 1)
         if not config.blocks or not (0 <= min(config.blocks) <= max(config.blocks) < count):
-            raise InputError(f"--blocks is {config.blocks}, this network has blocks 0 to {count - 1}; correct the flag")
+            raise InputError(
+                f"--blocks is {config.blocks}, this network has blocks 0 to {count - 1}; correct the flag"
+            )
         self.net = UNet(config, in_channels, in_channels).requires_grad_(False)
         if config.init == "none":
             redraw_zeros(self.net)  # D9
         blocks: Any = self.net.output_blocks
         widths = [blocks[k][0].out_layers[-1].out_channels for k in config.blocks]
         self.widths = widths * len(config.t_list)  # channels of each map, times outer
-        self.members = nn.ModuleList(PixelClassifier(self.widths, classes) for _ in range(config.members))
+        self.members = nn.ModuleList(
+            PixelClassifier(self.widths, classes) for _ in range(config.members)
+        )
 
     def maps(self, x: Tensor) -> list[Tensor]:
         """Native maps [B, c, h, w], times outer and blocks inner; one noise image for all slices and times."""
@@ -527,16 +597,26 @@ class PixelEnsemble(nn.Module):
         for t in self.config.t_list:
             tt = torch.full((len(x),), t, device=x.device)
             xt = q_sample(x, eps, tt, self.config.schedule)
-            found += [m.float() for m in self.net.decode(*self.net.encode(xt, tt), self.config.blocks)]
+            found += [
+                m.float() for m in self.net.decode(*self.net.encode(xt, tt), self.config.blocks)
+            ]
         return found
 
-    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:  # t is not used: all networks are called alike
-        maps, by, size = self.maps(x), torch.ones((), device=x.device), x.shape[2:]  # by: the maps are not divided
+    def forward(
+        self, x: Tensor, t: Tensor | None = None
+    ) -> Tensor:  # t is not used: all networks are called alike
+        maps, by, size = (
+            self.maps(x),
+            torch.ones((), device=x.device),
+            x.shape[2:],
+        )  # by: the maps are not divided
         votes = torch.zeros(len(x), self.classes, size[0] * size[1], device=x.device)
         with torch.autocast(x.device.type, enabled=False):  # in fp32, as the members learnt
             for i in range(len(x)):  # slice by slice: all of its pixels at once are enough
                 for member in self.members:
-                    chosen = member([m[i : i + 1] for m in maps], by, size).argmax(1)  # [H W]  # D11
+                    chosen = member([m[i : i + 1] for m in maps], by, size).argmax(
+                        1
+                    )  # [H W]  # D11
                     votes[i].scatter_add_(0, chosen[None], torch.ones_like(votes[i, :1]))
         return votes.unflatten(2, tuple(size)) / len(self.members)
 
@@ -598,13 +678,19 @@ def dice_loss(prob: Tensor, onehot: Tensor, kind: str, e: float = 1e-5) -> Tenso
     """1 - Dice of softmax and truth, both [B, C, H, W], over all pixels of the batch on all processes; a scalar."""
     sums = torch.stack([(prob * onehot).sum((0, 2, 3)), onehot.sum((0, 2, 3)), prob.sum((0, 2, 3))])
     both, truth, found = over_processes(sums)  # each [C]
-    if kind == "joint":  # both sums are the number of pixels: 1 - the mean probability of the true class, D4
+    if (
+        kind == "joint"
+    ):  # both sums are the number of pixels: 1 - the mean probability of the true class, D4
         return 1 - (2 * both.sum() + e) / (truth.sum() + found.sum() + e)  # eq. (8)
     both, truth, found = both[1:], truth[1:], found[1:]
     if kind == "joint-fg":
         return 1 - (2 * both.sum() + e) / (truth.sum() + found.sum() + e)  # D4
-    present = (truth > 0).float()  # an organ that the batch does not show has nothing to overlap with
-    return ((1 - (2 * both + e) / (truth + found + e)) * present).sum() / present.sum().clamp(min=1)  # D4
+    present = (
+        truth > 0
+    ).float()  # an organ that the batch does not show has nothing to overlap with
+    return ((1 - (2 * both + e) / (truth + found + e)) * present).sum() / present.sum().clamp(
+        min=1
+    )  # D4
 
 
 def segmentation_loss(logits: Tensor, label: Tensor, kind: str, w: float = 0.5) -> Tensor:
@@ -654,23 +740,33 @@ def pretraining_slices(data: Any) -> list[Slice]:
     splits = data.meta["splits"]
     found = slices_of(data, splits.get("pretrain") or splits.get("unlabelled") or splits["train"])
     if not found:
-        raise InputError(f"{data.name} has no scan to pre-train on; prepare one with --unlabelled, or training cases")
+        raise InputError(
+            f"{data.name} has no scan to pre-train on; prepare one with --unlabelled, or training cases"
+        )
     return found
 
 
 def held_out(data: Any) -> list[str]:
     """Scans in which the error of the noise is watched: validation cases, else unlabelled ones not pre-trained on."""
     splits, seen = data.meta["splits"], {case for case, _ in pretraining_slices(data)}
-    return list(splits.get("val", [])) or [case for case in splits.get("unlabelled", []) if case not in seen]
+    return list(splits.get("val", [])) or [
+        case for case in splits.get("unlabelled", []) if case not in seen
+    ]
 
 
 def label_count(text: str, total: int) -> int:
     """--labels as a number of slices: N, all, or x% = floor(x total / 100 + 0.5), at least 1. Raises: InputError."""
     if text == "all":
         return total
-    n = max(1, math.floor(float(text[:-1]) * total / 100 + 0.5)) if text.endswith("%") else int(text)
+    n = (
+        max(1, math.floor(float(text[:-1]) * total / 100 + 0.5))
+        if text.endswith("%")
+        else int(text)
+    )
     if n > total:
-        raise InputError(f"--labels {text}: there are {total} labelled training slices; lower it, or use `all`")
+        raise InputError(
+            f"--labels {text}: there are {total} labelled training slices; lower it, or use `all`"
+        )
     return n
 
 
@@ -720,7 +816,10 @@ def labelled_slices(data: Any, config: Config) -> tuple[list[Slice], int, list[s
     if not n:
         raise InputError(f"{data.name} has no labelled training slice; prepare it with labels")
     counts = np.stack(
-        [np.bincount(data.slice_label(*at).ravel(), minlength=len(names) + 1)[1 : len(names) + 1] for at in every]
+        [
+            np.bincount(data.slice_label(*at).ravel(), minlength=len(names) + 1)[1 : len(names) + 1]
+            for at in every
+        ]
     )  # [slices, organs]
     if absent := [name for name, n_slices in zip(names, (counts > 0).sum(0)) if not n_slices]:
         warnings.append(f"no training slice holds {', '.join(absent)}; it will not be learnt")
@@ -732,7 +831,11 @@ def labelled_slices(data: Any, config: Config) -> tuple[list[Slice], int, list[s
                          "or drop organs, or use more than one scan")  # fmt: skip
     rest = rng.permutation([i for i in range(len(every)) if i not in set(first)])
     chosen = [*first, *rest.tolist()][:n]
-    if unseen := [name for name, there in zip(names, (counts[chosen] > 0).sum(0)) if not there and name not in absent]:
+    if unseen := [
+        name
+        for name, there in zip(names, (counts[chosen] > 0).sum(0))
+        if not there and name not in absent
+    ]:
         warnings.append(f"{n} slices do not show {', '.join(unseen)}")
     return [every[i] for i in chosen], len(every), warnings
 
@@ -781,7 +884,9 @@ class Sharded(Sampler):
         part = self.config.batch // (self.ranks.world * self.config.accumulate)
         for step in range(self.step, self.config.steps):
             for k in range(self.config.accumulate):
-                first = step * self.config.batch + (self.ranks.rank * self.config.accumulate + k) * part
+                first = (
+                    step * self.config.batch + (self.ranks.rank * self.config.accumulate + k) * part
+                )
                 yield list(range(first, first + part))
 
 
@@ -804,7 +909,9 @@ def make_optimizer(stage: str, config: Config, model: Any) -> torch.optim.Optimi
         groups = [{"params": list(model.parameters()), "weight_decay": 0.0, "scale": 1.0}]
     else:
         rest = [p for p in model.net.parameters() if p.requires_grad]
-        groups = [{"params": list(model.head.parameters()), "weight_decay": 1e-3, "scale": 10.0}]  # D5
+        groups = [
+            {"params": list(model.head.parameters()), "weight_decay": 1e-3, "scale": 10.0}
+        ]  # D5
         groups += [{"params": rest, "weight_decay": 1e-4, "scale": 1.0}] if rest else []
     return torch.optim.Adam(groups, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
@@ -824,20 +931,39 @@ class Training:
     """
 
     def __init__(
-        self, stage: str, config: Config, record: dict[str, Any], device: torch.device, dtype: torch.dtype | None
+        self,
+        stage: str,
+        config: Config,
+        record: dict[str, Any],
+        device: torch.device,
+        dtype: torch.dtype | None,
     ):
-        self.stage, self.config, self.record, self.device, self.dtype = stage, config, record, device, dtype
+        self.stage, self.config, self.record, self.device, self.dtype = (
+            stage,
+            config,
+            record,
+            device,
+            dtype,
+        )
         self.out = config.run_folder if stage == "pretrain" else config.finetune_folder
         self.model = fast_layout(network_for(stage, config, record).to(device), config.compile)
-        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False) if config.ema else self.model
+        self.ema = (
+            copy.deepcopy(self.model).eval().requires_grad_(False) if config.ema else self.model
+        )
         self.optimizer = make_optimizer(stage, config, self.model)
         # The scaler also finds gradients that are not finite, and a fused optimiser then leaves the weights alone
         # without the host having to ask; so it stays on, with scale 1, where the numbers need no scaling.
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if dtype == torch.float16 else 1.0)
+        self.scaler = torch.amp.GradScaler(
+            device.type, init_scale=2.0**16 if dtype == torch.float16 else 1.0
+        )
         self.step, self.seconds = 0, 0.0
-        self.skipped = torch.zeros(3, device=device)  # steps without a finite gradient: all, in a row, most in a row
+        self.skipped = torch.zeros(
+            3, device=device
+        )  # steps without a finite gradient: all, in a row, most in a row
         self.best = {"dice": -1.0, "step": 0, "seen": 0}  # seen: the newest step that was looked at
-        self.start: list[float] = []  # step and seconds of the pre-training it began from, where that is ours
+        self.start: list[
+            float
+        ] = []  # step and seconds of the pre-training it began from, where that is ours
 
     def save(self, name: str = "last.pt") -> None:
         contents = {
@@ -856,7 +982,9 @@ class Training:
             "start": self.start,
             "data": self.record,
         }
-        runtime.save_checkpoint(self.out / name, contents, self.out / "last.prev.pt" if name == "last.pt" else None)
+        runtime.save_checkpoint(
+            self.out / name, contents, self.out / "last.prev.pt" if name == "last.pt" else None
+        )
 
     def restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
@@ -883,21 +1011,31 @@ def train_step(
     run.optimizer.zero_grad(set_to_none=True)
     for part in range(config.accumulate):
         *tensors, n = next(batches)
-        x0, label, t = (v.to(device, non_blocking=True) for v in tensors)  # [B, 1, H, W], [B, H, W] or 0, [B]
-        alone = ranks.world == 1 or part == config.accumulate - 1  # gradients travel with the last part only
+        x0, label, t = (
+            v.to(device, non_blocking=True) for v in tensors
+        )  # [B, 1, H, W], [B, H, W] or 0, [B]
+        alone = (
+            ranks.world == 1 or part == config.accumulate - 1
+        )  # gradients travel with the last part only
         with nullcontext() if alone else net.no_sync():
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 if run.stage == "pretrain":
                     eps = noise(config.seed, "noise", n.tolist(), x0.shape[1:], device)
                     losses = noise_loss(net, x0, eps, t, config.schedule)  # [B]
                 else:
-                    losses = segmentation_loss(net(x0), label, config.dice).expand(len(x0))  # [B], all the same
+                    losses = segmentation_loss(net(x0), label, config.dice).expand(
+                        len(x0)
+                    )  # [B], all the same
             run.scaler.scale(losses.mean() / config.accumulate).backward()
         losses_by_t.add(t + 1, losses.detach())  # which counts from 1
     run.scaler.unscale_(run.optimizer)
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)  # for the log: the paper does not clip (nn.utils.clip_grad_norm_)
-    run.scaler.step(run.optimizer)  # does nothing where the norm is not finite, on all processes alike
+    norm = nn.utils.get_total_norm(
+        gradients
+    )  # for the log: the paper does not clip (nn.utils.clip_grad_norm_)
+    run.scaler.step(
+        run.optimizer
+    )  # does nothing where the norm is not finite, on all processes alike
     run.scaler.update(None if dtype == torch.float16 else 1.0)
     bad, (total, row, most) = (~torch.isfinite(norm)).float(), run.skipped.unbind()
     row = (row + 1) * bad
@@ -908,7 +1046,14 @@ def train_step(
     return norm
 
 
-SHARED = ["lr", "grad_norm", "samples_per_s", "memory_gb", "left_s", "skipped"]  # columns of log.csv
+SHARED = [
+    "lr",
+    "grad_norm",
+    "samples_per_s",
+    "memory_gb",
+    "left_s",
+    "skipped",
+]  # columns of log.csv
 COLUMNS = ["step", "seconds", "loss", *(f"loss_q{i}" for i in range(1, 5)), *SHARED]
 COLUMNS += ["val_loss", *(f"val_loss_t{t}" for t in PROBES)]
 FINE_COLUMNS = ["step", "seconds", "loss", *SHARED, "val_dice"]
@@ -921,9 +1066,15 @@ def train(stage: str, config: Config, data: Any, ranks: Ranks, stop: runtime.Sto
 
     # 1. what is needed, and the checkpoint to continue from; nothing is written or thrown away before all is there
     fine = stage == "finetune"
-    slices, total, warnings = labelled_slices(data, config) if fine else (pretraining_slices(data), 0, [])
+    slices, total, warnings = (
+        labelled_slices(data, config) if fine else (pretraining_slices(data), 0, [])
+    )
     out = config.finetune_folder if fine else config.run_folder
-    state = None if config.overwrite else runtime.find_run(out, SCRIPT, asdict(config), MAY_DIFFER, record, ranks)
+    state = (
+        None
+        if config.overwrite
+        else runtime.find_run(out, SCRIPT, asdict(config), MAY_DIFFER, record, ranks)
+    )
     start = start_of(config, state, out) if fine and config.strategy != "scratch" else []
     if state is None or state["step"] < config.steps:
         check_memory(stage, config, record, ranks)
@@ -954,9 +1105,18 @@ def train(stage: str, config: Config, data: Any, ranks: Ranks, stop: runtime.Sto
     )
     columns, held = FINE_COLUMNS if fine else COLUMNS, [] if fine else held_out(data)
     log = runtime.Log(out / "log.csv", columns, run.step, ranks.first)
-    batches, losses_by_t, clock = iter(loader), runtime.LossByTime(T, device), (run.step, run.seconds)
+    batches, losses_by_t, clock = (
+        iter(loader),
+        runtime.LossByTime(T, device),
+        (run.step, run.seconds),
+    )
     limit, time_up, signal = 60 * config.minutes or math.inf, False, 0
-    bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=config.quiet or not ranks.first or None)
+    bar = tqdm(
+        total=config.steps,
+        initial=run.step,
+        unit="step",
+        disable=config.quiet or not ranks.first or None,
+    )
 
     while True:
         # 3. look at held-out slices when it is due; a run stopped before it did so does it first when continued
@@ -974,28 +1134,44 @@ def train(stage: str, config: Config, data: Any, ranks: Ranks, stop: runtime.Sto
         bar.update()
 
         # 5. log, save, stop
-        if (device.type == "cpu" or run.step % LOG_EVERY == 0) and run.skipped[2] >= 20:  # a GPU is not asked each step
+        if (device.type == "cpu" or run.step % LOG_EVERY == 0) and run.skipped[
+            2
+        ] >= 20:  # a GPU is not asked each step
             raise InputError(f"no finite gradient in 20 steps before step {run.step}; use --amp off, or begin "
                              "anew with a lower --lr")  # fmt: skip
         signal, time_up = stop.agreed(ranks, run.seconds >= limit)
         if run.step % LOG_EVERY == 0 or run.step in (10, config.steps) or time_up:
             rate = (run.step - clock[0]) / (run.seconds - clock[1])  # steps a second
-            row = {"step": run.step, "seconds": run.seconds, "lr": learning_rate(config, run.step - 1)}
+            row = {
+                "step": run.step,
+                "seconds": run.seconds,
+                "lr": learning_rate(config, run.step - 1),
+            }
             row |= {"grad_norm": float(norm), "skipped": int(run.skipped[0])}
             row |= {"memory_gb": runtime.peak_memory_gb(device)}
-            row |= {"samples_per_s": rate * config.batch, "left_s": (config.steps - run.step) / rate}
+            row |= {
+                "samples_per_s": rate * config.batch,
+                "left_s": (config.steps - run.step) / rate,
+            }
             log.row(row | losses_by_t.row(ranks), silent=config.quiet)
             clock = (run.step, run.seconds)
-        if ranks.first and (run.step % config.save_every == 0 or signal or time_up or run.step == config.steps):
+        if ranks.first and (
+            run.step % config.save_every == 0 or signal or time_up or run.step == config.steps
+        ):
             run.save()
     bar.close()
     runtime.check_same_weights(run.model, ranks, "at the end")
     if signal:
         again = "the same command" + " without --overwrite" * config.overwrite
-        say(f"stopped by signal {signal}; step {run.step} is saved in {out}, {again} continues", ranks)
+        say(
+            f"stopped by signal {signal}; step {run.step} is saved in {out}, {again} continues",
+            ranks,
+        )
         return 128 + signal
     if ranks.first and run.step:
-        figures.loss_curve(out / "log.csv", out / "loss.png", title=f"{stage}, {Path(config.data).name}")
+        figures.loss_curve(
+            out / "log.csv", out / "loss.png", title=f"{stage}, {Path(config.data).name}"
+        )
     return 0
 
 
@@ -1011,7 +1187,9 @@ def look_at_held(run: Training, data: Any, ranks: Ranks, log: runtime.Log) -> No
     if run.stage == "pretrain":
         row |= held_losses(run, data)
     else:
-        rows = score_cases(Network(config, run.model.eval(), run.device, run.dtype), data, data.cases("val"), ranks)[0]
+        rows = score_cases(
+            Network(config, run.model.eval(), run.device, run.dtype), data, data.cases("val"), ranks
+        )[0]
         dice = metrics.over_classes(rows)["dice"]
         better = dice >= run.best["dice"]
         run.best |= {"dice": dice, "step": run.step} if better else {}
@@ -1034,7 +1212,9 @@ def held_losses(run: Training, data: Any) -> dict[str, float]:
     for t in PROBES:
         tt = torch.full((len(x0),), t, device=run.device)
         with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
-            losses[f"val_loss_t{t}"] = float(noise_loss(run.ema.eval(), x0, eps, tt, run.config.schedule).mean())
+            losses[f"val_loss_t{t}"] = float(
+                noise_loss(run.ema.eval(), x0, eps, tt, run.config.schedule).mean()
+            )
     run.model.train()
     return losses | {"val_loss": float(np.mean(list(losses.values())))}
 
@@ -1058,7 +1238,9 @@ def check_memory(stage: str, config: Config, record: Mapping[str, Any], ranks: R
     dtype = runtime.number_format(config.amp, ranks.device)[0] or torch.float32
     batch = config.batch // (ranks.world * config.accumulate)
     with torch.device("meta"):
-        model = network_for(stage, replace(config, input="clean"), record).to(dtype).eval()  # noise is not kept
+        model = (
+            network_for(stage, replace(config, input="clean"), record).to(dtype).eval()
+        )  # noise is not kept
         x = torch.empty(batch, len(record["channels"]), config.size, config.size, dtype=dtype)
         maps = runtime.kept_for_backward_gb(lambda: model(x, torch.zeros(batch)))
     weights = sum(p.numel() for p in model.parameters())
@@ -1072,21 +1254,31 @@ def check_memory(stage: str, config: Config, record: Mapping[str, Any], ranks: R
                          f"{ranks.device} has {free:.1f} GB free; try {parts}--recompute, a lower --batch")  # fmt: skip
 
 
-def print_header(run: Training, data: Any, count: int, ranks: Ranks, reason: str, warnings: Sequence[str]) -> None:
+def print_header(
+    run: Training, data: Any, count: int, ranks: Ranks, reason: str, warnings: Sequence[str]
+) -> None:
     """What this run is, before it starts."""
     config, fine = run.config, run.stage == "finetune"
     share = f"{ranks.world} processes x {config.accumulate} parts x {config.batch // (ranks.world * config.accumulate)}"
     plain = fine and config.strategy == "scratch"  # without noise and t
-    notes = ["D2"] + ["D1"] * (config.schedule == "linear" and not plain) + ["D12"] * (config.preset != "paper")
+    notes = (
+        ["D2"]
+        + ["D1"] * (config.schedule == "linear" and not plain)
+        + ["D12"] * (config.preset != "paper")
+    )
     notes += ["D3"] * bool(config.ema) + ["D8"] * (not fine)
     if fine:
         notes += ["D5", "D6", "D7"] + ["D10"] * (not plain) + ["D4"] * (config.dice != "joint")
-        notes += ["D9"] * (config.strategy == "full" or (config.init == "none" and config.strategy != "scratch"))
+        notes += ["D9"] * (
+            config.strategy == "full" or (config.init == "none" and config.strategy != "scratch")
+        )
     learn = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     lines = [f"DDPM pre-training, few labels (Huang et al. 2025), {run.stage} -> {run.out}"]
     if fine:
         total = len(labelled_training(data))
-        what = f"{count} of {total} labelled slices ({100 * count / total:.3g} %), draw {config.draw}"
+        what = (
+            f"{count} of {total} labelled slices ({100 * count / total:.3g} %), draw {config.draw}"
+        )
         how = f"{config.strategy}, t = {config.time}, Dice {config.dice}, start {config.init or 'random'}"
         if config.strategy == "scratch":
             how = f"scratch (plain network, random weights), Dice {config.dice}"
@@ -1095,16 +1287,26 @@ def print_header(run: Training, data: Any, count: int, ranks: Ranks, reason: str
         what = f"{count} slices of {len({c for c, _ in pretraining_slices(data)})} scans, labels not used"
     lines += [f"  data      {config.data}: {what}; side {config.size}; {', '.join(data.channels)}"]
     lines += [f"  warning   {text}" for text in warnings]
-    lines += [f"  network   {sum(p.numel() for p in run.model.parameters()):,} parameters, {learn:,} of them trained"]
-    lines += [f"  training  step {run.step} to {config.steps}, batch {config.batch} = {share}, rate {config.lr:g}"]
+    lines += [
+        f"  network   {sum(p.numel() for p in run.model.parameters()):,} parameters, {learn:,} of them trained"
+    ]
+    lines += [
+        f"  training  step {run.step} to {config.steps}, batch {config.batch} = {share}, rate {config.lr:g}"
+    ]
     if not fine and held_out(data):
-        lines += [f"  yardstick error of the noise from single pixels alone: {yardstick(data, config.schedule)}"]
+        lines += [
+            f"  yardstick error of the noise from single pixels alone: {yardstick(data, config.schedule)}"
+        ]
     if fine and config.select == "val":
         lines += ["  note      the weights that are scored are chosen by the validation cases"]
     if config.time == T and fine and not plain:
         lines += ["  note      t = 1000 is one beyond the last trained level, 999"]
-    lines += [f"  device    {ranks.device}, {'fp32' if run.dtype is None else str(run.dtype)[6:]} ({reason})"]
-    lines += [f"  differs   {' '.join(sorted(notes, key=lambda d: int(d[1:])))} (see the top of {SCRIPT}.py)"]
+    lines += [
+        f"  device    {ranks.device}, {'fp32' if run.dtype is None else str(run.dtype)[6:]} ({reason})"
+    ]
+    lines += [
+        f"  differs   {' '.join(sorted(notes, key=lambda d: int(d[1:])))} (see the top of {SCRIPT}.py)"
+    ]
     say("\n".join(lines), ranks)
 
 
@@ -1125,7 +1327,9 @@ def load_start(config: Config, net: UNet, record: Mapping[str, Any] | None) -> N
                                  f"{record[key]}; prepare both together (--unlabelled)")  # fmt: skip
         state = state["ema"] if state["ema"] and config.init_weights == "ema" else state["model"]
     if not isinstance(state, dict):
-        raise InputError(f"{path} holds a {type(state).__name__}, expected a state dict; use another file")
+        raise InputError(
+            f"{path} holds a {type(state).__name__}, expected a state dict; use another file"
+        )
     state = {k.removeprefix("module."): v for k, v in state.items()}
     ends = {"input_blocks.0.0.weight": 1, "out.2.weight": 0}  # name: the axis of its image channels
     found = {k: tuple(state[k].shape) for k in ends if k in state}
@@ -1145,8 +1349,12 @@ def start_of(config: Config, state: Mapping[str, Any] | None, out: Path) -> list
     if config.init in ("", "none"):
         return []
     start = runtime.load_tensors(Path(config.init))
-    found = [start["step"], start["seconds"]] if isinstance(start, dict) and "format" in start else []
-    if state is not None and found != state.get("start", found):  # one of ddpmseg did not hold it before
+    found = (
+        [start["step"], start["seconds"]] if isinstance(start, dict) and "format" in start else []
+    )
+    if state is not None and found != state.get(
+        "start", found
+    ):  # one of ddpmseg did not hold it before
         raise InputError(f"{out} began from {config.init} at step {state['start'][:1]}, which is at {found[:1]} now; "
                          "use --overwrite, or another --out")  # fmt: skip
     return found
@@ -1155,7 +1363,9 @@ def start_of(config: Config, state: Mapping[str, Any] | None, out: Path) -> list
 def check_stage(state: Mapping[str, Any], path: Path, wanted: str, need: str) -> None:
     """Raises InputError where a checkpoint is of another stage than `wanted` (words, separated by |)."""
     if state.get("stage") not in wanted.split("|"):
-        raise InputError(f"{path} is a checkpoint of `{state.get('stage')}`, {need}; choose another file")
+        raise InputError(
+            f"{path} is a checkpoint of `{state.get('stage')}`, {need}; choose another file"
+        )
 
 
 # --- DDPM-Seg: frozen features, classifiers of single pixels ---
@@ -1172,7 +1382,9 @@ def fit_member(config: Config, store: FeatureStore, classes: int, member: int) -
     best, missed, at_once = math.inf, 0, 64
     bar = tqdm(desc=f"member {member}", unit="step", leave=False, disable=config.quiet or None)
     for epoch in range(config.epochs):
-        order = np.random.default_rng(seed_of(config.seed, "pixels", member, epoch)).permutation(store.pixels)
+        order = np.random.default_rng(seed_of(config.seed, "pixels", member, epoch)).permutation(
+            store.pixels
+        )
         for i in range(len(order) // at_once):
             pixels = order[i * at_once : (i + 1) * at_once]
             vectors = torch.from_numpy(store.gather(pixels))  # [64, D]
@@ -1203,7 +1415,9 @@ def ddpmseg(config: Config, data: Any, ranks: Ranks) -> int:
     cases_of(config, data)  # before the work: is there something to score
     slices, total, warnings = labelled_slices(data, config)
     same = asdict(replace(config, steps=config.members))  # a step of this checkpoint is a member
-    state = None if config.overwrite else runtime.find_run(out, SCRIPT, same, MAY_DIFFER, record, ranks)
+    state = (
+        None if config.overwrite else runtime.find_run(out, SCRIPT, same, MAY_DIFFER, record, ranks)
+    )
     start = start_of(config, state, out)
     model: PixelEnsemble = network_for("ddpmseg", config, record)
     done = 0
@@ -1211,7 +1425,10 @@ def ddpmseg(config: Config, data: Any, ranks: Ranks) -> int:
         model.load_state_dict(state["model"])
         done = state["step"]
     elif config.init not in ("", "none"):
-        unused, model.net.out = model.net.out, nn.Sequential()  # load_start leaves the file's `out` away
+        unused, model.net.out = (
+            model.net.out,
+            nn.Sequential(),
+        )  # load_start leaves the file's `out` away
         load_start(config, model.net, record)
         model.net.out = unused  # keeps the parts of a checkpoint alike
     runtime.make_run(out, asdict(config), config.overwrite, ranks)
@@ -1229,19 +1446,31 @@ def ddpmseg(config: Config, data: Any, ranks: Ranks) -> int:
     try:
         store = FeatureStore(file, len(slices), (config.size, config.size))
         for at in tqdm(
-            slices if done < config.members else [], desc="features", leave=False, disable=config.quiet or None
+            slices if done < config.members else [],
+            desc="features",
+            leave=False,
+            disable=config.quiet or None,
         ):
             x = torch.from_numpy(data.slice(*at))[None, None].to(ranks.device)
-            with torch.no_grad(), torch.autocast(ranks.device.type, dtype, enabled=dtype is not None):
+            with (
+                torch.no_grad(),
+                torch.autocast(ranks.device.type, dtype, enabled=dtype is not None),
+            ):
                 store.add(model.maps(x), 1.0, data.slice_label(*at))
         for first in range(done, config.members, ranks.world):  # one member a process at a time
             i = first + ranks.rank
-            mine = fit_member(config, store, len(data.classes) + 1, i).state_dict() if i < config.members else None
+            mine = (
+                fit_member(config, store, len(data.classes) + 1, i).state_dict()
+                if i < config.members
+                else None
+            )
             for j, weights in enumerate(runtime.gather(mine, ranks)):
                 if weights is not None:
                     model.members[first + j].load_state_dict(weights)
             if ranks.first:
-                save_ensemble(model, config, record, out, min(first + ranks.world, config.members), start)
+                save_ensemble(
+                    model, config, record, out, min(first + ranks.world, config.members), start
+                )
     finally:
         file.unlink(missing_ok=True)
     runtime.gather(None, ranks)  # all processes wait here
@@ -1249,10 +1478,28 @@ def ddpmseg(config: Config, data: Any, ranks: Ranks) -> int:
 
 
 def save_ensemble(
-    model: PixelEnsemble, config: Config, record: dict[str, Any], out: Path, done: int, start: list[float]
+    model: PixelEnsemble,
+    config: Config,
+    record: dict[str, Any],
+    out: Path,
+    done: int,
+    start: list[float],
 ) -> None:
-    state = {"format": runtime.FORMAT, "script": SCRIPT, "stage": "ddpmseg", "config": asdict(config), "step": done}
-    state |= {"model": model.state_dict(), "ema": {}, "optimizer": {}, "scaler": {}, "best": {}, "data": record}
+    state = {
+        "format": runtime.FORMAT,
+        "script": SCRIPT,
+        "stage": "ddpmseg",
+        "config": asdict(config),
+        "step": done,
+    }
+    state |= {
+        "model": model.state_dict(),
+        "ema": {},
+        "optimizer": {},
+        "scaler": {},
+        "best": {},
+        "data": record,
+    }
     state["start"] = start
     runtime.save_checkpoint(out / "last.pt", state)
 
@@ -1280,7 +1527,11 @@ def respaced(schedule: str, count: int) -> Levels:
     """`count` of the T levels, from 0 to T - 1 (one: T - 1), evenly; halves are rounded to even. 0: all."""
     abar = np.cumprod(1 - betas(schedule))
     count = count or T
-    t = np.rint(np.arange(count) * (T - 1) / (count - 1)).astype(int) if count > 1 else np.array([T - 1])
+    t = (
+        np.rint(np.arange(count) * (T - 1) / (count - 1)).astype(int)
+        if count > 1
+        else np.array([T - 1])
+    )
     abar = abar[t]
     abar_prev = np.append(1.0, abar[:-1])
     return Levels(t, 1 - abar / abar_prev, abar, abar_prev)
@@ -1300,14 +1551,18 @@ def ddpm_step(s: Levels, i: int, xt: Tensor, eps_theta: Tensor, variance: str, z
     mean = c1 * predicted(s, i, xt, eps_theta) + c2 * xt  # eq. (4)
     if i == 0:
         return mean
-    return mean + math.sqrt(beta if variance == "large" else beta * (1 - abar_prev) / (1 - abar)) * z  # eq. (3)
+    return (
+        mean + math.sqrt(beta if variance == "large" else beta * (1 - abar_prev) / (1 - abar)) * z
+    )  # eq. (3)
 
 
 def ddim_step(s: Levels, i: int, xt: Tensor, eps_theta: Tensor, eta: float, z: Tensor) -> Tensor:
     """From level i to i - 1 along the noise that the clipped slice implies (Song et al. 2021); eta 0 adds none."""
     abar, abar_prev = s.abar[i], s.abar_prev[i]
     x0 = predicted(s, i, xt, eps_theta)
-    eps = (xt - math.sqrt(abar) * x0) / math.sqrt(1 - abar)  # eq. (2) again, now with the clipped x_0
+    eps = (xt - math.sqrt(abar) * x0) / math.sqrt(
+        1 - abar
+    )  # eq. (2) again, now with the clipped x_0
     sigma = eta * math.sqrt((1 - abar_prev) / (1 - abar)) * math.sqrt(1 - abar / abar_prev)
     along = math.sqrt(max(1 - abar_prev - sigma**2, 0.0)) * eps
     return math.sqrt(abar_prev) * x0 + along + (sigma * z if i else 0.0)
@@ -1330,18 +1585,29 @@ class Network:
     def logits(self, x: np.ndarray) -> np.ndarray:
         """Slices [Z, H, W] -> what the classes' argmax is taken of, [Z, C, H, W] fp32."""
         parts = [
-            self(torch.from_numpy(np.ascontiguousarray(x[i : i + AT_ONCE]))[:, None].to(self.device)).cpu().numpy()
+            self(
+                torch.from_numpy(np.ascontiguousarray(x[i : i + AT_ONCE]))[:, None].to(self.device)
+            )
+            .cpu()
+            .numpy()
             for i in range(0, len(x), AT_ONCE)
         ]
         return np.concatenate(parts)
 
 
 @torch.no_grad()
-def generate(net: Network, numbers: Sequence[int], quiet: bool = True) -> Iterator[tuple[int, np.ndarray]]:
+def generate(
+    net: Network, numbers: Sequence[int], quiet: bool = True
+) -> Iterator[tuple[int, np.ndarray]]:
     """(number, slice [H, W] in [-1, 1]); the noise of each is a function of (seed, its number), whatever the batch."""
     config, device = net.config, net.device
     s = respaced(config.schedule, config.sampling_steps)
-    bar = tqdm(total=-(-len(numbers) // AT_ONCE) * len(s.t), desc="sample", leave=False, disable=quiet or None)
+    bar = tqdm(
+        total=-(-len(numbers) // AT_ONCE) * len(s.t),
+        desc="sample",
+        leave=False,
+        disable=quiet or None,
+    )
     for first in range(0, len(numbers), AT_ONCE):
         ns = list(numbers[first : first + AT_ONCE])
         shape = (1, config.size, config.size)
@@ -1349,7 +1615,11 @@ def generate(net: Network, numbers: Sequence[int], quiet: bool = True) -> Iterat
         for i in reversed(range(len(s.t))):
             eps_theta = net(x, torch.full((len(ns),), int(s.t[i]), device=device))
             draws = i > 0 and (config.sampler == "ddpm" or config.eta > 0)
-            z = noise(config.seed, f"sample {i}", ns, shape, device) if draws else torch.zeros_like(x)
+            z = (
+                noise(config.seed, f"sample {i}", ns, shape, device)
+                if draws
+                else torch.zeros_like(x)
+            )
             if config.sampler == "ddpm":
                 x = ddpm_step(s, i, x, eps_theta, config.variance, z)
             else:
@@ -1370,15 +1640,29 @@ def display(x: np.ndarray, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
     if record["normalisation"]["kind"] != "hu":
         return {"mr": np.floor(255 * np.clip((x + 1) / 2, 0, 1) + 0.5).astype(np.uint8)}
     hu = hounsfield(np.asarray(x, np.float64), record)
-    shown = {k: np.clip((hu - (level - width / 2)) / width, 0, 1) for k, (level, width) in WINDOWS.items()}
+    shown = {
+        k: np.clip((hu - (level - width / 2)) / width, 0, 1)
+        for k, (level, width) in WINDOWS.items()
+    }
     return {k: np.floor(255 * u + 0.5).astype(np.uint8) for k, u in shown.items()}
 
 
 def parts_folder(net: Network, config: Config, ranks: Ranks) -> Path:
     """The folder samples.part, empty unless it holds slices of the same weights and settings."""
     folder = config.run_folder / "samples.part"
-    names = ("size", "seed", "schedule", "sampler", "sampling_steps", "eta", "variance", "init_weights")
-    key = repr([getattr(net.config, k) for k in names]) + str(checkpoint_path(config).stat().st_mtime_ns)
+    names = (
+        "size",
+        "seed",
+        "schedule",
+        "sampler",
+        "sampling_steps",
+        "eta",
+        "variance",
+        "init_weights",
+    )
+    key = repr([getattr(net.config, k) for k in names]) + str(
+        checkpoint_path(config).stat().st_mtime_ns
+    )
     if ranks.first and (not (folder / "key").exists() or (folder / "key").read_text() != key):
         shutil.rmtree(folder, ignore_errors=True)
         loaders.atomic_write(folder / "key", key.encode())
@@ -1403,7 +1687,9 @@ def read_part(file: Path) -> np.ndarray:
         return np.load(file, allow_pickle=False)
     except (ValueError, EOFError, SyntaxError, TokenError) as error:
         file.unlink()
-        raise InputError(f"{file} was damaged and is removed ({error}); the same command draws it again") from error
+        raise InputError(
+            f"{file} was damaged and is removed ({error}); the same command draws it again"
+        ) from error
 
 
 def sample(config: Config, ranks: Ranks) -> int:
@@ -1413,7 +1699,10 @@ def sample(config: Config, ranks: Ranks) -> int:
     """
     (net, record), out = load_network(config, "pretrain", ranks), config.run_folder
     if config.sampler == "ddpm" and config.variance == "large" and 0 < config.sampling_steps < 250:
-        say(f"note: --variance large with {config.sampling_steps} steps gives noisy slices; use small, or 250", ranks)
+        say(
+            f"note: --variance large with {config.sampling_steps} steps gives noisy slices; use small, or 250",
+            ranks,
+        )
     begin = time.perf_counter()
     folder = parts_folder(net, config, ranks)
     files = [folder / f"{n}.npy" for n in range(config.num_samples)]
@@ -1428,11 +1717,16 @@ def sample(config: Config, ranks: Ranks) -> int:
     shutil.rmtree(folder)
     columns = max(1, math.isqrt(min(len(x), 64)))
     for name, shown in display(x[: columns * columns], record).items():
-        rows = [np.concatenate(list(shown[i : i + columns]), axis=1) for i in range(0, len(shown), columns)]
+        rows = [
+            np.concatenate(list(shown[i : i + columns]), axis=1)
+            for i in range(0, len(shown), columns)
+        ]
         write_png(out / f"figures/samples_{name}.png", np.concatenate(rows))
     steps = config.sampling_steps or T
     seconds = time.perf_counter() - begin
-    say(f"{len(x)} slices by {config.sampler}, {steps} steps, {seconds:.0f} s: {out}/samples.npy, {out}/figures")
+    say(
+        f"{len(x)} slices by {config.sampler}, {steps} steps, {seconds:.0f} s: {out}/samples.npy, {out}/figures"
+    )
     return 0
 
 
@@ -1446,7 +1740,8 @@ class RandomFeatures(nn.Module):
         super().__init__()
         generator, widths = torch.Generator().manual_seed(0), (1, 32, 64, 128, 256)
         self.weights = [
-            torch.randn(b, a, 3, 3, generator=generator) * math.sqrt(2 / (9 * a)) for a, b in pairwise(widths)
+            torch.randn(b, a, 3, 3, generator=generator) * math.sqrt(2 / (9 * a))
+            for a, b in pairwise(widths)
         ]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -1454,12 +1749,18 @@ class RandomFeatures(nn.Module):
         for weight in self.weights:
             x = F.leaky_relu(F.conv2d(x, weight, stride=2, padding=1), 0.2)
             maps.append(x)
-        stats = [f(m.flatten(2)) for m in maps[-2:] for f in (lambda v: v.mean(2), lambda v: v.std(2, correction=0))]
+        stats = [
+            f(m.flatten(2))
+            for m in maps[-2:]
+            for f in (lambda v: v.mean(2), lambda v: v.std(2, correction=0))
+        ]
         spatial = maps[-1][:, : max(1, 2048 // maps[-1][0, 0].numel())].flatten(1)
         return torch.cat(stats, dim=1), spatial
 
 
-def feature_network(config: Config, ranks: Ranks) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor | None]], str, str]:
+def feature_network(
+    config: Config, ranks: Ranks
+) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor | None]], str, str]:
     """--features as (x [N, 1, H, W] -> features and spatial ones or None, suffix of the columns' names, what it is)."""
     kind, _, name = config.features.partition(":")
     if kind == "rand":
@@ -1473,11 +1774,16 @@ def feature_network(config: Config, ranks: Ranks) -> tuple[Callable[[Tensor], tu
         net, _ = load_network(replace(config, checkpoint=name), "pretrain", ranks)
         scored = checkpoint_path(config)
         if scored.exists() and path.samefile(scored):
-            say("note: these features are of the very network that is scored; use one file for all rows", ranks)
+            say(
+                "note: these features are of the very network that is scored; use one file for all rows",
+                ranks,
+            )
         model = net.model
 
         def middle(x: Tensor) -> tuple[Tensor, None]:
-            return model.encode(x, torch.zeros(len(x), device=x.device))[0].float().mean((2, 3)), None
+            return model.encode(x, torch.zeros(len(x), device=x.device))[0].float().mean(
+                (2, 3)
+            ), None
 
         return middle, f"enc-{digest[:8]}", what
     try:
@@ -1487,13 +1793,17 @@ def feature_network(config: Config, ranks: Ranks) -> tuple[Callable[[Tensor], tu
                          "save it by torch.jit.script, or use NVIDIA's inception-2015-12-05.pt") from error  # fmt: skip
     say(f"features of {path}, SHA-256 {digest}", ranks)
 
-    asked = {"return_features": True} if "return_features" in str(script.forward.schema) else {}  # as NVIDIA's knows it
+    asked = (
+        {"return_features": True} if "return_features" in str(script.forward.schema) else {}
+    )  # as NVIDIA's knows it
 
     def inception(x: Tensor) -> tuple[Tensor, Tensor | None]:
         found = script(((x + 1) * 127.5).expand(-1, 3, -1, -1), **asked)
         if not isinstance(found, tuple | list):
             return found, None
-        return found[0], found[1][:, : 2048 // found[1][0, 0].numel()].flatten(1)  # of 768 x 17 x 17: 7 channels
+        return found[0], found[1][:, : 2048 // found[1][0, 0].numel()].flatten(
+            1
+        )  # of 768 x 17 x 17: 7 channels
 
     return inception, "", what
 
@@ -1512,18 +1822,28 @@ def score(config: Config, data: Any, ranks: Ranks) -> int:
     made, every = read_samples(path, config, loaders.data_record(data)), pretraining_slices(data)
     rng, trained = np.random.default_rng(config.seed), {case for case, _ in every}
     splits = data.meta["splits"]
-    scans = [c for c in dict.fromkeys(c for cases in splits.values() for c in cases) if c not in trained]
+    scans = [
+        c for c in dict.fromkeys(c for cases in splits.values() for c in cases) if c not in trained
+    ]
     if len(scans) < 2:
-        say(f"note: {data.name} has no two scans held out; real slices are those of the pre-training", ranks)
+        say(
+            f"note: {data.name} has no two scans held out; real slices are those of the pre-training",
+            ranks,
+        )
         scans = sorted(trained)
     if len(scans) < 2:
         raise InputError(f"{data.name} has {len(scans)} scan in all; real slices are compared with those of another "
                          "scan: prepare two or more")  # fmt: skip
     scans = [scans[i] for i in rng.permutation(len(scans))]
-    halves = [slices_of(data, part) for part in (scans[: len(scans) // 2], scans[len(scans) // 2 :])]
+    halves = [
+        slices_of(data, part) for part in (scans[: len(scans) // 2], scans[len(scans) // 2 :])
+    ]
     n = min(len(made), *map(len, halves))
     if n < len(made):
-        say(f"note: the {len(scans)} scans give two sets of {n} real slices: the first {n} samples are scored", ranks)
+        say(
+            f"note: the {len(scans)} scans give two sets of {n} real slices: the first {n} samples are scored",
+            ranks,
+        )
     real, other = ([half[i] for i in rng.permutation(len(half))[:n]] for half in halves)
     near = [every[i] for i in rng.permutation(len(every))[:NEAREST_AMONG]]
     call, suffix, features = feature_network(config, ranks)
@@ -1536,14 +1856,27 @@ def score(config: Config, data: Any, ranks: Ranks) -> int:
         pr = metrics.precision_recall(b, a)
         spatial = math.nan if a_spatial is None else metrics.frechet_distance(b_spatial, a_spatial)
         values = [metrics.frechet_distance(b, a), spatial, pr["precision"], pr["recall"], pr["f1"]]
-        row: dict[str, Any] = {"what": what, "n": n, "side": config.size, "features": features, "memorised": ""}
-        rows.append(row | {f"{k}_{suffix}" if suffix else k: f"{v:.6g}" for k, v in zip(names, values)})
+        row: dict[str, Any] = {
+            "what": what,
+            "n": n,
+            "side": config.size,
+            "features": features,
+            "memorised": "",
+        }
+        rows.append(
+            row | {f"{k}_{suffix}" if suffix else k: f"{v:.6g}" for k, v in zip(names, values)}
+        )
         if pr["zero_radii"]:
-            say(f"warning: {what} and real slices: {pr['zero_radii']} have three exact copies in their own set", ranks)
+            say(
+                f"warning: {what} and real slices: {pr['zero_radii']} have three exact copies in their own set",
+                ranks,
+            )
     if scans[0] not in trained:
         train = features_of(call, data, near, ranks)[0]
         held = np.concatenate([b, found["real slices (floor)"][0]])
-        rows[0]["memorised"] = f"{metrics.memorisation(found['samples'][0], train, held)['ratio']:.4g}"
+        rows[0]["memorised"] = (
+            f"{metrics.memorisation(found['samples'][0], train, held)['ratio']:.4g}"
+        )
     runtime.write_csv(path.parent / f"score_{suffix or 'inception'}.csv", rows)
     say(f"{path}:", ranks)
     for row in rows:
@@ -1556,11 +1889,17 @@ def read_samples(path: Path, config: Config, record: Mapping[str, Any]) -> np.nd
     try:
         hu = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: no samples ({error}); write them with the verb `sample`") from error
+        raise InputError(
+            f"{path}: no samples ({error}); write them with the verb `sample`"
+        ) from error
     if not np.isfinite(hu).all():
-        raise InputError(f"{path} holds NaN or infinity; the network has not learnt, train it anew and sample again")
+        raise InputError(
+            f"{path} holds NaN or infinity; the network has not learnt, train it anew and sample again"
+        )
     if hu.ndim != 3 or hu.shape[1:] != (config.size, config.size) or len(hu) < 4:
-        raise InputError(f"{path} holds {hu.shape}, expected at least 4 slices of side {config.size}; sample again")
+        raise InputError(
+            f"{path} holds {hu.shape}, expected at least 4 slices of side {config.size}; sample again"
+        )
     rule = record["normalisation"]
     return 2 * (hu - rule["low"]) / (rule["high"] - rule["low"]) - 1 if rule["kind"] == "hu" else hu
 
@@ -1592,7 +1931,9 @@ def load_network(config: Config, stage: str, ranks: Ranks) -> tuple[Network, dic
     path = checkpoint_path(config)
     state = runtime.load_checkpoint(path, SCRIPT)
     needs = {"pretrain": "sampling and features need a pre-trained one"}
-    check_stage(state, path, stage, needs.get(stage, "masks need a fine-tuned one (finetune or ddpmseg)"))
+    check_stage(
+        state, path, stage, needs.get(stage, "masks need a fine-tuned one (finetune or ddpmseg)")
+    )
     known = {field.name for field in fields(Config)}
     shape = {k: v for k, v in state["config"].items() if k in known & NETWORK}
     mine = replace(config, **shape)
@@ -1624,7 +1965,12 @@ Row = dict[str, Any]
 
 
 def score_cases(
-    net: Network, data: Any, cases: Sequence[str], ranks: Ranks, out: Path | None = None, quiet: bool = True
+    net: Network,
+    data: Any,
+    cases: Sequence[str],
+    ranks: Ranks,
+    out: Path | None = None,
+    quiet: bool = True,
 ) -> tuple[list[Row], list[Row]]:
     """Rows a case and organ in 3D, and rows a slice in which the organ is in truth or prediction; on all processes.
 
@@ -1641,7 +1987,9 @@ def score_cases(
             continue
         values = {int(k): v for k, v in data.meta["label_values"].items()}
         table = np.array([values.get(v, v) for v in range(max(values) + 1)])
-        table = table.astype(np.min_scalar_type(table.max()))  # published values, uint8 where they fit
+        table = table.astype(
+            np.min_scalar_type(table.max())
+        )  # published values, uint8 where they fit
         loaders.write_on_grid(out / f"predictions/{case}.nii.gz", table[mask], data.affine(case))
         if i < 3:
             picture = np.asarray(data.image(case)[0], np.float32)
@@ -1649,16 +1997,24 @@ def score_cases(
             figures.mask_slices(picture, shown, file, data.spacing(case), data.classes, f"{case}")
     gathered = runtime.gather((volumes, flat), ranks)
     order = {case: i for i, case in enumerate(cases)}
-    return tuple(sorted((r for part in gathered for r in part[k]), key=lambda r: order[r["case"]]) for k in (0, 1))  # type: ignore[return-value]
+    return tuple(
+        sorted((r for part in gathered for r in part[k]), key=lambda r: order[r["case"]])
+        for k in (0, 1)
+    )  # type: ignore[return-value]
 
 
-def slice_rows(case: str, mask: np.ndarray, truth: np.ndarray, classes: Mapping[str, Any]) -> list[Row]:
+def slice_rows(
+    case: str, mask: np.ndarray, truth: np.ndarray, classes: Mapping[str, Any]
+) -> list[Row]:
     """Dice and IoU of each slice and organ that truth or prediction shows there."""
     rows = []
     for name, value in classes.items():
         p, g = np.isin(mask, value), np.isin(truth, value)
         for k in np.nonzero((p | g).any((0, 1)))[0]:
-            row = {"dice": metrics.dice(p[:, :, k], g[:, :, k]), "iou": metrics.iou(p[:, :, k], g[:, :, k])}
+            row = {
+                "dice": metrics.dice(p[:, :, k], g[:, :, k]),
+                "iou": metrics.iou(p[:, :, k], g[:, :, k]),
+            }
             rows.append({"case": case, "slice": int(k), "class": name} | row)
     return rows
 
@@ -1686,17 +2042,27 @@ def evaluate(config: Config, data: Any, ranks: Ranks, out: Path | None = None) -
     summary = metrics.summarise(volumes)  # D7
     metrics.write_metrics_csv(out / "metrics.csv", volumes)
     runtime.write_csv(
-        out / "metrics_slices.csv", flat or [{"case": "", "slice": "", "class": "", "dice": "", "iou": ""}]
+        out / "metrics_slices.csv",
+        flat or [{"case": "", "slice": "", "class": "", "dice": "", "iou": ""}],
     )
     metrics.write_summary(out / "summary.json", summary)  # last: a run that has it is done
     seconds = time.perf_counter() - begin
-    say(f"\n{config.split} split of {config.data}, {len(cases)} cases, {seconds:.0f} s; {net.config.strategy}, {where}")
+    say(
+        f"\n{config.split} split of {config.data}, {len(cases)} cases, {seconds:.0f} s; {net.config.strategy}, {where}"
+    )
     say(metrics.format_summary(summary))
     over = metrics.over_classes(volumes)
-    lost = f"; without {', '.join(over['lost'])}, lost: Dice {over['found_dice']:.3f}" if over["lost"] else ""
+    lost = (
+        f"; without {', '.join(over['lost'])}, lost: Dice {over['found_dice']:.3f}"
+        if over["lost"]
+        else ""
+    )
     say(f"mean over cases, then over organs: Dice {over['dice']:.3f}, IoU {over['iou']:.3f}{lost}")
     names = [c for c in summary["classes"] if any(r["class"] == c for r in flat)]
-    per = {k: [np.mean([r[k] for r in flat if r["class"] == c]) for c in names] for k in ("dice", "iou")}
+    per = {
+        k: [np.mean([r[k] for r in flat if r["class"] == c]) for c in names]
+        for k in ("dice", "iou")
+    }
     say(f"over slices with the organ in truth or prediction: Dice {np.mean(per['dice'] or [math.nan]):.3f}, "
         f"IoU {np.mean(per['iou'] or [math.nan]):.3f}")  # fmt: skip
     say(f"masks, pictures and tables are in {out}")
@@ -1721,12 +2087,16 @@ def score_run(config: Config, out: Path, weights: Path, data: Any, ranks: Ranks)
 def predict(config: Config, ranks: Ranks) -> int:
     """A CT or MR volume in, a label volume on its grid with the published values out. Raises: InputError."""
     if not config.image or not config.output:
-        raise InputError("predict needs --image FILE... and --output FILE.nii.gz (or a folder for several)")
+        raise InputError(
+            "predict needs --image FILE... and --output FILE.nii.gz (or a folder for several)"
+        )
     net, record = load_network(config, "finetune|ddpmseg", ranks)
     inputs = loaders.find_inputs([Path(p) for p in config.image], 1)
     output, to_file = Path(config.output), config.output.endswith((".nii", ".nii.gz"))
     if to_file and len(inputs) > 1:
-        raise InputError(f"--output {output} is one file, --image names {len(inputs)} volumes; give a folder")
+        raise InputError(
+            f"--output {output} is one file, --image names {len(inputs)} volumes; give a folder"
+        )
     for case, (image,) in inputs[ranks.rank :: ranks.world]:
         target = output if to_file else output / f"{case}.nii.gz"
         loaders.check_output(target, [image])
@@ -1755,18 +2125,49 @@ ONLY |= {k: ("", "finetune", "ddpmseg", *TRAINED) for k in ("labels", "draw")}
 ONLY |= {k: ("", "finetune", *TRAINED) for k in ("dice", "select")}
 ONLY |= {k: ("finetune", *TRAINED) for k in ("strategy", "t", "input")}
 ONLY |= {k: ("ddpmseg", *TRAINED) for k in ("blocks", "t_list", "members", "epochs")}
-ONLY |= {k: ("", *(v for v in VERBS if v != "ddpmseg")) for k in ("steps", "batch", "lr", "lr_steps", "lr_schedule")}
+ONLY |= {
+    k: ("", *(v for v in VERBS if v != "ddpmseg"))
+    for k in ("steps", "batch", "lr", "lr_steps", "lr_schedule")
+}
 # ONCE: how something is used this time, neither kept from a training nor compared on continuing it.
-ONCE = {"checkpoint", "split", "limit", "image", "output", "overwrite", "quiet", "device", "amp", "workers"}
+ONCE = {
+    "checkpoint",
+    "split",
+    "limit",
+    "image",
+    "output",
+    "overwrite",
+    "quiet",
+    "device",
+    "amp",
+    "workers",
+}
 ONCE |= {"num_samples", "features", "sampler", "sampling_steps", "eta", "variance"}
 # MAY_DIFFER: on continuing a training, since they change where, how fast and how long, not what (but --steps also says
 # how slowly the rate falls, where --lr-steps does not).
-MAY_DIFFER = ONCE | {"out", "preset", "steps", "minutes", "compile", "recompute", "accumulate", "eval_every"}
+MAY_DIFFER = ONCE | {
+    "out",
+    "preset",
+    "steps",
+    "minutes",
+    "compile",
+    "recompute",
+    "accumulate",
+    "eval_every",
+}
 MAY_DIFFER |= {"save_every"}
 # FREE: for the verbs that use a trained network; other flags are refused where they differ from its training.
 FREE = ONCE | {"data", "preset", "out", "recompute", "compile"}
 # PRETRAINED: what a pre-trained network is, which finetune takes over; NETWORK: also what fine-tuning made of it.
-PRETRAINED = {"arch", "size", "num_channels", "channel_mult", "num_res_blocks", "num_head_channels", "schedule"}
+PRETRAINED = {
+    "arch",
+    "size",
+    "num_channels",
+    "channel_mult",
+    "num_res_blocks",
+    "num_head_channels",
+    "schedule",
+}
 PRETRAINED |= {"attention_resolutions"}
 NETWORK = PRETRAINED | {"strategy", "t", "input", "variant", "dice", "blocks", "t_list", "members"}
 # STORY: flags of the bare run that also concern its fine-tuning.
@@ -1782,21 +2183,41 @@ def resolve(verb: str, config: Config, given: dict[str, Any]) -> Config:
     if verb in ("", "pretrain"):
         return widened(config, given)
     if verb == "finetune" and config.strategy == "ddpmseg":
-        raise InputError("--strategy ddpmseg is not a fine-tuning but a verb of its own; use ddpmseg")
+        raise InputError(
+            "--strategy ddpmseg is not a fine-tuning but a verb of its own; use ddpmseg"
+        )
     if verb in ("finetune", "ddpmseg"):
-        return as_finetuning(config if verb == "finetune" else replace(config, strategy="ddpmseg"), given)
+        return as_finetuning(
+            config if verb == "finetune" else replace(config, strategy="ddpmseg"), given
+        )
     if verb in ("sample", "score"):
         path = checkpoint_path(config)
         if verb == "score" and not path.exists():
             return config
-        check_stage(runtime.load_checkpoint(path, SCRIPT), path, "pretrain", f"{verb} needs a pre-trained one")
-        found = runtime.trained_config(config, given, path, SCRIPT, FREE | {"init_weights", "seed"}, ONCE)
-        how = {k: v for k, v in PRESETS[found.preset].items() if k in ONCE - {"workers"} - set(given)}
+        check_stage(
+            runtime.load_checkpoint(path, SCRIPT),
+            path,
+            "pretrain",
+            f"{verb} needs a pre-trained one",
+        )
+        found = runtime.trained_config(
+            config, given, path, SCRIPT, FREE | {"init_weights", "seed"}, ONCE
+        )
+        how = {
+            k: v for k, v in PRESETS[found.preset].items() if k in ONCE - {"workers"} - set(given)
+        }
         return replace(found, **how)
     path = checkpoint_path(config)
     if not config.checkpoint:
-        raise InputError(f"{verb} needs --checkpoint, the folder that finetune or ddpmseg wrote, or a file in it")
-    check_stage(runtime.load_checkpoint(path, SCRIPT), path, "finetune|ddpmseg", f"{verb} needs a fine-tuned one")
+        raise InputError(
+            f"{verb} needs --checkpoint, the folder that finetune or ddpmseg wrote, or a file in it"
+        )
+    check_stage(
+        runtime.load_checkpoint(path, SCRIPT),
+        path,
+        "finetune|ddpmseg",
+        f"{verb} needs a fine-tuned one",
+    )
     return runtime.trained_config(config, given, path, SCRIPT, FREE, ONCE)
 
 
@@ -1815,24 +2236,45 @@ def as_finetuning(config: Config, given: dict[str, Any]) -> Config:
     if given.get("ema") or given.get("accumulate", 1) > 1:
         raise InputError("--ema and --accumulate are for pretrain: no weights are averaged here, Dice and batch norm "
                          "need the whole batch; leave them out")  # fmt: skip
-    path = Path(config.init) if config.init not in ("", "none") else config.run_folder / "last.pt"  # the last step, D10
+    path = (
+        Path(config.init) if config.init not in ("", "none") else config.run_folder / "last.pt"
+    )  # the last step, D10
     if path.exists() or (config.init != "none" and config.strategy != "scratch"):
         state = runtime.load_tensors(path)
-        if isinstance(state, dict) and "format" in state:  # public weights say nothing: the flags must fit them
+        if (
+            isinstance(state, dict) and "format" in state
+        ):  # public weights say nothing: the flags must fit them
             check_stage(state, path, "pretrain", "fine-tuning starts from a pre-trained one")
             saved = runtime.load_checkpoint(path, SCRIPT)["config"]
             if "preset" not in given and saved["preset"] != config.preset:
-                flags = {**PRESETS[saved["preset"]], **given, "preset": saved["preset"], "strategy": config.strategy}
+                flags = {
+                    **PRESETS[saved["preset"]],
+                    **given,
+                    "preset": saved["preset"],
+                    "strategy": config.strategy,
+                }
                 config = Config(**flags)
-            other = [f"--{k.replace('_', '-')} {saved[k]}" for k in PRETRAINED & set(given) if saved[k] != given[k]]
+            other = [
+                f"--{k.replace('_', '-')} {saved[k]}"
+                for k in PRETRAINED & set(given)
+                if saved[k] != given[k]
+            ]
             if other:
-                raise InputError(f"{path} was pre-trained with {', '.join(other)}; leave these flags out")
+                raise InputError(
+                    f"{path} was pre-trained with {', '.join(other)}; leave these flags out"
+                )
             config = replace(config, **{k: saved[k] for k in PRETRAINED})
-        start = "" if config.strategy == "scratch" else "none" if config.init == "none" else str(path)
+        start = (
+            "" if config.strategy == "scratch" else "none" if config.init == "none" else str(path)
+        )
         config = replace(config, init=start)
     else:
         config = widened(config, given)
-    wanted = {"S": 128, "M": 128, "L": 256}[config.variant] if config.preset == "paper" else config.num_channels
+    wanted = (
+        {"S": 128, "M": 128, "L": 256}[config.variant]
+        if config.preset == "paper"
+        else config.num_channels
+    )
     if config.num_channels != wanted or (config.variant == "L" and config.preset != "paper"):
         raise InputError(f"--variant {config.variant} is not a network of width {config.num_channels}: S and M have "
                          "128, L has 256, small presets know S and M; choose another --variant or --init")  # fmt: skip
@@ -1845,7 +2287,9 @@ def with_labels(config: Config, data: Any, given: Mapping[str, Any]) -> Config:
     """Steps and batch of fine-tuning, which depend on the number of labelled slices."""
     total = len(labelled_training(data))
     n = label_count(config.labels, total) if total else 1
-    steps: dict[str, Any] = {} if "steps" in given else {"steps": fine_steps(config.preset, n, total)}
+    steps: dict[str, Any] = (
+        {} if "steps" in given else {"steps": fine_steps(config.preset, n, total)}
+    )
     return replace(config, batch=min(config.batch, n), **steps)
 
 
@@ -1853,17 +2297,23 @@ def finetune(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) ->
     """Train on the labelled slices, then score on --split."""
     cases_of(config, data)  # before the work: is there something to score
     if config.select == "val" and not data.cases("val"):
-        raise InputError(f"--select val: {config.data} has no validation case; prepare some with --split-sizes")
+        raise InputError(
+            f"--select val: {config.data} has no validation case; prepare some with --split-sizes"
+        )
     code = train("finetune", config, data, ranks, stop)
     if code:
         return code
     stop.restore()  # scoring has nothing to save
     out = config.finetune_folder
-    chosen = out / ("best.pt" if config.select == "val" and (out / "best.pt").exists() else "last.pt")
+    chosen = out / (
+        "best.pt" if config.select == "val" and (out / "best.pt").exists() else "last.pt"
+    )
     return score_run(config, out, chosen, data, ranks)
 
 
-def story(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag, given: dict[str, Any]) -> int:
+def story(
+    config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag, given: dict[str, Any]
+) -> int:
     """The bare run: pre-train, look at samples, fine-tune with and without what was learnt on the same draws.
 
     The control is the same network with the same part frozen, from random weights.
@@ -1875,15 +2325,23 @@ def story(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag, given
     sample(replace(config, checkpoint=""), ranks)
     runtime.gather(None, ranks)  # until the file is there
     score(config, data, ranks)
-    rows: list[dict[str, Any]] = [{"strategy": "scratch", "init": ""}, {"strategy": "decoder", "init": ""}]
+    rows: list[dict[str, Any]] = [
+        {"strategy": "scratch", "init": ""},
+        {"strategy": "decoder", "init": ""},
+    ]
     rows += [{"strategy": "decoder", "init": "none"}]  # the control
     folders = []
     for draw in range(config.draw, config.draw + 3):
         for row in rows:
             mine = replace(config, draw=draw, **row)
-            mine = with_labels(as_finetuning(mine, {k: v for k, v in given.items() if k in STORY}), data, {})
+            mine = with_labels(
+                as_finetuning(mine, {k: v for k, v in given.items() if k in STORY}), data, {}
+            )
             code = finetune(
-                runtime.shared_batch(mine, {}, ranks, mine.finetune_folder), data, ranks, runtime.StopFlag()
+                runtime.shared_batch(mine, {}, ranks, mine.finetune_folder),
+                data,
+                ranks,
+                runtime.StopFlag(),
             )
             if code:
                 return code

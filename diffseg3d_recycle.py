@@ -200,7 +200,15 @@ class Config:
             runtime.check_range(self, name, 1)
         for name in ("eval_every", "save_every"):
             runtime.check_range(self, name, 1)
-        for name in ("minutes", "lr_steps", "weight_decay", "grad_clip", "workers", "limit", "seed"):
+        for name in (
+            "minutes",
+            "lr_steps",
+            "weight_decay",
+            "grad_clip",
+            "workers",
+            "limit",
+            "seed",
+        ):
             runtime.check_range(self, name, 0)
         for name in ("train_K", "sampling_steps"):
             runtime.check_range(self, name, 2, T)
@@ -212,14 +220,22 @@ class Config:
         runtime.check_range(self, "scale", 0, 0.9)
         runtime.check_range(self, "image_noise", 0, 1)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise InputError(f"--device is {self.device}, expected auto, cpu, cuda or cuda:N; correct the flag")
+            raise InputError(
+                f"--device is {self.device}, expected auto, cpu, cuda or cuda:N; correct the flag"
+            )
         for name in ("size", "translate"):
             if len(getattr(self, name)) not in (0, 3) or min(getattr(self, name), default=0) < 0:
-                raise InputError(f"--{name} is {getattr(self, name)}, expected X,Y,Z; give three numbers of 0 or more")
+                raise InputError(
+                    f"--{name} is {getattr(self, name)}, expected X,Y,Z; give three numbers of 0 or more"
+                )
         if len(self.image_range) != 2 or self.image_range[0] >= self.image_range[1]:
-            raise InputError(f"--image-range is {self.image_range}, expected LEAST,GREATEST, as --image-range=-2.5,2.5")
+            raise InputError(
+                f"--image-range is {self.image_range}, expected LEAST,GREATEST, as --image-range=-2.5,2.5"
+            )
         if not self.channel_mult or min(self.channel_mult) < 1:
-            raise InputError(f"--channel-mult is {self.channel_mult}, expected whole numbers of 1 or more")
+            raise InputError(
+                f"--channel-mult is {self.channel_mult}, expected whole numbers of 1 or more"
+            )
         if short := [n for n in self.size[: self.dims] if n < self.stride]:
             raise InputError(
                 f"--size {self.size} has an axis of {short[0]} voxels, shorter than the network's stride of "
@@ -265,7 +281,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, config: Config, width: int):
         super().__init__()
-        self.conv1, self.conv2 = (CONV[config.dims](width, width, 3, padding=1, bias=False) for _ in range(2))
+        self.conv1, self.conv2 = (
+            CONV[config.dims](width, width, 3, padding=1, bias=False) for _ in range(2)
+        )
         self.norm1, self.norm2 = instance_norm(width), instance_norm(width)
         self.pre_norm, self.dims = config.time_inject == "pre-norm", config.dims
         if config.method == "diffusion":
@@ -275,7 +293,9 @@ class ResBlock(nn.Module):
         h = self.conv2(gelu(self.norm1(self.conv1(x))))
         if emb is None:
             return gelu(self.norm2(h) + x)
-        b = self.time(gelu(emb)).to(h.dtype).reshape(len(h), -1, *(1,) * self.dims)  # [B, c, 1, ...]
+        b = (
+            self.time(gelu(emb)).to(h.dtype).reshape(len(h), -1, *(1,) * self.dims)
+        )  # [B, c, 1, ...]
         h = self.norm2(h + b) if self.pre_norm else self.norm2(h) + b  # D2
         return gelu(h + x)
 
@@ -293,7 +313,9 @@ class UNet(nn.Module):
         self.dims, self.recompute, self.timed = dims, config.recompute, config.method == "diffusion"
         self.emb_channels = 4 * widths[0]
         self.stem = nn.Sequential(
-            CONV[dims](in_channels, widths[0], 3, padding=1, bias=False), instance_norm(widths[0]), nn.GELU("tanh")
+            CONV[dims](in_channels, widths[0], 3, padding=1, bias=False),
+            instance_norm(widths[0]),
+            nn.GELU("tanh"),
         )
         self.first = ResBlock(config, widths[0])
         self.downs = nn.ModuleList(
@@ -308,14 +330,18 @@ class UNet(nn.Module):
         for m in self.modules():  # haiku's start; nothing begins at zero
             if isinstance(m, (CONV[dims], UP[dims], nn.Linear)):
                 up = isinstance(m, UP[dims])
-                sd = (m.weight[:, 0] if up else m.weight[0]).numel() ** -0.5  # 1 / sqrt(kernel x inputs)
+                sd = (
+                    m.weight[:, 0] if up else m.weight[0]
+                ).numel() ** -0.5  # 1 / sqrt(kernel x inputs)
                 nn.init.trunc_normal_(m.weight, std=sd, a=-2 * sd, b=2 * sd)
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
 
     def run(self, block: nn.Module, x: Tensor, emb: Tensor | None) -> Tensor:
         if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(block, x, emb, use_reentrant=False, preserve_rng_state=False)  # no dropout here
+            return checkpoint(
+                block, x, emb, use_reentrant=False, preserve_rng_state=False
+            )  # no dropout here
         return block(x, emb)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -324,13 +350,17 @@ class UNet(nn.Module):
             slices = x.movedim(-1, 1).flatten(0, 1)  # [B Z, C_in, X, Y]
             out = self.forward(slices, t.repeat_interleave(depth))
             return out.unflatten(0, (batch, depth)).movedim(1, -1)  # [B, C_out, X, Y, Z]
-        emb = timestep_embedding(t, self.emb_channels).to(x.dtype) if self.timed else None  # [B, 4c]
+        emb = (
+            timestep_embedding(t, self.emb_channels).to(x.dtype) if self.timed else None
+        )  # [B, 4c]
         x = self.run(self.first, self.stem(x), emb)  # [B, c, *S]
         skips = []
         for down, block in zip(self.downs, self.down_blocks):
             skips.append(x)
             odd = [n % 2 for n in reversed(x.shape[2:])]
-            if any(odd):  # one zero voxel at the end of each odd axis, as JAX's "same" padding has it
+            if any(
+                odd
+            ):  # one zero voxel at the end of each odd axis, as JAX's "same" padding has it
                 x = F.pad(x, [v for o in odd for v in (0, o)])
             x = self.run(block, down(x), emb)  # [B, c m, *ceil(S / 2)]
         for up, block in zip(self.ups, self.up_blocks):
@@ -358,14 +388,20 @@ def check_memory(config: Config, record: dict[str, Any], ranks: Ranks) -> None:
     if config.recompute:
         return
     device, share = ranks.device, config.batch // ranks.world
-    dtype, batch = runtime.number_format(config.amp, device)[0] or torch.float32, share // config.accumulate
+    dtype, batch = (
+        runtime.number_format(config.amp, device)[0] or torch.float32,
+        share // config.accumulate,
+    )
     with torch.device("meta"):
         model = network_for(config, record).to(dtype).train()
         width = next(p for p in model.parameters() if p.ndim > 3).shape[1]
         x = torch.empty(batch, width, *config.size, dtype=dtype)
         maps = runtime.kept_for_backward_gb(lambda: model(x, torch.zeros(batch)))
     # Weights, their gradient, average and two moments, 4 bytes each, do not shrink with the batch.
-    needed, free = maps + 20e-9 * sum(p.numel() for p in model.parameters()), runtime.free_memory_gb(device)
+    needed, free = (
+        maps + 20e-9 * sum(p.numel() for p in model.parameters()),
+        runtime.free_memory_gb(device),
+    )
     if needed > free:
         split = f"--accumulate {share}, " if config.accumulate < share else ""
         size = "x".join(map(str, config.size))
@@ -383,7 +419,9 @@ def caller(model: Any, dtype: torch.dtype | None, image_range: Sequence[float] =
 
     def f(image: Tensor, xk: Tensor | None, t: Tensor, prev: Tensor | None = None) -> Tensor:
         image = low + (high - low) * image  # D14
-        x = torch.cat([v for v in (image, xk, prev) if v is not None], dim=1)  # [B, M + C (+ C), X, Y, Z]
+        x = torch.cat(
+            [v for v in (image, xk, prev) if v is not None], dim=1
+        )  # [B, M + C (+ C), X, Y, Z]
         with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
             return model(x, t).float()
 
@@ -413,7 +451,9 @@ def schedule(steps: int, kind: str, device: torch.device) -> Schedule:
     """K = `steps` levels of the original T; beta of the original is linear from 1e-4 (t = 1) to 0.02 (t = T)."""
     fine = np.concatenate([[1.0], np.cumprod(1 - np.linspace(1e-4, 0.02, T))])  # abar of t = 0..T
     if kind == "paper":  # D1: rounded half up
-        t = np.array([0] + [1 + (2 * k * (T - 1) + steps - 1) // (2 * (steps - 1)) for k in range(steps)])
+        t = np.array(
+            [0] + [1 + (2 * k * (T - 1) + steps - 1) // (2 * (steps - 1)) for k in range(steps)]
+        )
         abar = fine[t]
     else:  # every (T / K)th; of these K the K - 1 ratios, multiplied up again; the last one stands for two
         t = np.arange(steps + 1) * (T // steps)
@@ -424,7 +464,9 @@ def schedule(steps: int, kind: str, device: torch.device) -> Schedule:
     btilde = (1 - before) / noisy * beta
     c0 = np.sqrt(before) * beta / noisy
     cx = np.sqrt(1 - beta) * (1 - before) / noisy
-    return Schedule(steps, *(torch.tensor(v, device=device) for v in (t, abar, beta, btilde, c0, cx)))
+    return Schedule(
+        steps, *(torch.tensor(v, device=device) for v in (t, abar, beta, btilde, c0, cx))
+    )
 
 
 def at(table: Tensor, k: Tensor, like: Tensor) -> Tensor:
@@ -434,7 +476,9 @@ def at(table: Tensor, k: Tensor, like: Tensor) -> Tensor:
 
 def q_sample(s: Schedule, x0: Tensor, eps: Tensor, k: Tensor) -> Tensor:
     """x_k from a mask and noise; k [B] in 1..K."""
-    return at(s.abar.sqrt(), k, x0) * x0 + at((1 - s.abar).sqrt(), k, x0) * eps  # eq. (3), eq. (5), eq. (8), eq. (11)
+    return (
+        at(s.abar.sqrt(), k, x0) * x0 + at((1 - s.abar).sqrt(), k, x0) * eps
+    )  # eq. (3), eq. (5), eq. (8), eq. (11)
 
 
 def x0_of(s: Schedule, target: str, output: Tensor, xk: Tensor, k: Tensor) -> Tensor:
@@ -479,7 +523,9 @@ def diffusion_loss(
     if config.target == "x0":
         return segmentation_loss(output, label, config.dice == "on")  # eq. (6)
     p = (x0_of(s, "eps", output, xk, k) + 1) / 2
-    seg = segmentation_loss(p.clamp(1e-5, 1).log(), label, config.dice == "on")  # eq. (6); the softmax normalises
+    seg = segmentation_loss(
+        p.clamp(1e-5, 1).log(), label, config.dice == "on"
+    )  # eq. (6); the softmax normalises
     return seg + 0.1 * (output - eps).square().flatten(1).mean(dim=1)  # eq. (7)
 
 
@@ -512,7 +558,9 @@ def training_losses(
         yield from recursive_losses(f, config, batch, draw)
         return
     eps = draw("eps")
-    x0 = source = mask_to_x0(label, eps.shape[1])  # source: what x_k is made of, the truth or a prediction
+    x0 = source = mask_to_x0(
+        label, eps.shape[1]
+    )  # source: what x_k is made of, the truth or a prediction
     if config.recycle in ("prev", "max"):
         j = (k + 1).clamp(max=s.K) if config.recycle == "prev" else torch.full_like(k, s.K)  # D5
         xj = q_sample(s, x0, draw("eps of the first pass"), j)
@@ -520,7 +568,9 @@ def training_losses(
             source = x0hat_of(config, s, look(image, xj, s.t[j], None), xj, j)
     xk = q_sample(s, source, eps, k)
     prev = torch.zeros_like(x0) if config.recycle == "self-condition" else None
-    if prev is not None and batch.coin.any():  # half of the samples are shown what the network made of the same x_k
+    if (
+        prev is not None and batch.coin.any()
+    ):  # half of the samples are shown what the network made of the same x_k
         some = batch.coin.nonzero()[:, 0].to(image.device, non_blocking=True)
         with torch.no_grad():
             output = look(image[some], xk[some], s.t[k[some]], prev[some])
@@ -563,7 +613,9 @@ def training_size(config: Config, data: Any) -> tuple[int, ...]:
     return tuple(-(-n // config.stride) * config.stride for n in least)
 
 
-def affine_of(angles: Sequence[float], scales: Sequence[float], spacing: Sequence[float]) -> np.ndarray:
+def affine_of(
+    angles: Sequence[float], scales: Sequence[float], spacing: Sequence[float]
+) -> np.ndarray:
     """[3, 3] in voxels from a turn (radians, about x, then y, then z) and scaling, both in mm: A = D^-1 S R D."""
     (cx, cy, cz), (sx, sy, sz) = np.cos(angles), np.sin(angles)
     rx = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
@@ -582,17 +634,26 @@ def pull(a: np.ndarray, shift: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     return np.concatenate([a, (c - a @ (c + shift))[:, None]], axis=1)
 
 
-def draw_affine(rng: np.random.Generator, label: np.ndarray, spacing: Sequence[float], config: Config) -> np.ndarray:
+def draw_affine(
+    rng: np.random.Generator, label: np.ndarray, spacing: Sequence[float], config: Config
+) -> np.ndarray:
     """[3, 4]: a random turn, scaling and shift; the shift keeps the box round the foreground inside the volume."""
     shape, u = np.array(label.shape), rng.uniform(-1, 1, (3, 3))
     most = np.array(config.translate or [math.floor(0.08 * n + 0.5) for n in label.shape], float)
     a = affine_of(u[0] * config.rotate, 1 + u[1] * config.scale, spacing)
     low, high = -most, most
     if label.any():
-        sides = [np.flatnonzero(label.any(axis=other))[[0, -1]] for other in ((1, 2), (0, 2), (0, 1))]
+        sides = [
+            np.flatnonzero(label.any(axis=other))[[0, -1]] for other in ((1, 2), (0, 2), (0, 1))
+        ]
         c = (shape - 1) / 2
-        corners = c + (np.array(list(product(*sides))) - c) @ np.linalg.inv(a).T  # [8, 3], where they come to lie
-        low, high = np.maximum(low, -corners.min(axis=0)), np.minimum(high, shape - 1 - corners.max(axis=0))  # D8
+        corners = (
+            c + (np.array(list(product(*sides))) - c) @ np.linalg.inv(a).T
+        )  # [8, 3], where they come to lie
+        low, high = (
+            np.maximum(low, -corners.min(axis=0)),
+            np.minimum(high, shape - 1 - corners.max(axis=0)),
+        )  # D8
     middle, half = (low + high) / 2, np.maximum(high - low, 0) / 2
     return pull(a, middle + u[2] * half, label.shape)
 
@@ -615,15 +676,23 @@ def augment(batch: Batch, device: torch.device) -> Batch:
     last = (torch.tensor(shape) - 1).clamp(min=1).to(device, non_blocking=True)
     grid = (2 * p / last - 1).flip(-1)
     image = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
-    moved = F.grid_sample(label[:, None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=True)
+    moved = F.grid_sample(
+        label[:, None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=True
+    )
     return batch._replace(image=image, label=moved[:, 0].to(label.dtype))
 
 
 def with_image_noise(batch: Batch, config: Config) -> Batch:
     """Noise on each image, its SD uniform in 0..--image-noise; a function of (seed, n). x_k has noise of its own."""
     ns = batch.n.tolist()
-    sd = [config.image_noise * np.random.default_rng(seed_of(config.seed, "SD of image noise", n)).random() for n in ns]
-    eps = noise(config.seed, "image noise", ns, batch.image.shape[1:], batch.image.device)  # [B, M, X, Y, Z]
+    sd = [
+        config.image_noise
+        * np.random.default_rng(seed_of(config.seed, "SD of image noise", n)).random()
+        for n in ns
+    ]
+    eps = noise(
+        config.seed, "image noise", ns, batch.image.shape[1:], batch.image.device
+    )  # [B, M, X, Y, Z]
     sds = torch.tensor(sd, dtype=eps.dtype).to(eps.device, non_blocking=True)  # [B]
     return batch._replace(image=batch.image + eps * sds.reshape(-1, 1, 1, 1, 1))
 
@@ -638,12 +707,16 @@ class Volumes(Dataset):
         self.data, self.config = data, config
         self.cases = [c for c in data.cases("train") if data.has_label(c)]
         if not self.cases:
-            raise InputError(f"{config.data} has no labelled training case; prepare data with labels")
+            raise InputError(
+                f"{config.data} has no labelled training case; prepare data with labels"
+            )
 
     def __getitem__(self, n: int) -> Batch:
         config = self.config
         epoch, place = divmod(n, len(self.cases))
-        order = np.random.default_rng(seed_of(config.seed, "order", epoch)).permutation(len(self.cases))
+        order = np.random.default_rng(seed_of(config.seed, "order", epoch)).permutation(
+            len(self.cases)
+        )
         case = self.cases[order[place]]
         rng = np.random.default_rng(seed_of(config.seed, "volume", n))
         image, label = self.data.image(case), self.data.label(case)
@@ -683,7 +756,9 @@ class Sharded(Sampler):
         part = self.config.batch // (self.ranks.world * self.config.accumulate)
         for step in range(self.step, self.config.steps):
             for k in range(self.config.accumulate):
-                first = step * self.config.batch + (self.ranks.rank * self.config.accumulate + k) * part
+                first = (
+                    step * self.config.batch + (self.ranks.rank * self.config.accumulate + k) * part
+                )
                 yield list(range(first, first + part))
 
 
@@ -712,19 +787,31 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, updates: int) -> 
 class Training:
     """What training changes, which is what a checkpoint holds: saved, restored, and nothing else."""
 
-    def __init__(self, config: Config, record: dict[str, Any], device: torch.device, dtype: torch.dtype | None):
+    def __init__(
+        self,
+        config: Config,
+        record: dict[str, Any],
+        device: torch.device,
+        dtype: torch.dtype | None,
+    ):
         torch.manual_seed(seed_of(config.seed, "weights") % 2**32)
         self.config, self.record, self.device, self.dtype = config, record, device, dtype
         self.model = fast_layout(network_for(config, record).to(device), config.compile)
-        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False) if config.ema else self.model
+        self.ema = (
+            copy.deepcopy(self.model).eval().requires_grad_(False) if config.ema else self.model
+        )
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
         # The scaler also finds gradients that are not finite, and a fused optimiser then leaves the weights alone
         # without the host having to ask; so it stays on, with scale 1, where the numbers need no scaling.
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if dtype == torch.float16 else 1.0)
+        self.scaler = torch.amp.GradScaler(
+            device.type, init_scale=2.0**16 if dtype == torch.float16 else 1.0
+        )
         self.step, self.seconds = 0, 0.0
-        self.skipped = torch.zeros(3, device=device)  # steps without a finite gradient: all, in a row, most in a row
+        self.skipped = torch.zeros(
+            3, device=device
+        )  # steps without a finite gradient: all, in a row, most in a row
         self.best = {"dice": -1.0, "step": 0, "seen": 0}  # seen: the newest step that was validated
 
     def save(self, name: str) -> None:
@@ -743,7 +830,9 @@ class Training:
             "data": self.record,
         }
         out = self.config.run_folder
-        runtime.save_checkpoint(out / name, contents, out / "last.prev.pt" if name == "last.pt" else None)
+        runtime.save_checkpoint(
+            out / name, contents, out / "last.prev.pt" if name == "last.pt" else None
+        )
 
     def restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
@@ -759,7 +848,12 @@ class Training:
 
 
 def train_step(
-    run: Training, net: Any, look: Any, batches: Iterator[Any], ranks: Ranks, losses_by_t: runtime.LossByTime
+    run: Training,
+    net: Any,
+    look: Any,
+    batches: Iterator[Any],
+    ranks: Ranks,
+    losses_by_t: runtime.LossByTime,
 ) -> Tensor:
     """One optimisation step of the global batch; returns the gradient norm before clipping.
 
@@ -779,13 +873,17 @@ def train_step(
         losses = training_losses(f, first, config, batch, draw)
         for number in range(1, config.passes + 1):
             last = part == config.accumulate - 1 and number == config.passes
-            with nullcontext() if ranks.world == 1 or last else net.no_sync():  # gradients travel with the last pass
+            with (
+                nullcontext() if ranks.world == 1 or last else net.no_sync()
+            ):  # gradients travel with the last pass
                 loss, t = next(losses)  # [B], [B]
                 run.scaler.scale(loss.mean() / (config.accumulate * config.passes)).backward()
             losses_by_t.add(t, loss.detach())
     run.scaler.unscale_(run.optimizer)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
-    run.scaler.step(run.optimizer)  # does nothing where the norm is not finite, on all processes alike
+    run.scaler.step(
+        run.optimizer
+    )  # does nothing where the norm is not finite, on all processes alike
     run.scaler.update(None if run.dtype == torch.float16 else 1.0)
     bad, (total, row, most) = (~torch.isfinite(norm)).float(), run.skipped.unbind()
     row = (row + 1) * bad
@@ -805,7 +903,11 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
     volumes = Volumes(data, config)
     absent = absent_classes(data, volumes.cases)
     absent_classes(data, validation_cases(config, data))
-    state = None if config.overwrite else runtime.find_run(out, SCRIPT, asdict(config), MAY_DIFFER, record, ranks)
+    state = (
+        None
+        if config.overwrite
+        else runtime.find_run(out, SCRIPT, asdict(config), MAY_DIFFER, record, ranks)
+    )
     if state is None or state["step"] < config.steps:
         check_memory(config, record, ranks)
     run = Training(config, record, device, dtype)
@@ -829,10 +931,21 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
         pin_memory=device.type == "cuda",
         worker_init_fn=runtime.ignore_signals,
     )
-    log = runtime.Log(out / "log.csv", [*COLUMNS, *(f"val_dice_{c}" for c in data.scored)], run.step, ranks.first)
-    batches, losses_by_t, clock = iter(loader), runtime.LossByTime(T, device), (run.step, run.seconds)
+    log = runtime.Log(
+        out / "log.csv", [*COLUMNS, *(f"val_dice_{c}" for c in data.scored)], run.step, ranks.first
+    )
+    batches, losses_by_t, clock = (
+        iter(loader),
+        runtime.LossByTime(T, device),
+        (run.step, run.seconds),
+    )
     limit, time_up, signal = 60 * config.minutes or math.inf, False, 0
-    bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=config.quiet or not ranks.first or None)
+    bar = tqdm(
+        total=config.steps,
+        initial=run.step,
+        unit="step",
+        disable=config.quiet or not ranks.first or None,
+    )
 
     while True:
         # 3. validate when it is due; a run stopped before it did so does it first thing when continued
@@ -851,28 +964,42 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
         bar.update()
 
         # 5. log, save, stop
-        if (device.type == "cpu" or run.step % LOG_EVERY == 0) and run.skipped[2] >= 20:  # a GPU is not asked each step
+        if (device.type == "cpu" or run.step % LOG_EVERY == 0) and run.skipped[
+            2
+        ] >= 20:  # a GPU is not asked each step
             raise InputError(f"no finite gradient in 20 steps before step {run.step}; use --amp off, or begin "
                              "anew with a lower --lr")  # fmt: skip
         signal, time_up = stop.agreed(ranks, run.seconds >= limit)
         if run.step % LOG_EVERY == 0 or run.step in (10, config.steps) or time_up:
             rate = (run.step - clock[0]) / (run.seconds - clock[1])  # steps a second
-            row = {"step": run.step, "seconds": run.seconds, "lr": learning_rate(config, run.step - 1)}
+            row = {
+                "step": run.step,
+                "seconds": run.seconds,
+                "lr": learning_rate(config, run.step - 1),
+            }
             row |= {
                 "grad_norm": float(norm),
                 "skipped": int(run.skipped[0]),
                 "memory_gb": runtime.peak_memory_gb(device),
             }
-            row |= {"samples_per_s": rate * config.batch, "left_s": (config.steps - run.step) / rate}
+            row |= {
+                "samples_per_s": rate * config.batch,
+                "left_s": (config.steps - run.step) / rate,
+            }
             log.row(row | losses_by_t.row(ranks), silent=config.quiet)
             clock = (run.step, run.seconds)
-        if ranks.first and (run.step % config.save_every == 0 or signal or time_up or run.step == config.steps):
+        if ranks.first and (
+            run.step % config.save_every == 0 or signal or time_up or run.step == config.steps
+        ):
             run.save("last.pt")
     bar.close()
     runtime.check_same_weights(run.model, ranks, "at the end")
     if signal:
         again = "the same command" + " without --overwrite" * config.overwrite
-        say(f"stopped by signal {signal}; step {run.step} is saved in {out}, {again} continues", ranks)
+        say(
+            f"stopped by signal {signal}; step {run.step} is saved in {out}, {again} continues",
+            ranks,
+        )
         return 128 + signal
     if ranks.first:
         how = f"recycle {config.recycle}" if config.method == "diffusion" else "U-net"
@@ -881,7 +1008,18 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
     return 0
 
 
-COLUMNS = ["step", "seconds", "loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "lr", "grad_norm", "samples_per_s"]
+COLUMNS = [
+    "step",
+    "seconds",
+    "loss",
+    "loss_q1",
+    "loss_q2",
+    "loss_q3",
+    "loss_q4",
+    "lr",
+    "grad_norm",
+    "samples_per_s",
+]
 COLUMNS += ["memory_gb", "left_s", "skipped", "val_dice"]
 
 
@@ -890,7 +1028,9 @@ def validation_cases(config: Config, data: Any) -> list[str]:
     return [case for case in data.cases("val", config.limit or None) if data.has_label(case)]
 
 
-def validate(run: Training, data: Any, ranks: Ranks, stop: runtime.StopFlag, log: runtime.Log) -> None:
+def validate(
+    run: Training, data: Any, ranks: Ranks, stop: runtime.StopFlag, log: runtime.Log
+) -> None:
     """Foreground Dice of the validation cases, one member with fixed noise; keeps the best weights as best.pt.
 
     The step is saved before, since this can take long. A signal in between leaves the validation undone.
@@ -915,15 +1055,23 @@ def validate(run: Training, data: Any, ranks: Ranks, stop: runtime.StopFlag, log
     log.row({"step": run.step, "seconds": run.seconds, "val_dice": dice} | row)
 
 
-def print_header(config: Config, data: Any, ranks: Ranks, run: Training, reason: str, absent: Sequence[str]) -> None:
+def print_header(
+    config: Config, data: Any, ranks: Ranks, run: Training, reason: str, absent: Sequence[str]
+) -> None:
     """What this run is, before it starts. absent: classes that no training case holds."""
     counts = ", ".join(f"{len(data.cases(s))} {s}" for s in ("train", "val", "test"))
     share = f"{ranks.world} processes x {config.accumulate} parts x {config.batch // (ranks.world * config.accumulate)}"
-    parameters, size = sum(p.numel() for p in run.model.parameters()), "x".join(map(str, config.size))
+    parameters, size = (
+        sum(p.numel() for p in run.model.parameters()),
+        "x".join(map(str, config.size)),
+    )
     paper, diffusion = Config(), config.method == "diffusion"
-    larger = [c for c in data.cases("train") if any(n > s for n, s in zip(data.shape(c), config.size))]
+    larger = [
+        c for c in data.cases("train") if any(n > s for n, s in zip(data.shape(c), config.size))
+    ]
     small = any(
-        getattr(config, k) != getattr(paper, k) for k in ("num_channels", "channel_mult", "batch", "lr", "lr_steps")
+        getattr(config, k) != getattr(paper, k)
+        for k in ("num_channels", "channel_mult", "batch", "lr", "lr_steps")
     )
     notes = {
         "D6": config.dice == "on",
@@ -935,25 +1083,46 @@ def print_header(config: Config, data: Any, ranks: Ranks, run: Training, reason:
         "D14": config.image_range != (0, 1),
     }
     if diffusion:
-        notes |= {"D1": config.schedule == "paper", "D2": config.time_inject == "post-norm", "D9": True}
+        notes |= {
+            "D1": config.schedule == "paper",
+            "D2": config.time_inject == "post-norm",
+            "D9": True,
+        }
         notes |= {"D10": config.combine == "mean"}
-        notes |= {"D3": config.variance == "small", "D4": config.target == "eps" and config.clip_x0 == "on"}
+        notes |= {
+            "D3": config.variance == "small",
+            "D4": config.target == "eps" and config.clip_x0 == "on",
+        }
         notes |= {"D5": config.recycle == "prev"}
     what = f"{config.method}, {config.dims}D, volumes of {size}"
-    how = f"; target {config.target}, recycle {config.recycle}, K = {config.train_K}" if diffusion else ""
+    how = (
+        f"; target {config.target}, recycle {config.recycle}, K = {config.train_K}"
+        if diffusion
+        else ""
+    )
     lines = [f"DiffSeg3D with recycling (Fu et al. 2023) -> {config.run_folder}"]
-    lines += [f"  data      {config.data}: {counts}; {', '.join(data.channels)}; classes {', '.join(data.classes)}"]
+    lines += [
+        f"  data      {config.data}: {counts}; {', '.join(data.channels)}; classes {', '.join(data.classes)}"
+    ]
     if larger:
-        lines += [f"            {len(larger)} training cases are larger than {size}: a random part of them is taken"]
+        lines += [
+            f"            {len(larger)} training cases are larger than {size}: a random part of them is taken"
+        ]
     if absent:
-        lines += [f"            warning: no training case holds {', '.join(absent)}; it will not be learnt"]
+        lines += [
+            f"            warning: no training case holds {', '.join(absent)}; it will not be learnt"
+        ]
     lines += [f"  network   {parameters:,} parameters, {what}"]
     lines += [f"  training  step {run.step} to {config.steps}, batch {config.batch} = {share}{how}"]
     memory = runtime.peak_memory_gb(ranks.device)
     number = "fp32" if run.dtype is None else str(run.dtype)[6:]
     lines += [f"  device    {ranks.device}, {number} ({reason}), {memory:.1f} GB"]
-    lines += [f"  differs   {' '.join(sorted((d for d in notes if notes[d]), key=lambda d: int(d[1:])))} (see the top)"]
-    lines += ["  time      left_s in the first lines below"] * (run.step < config.steps and not config.quiet)
+    lines += [
+        f"  differs   {' '.join(sorted((d for d in notes if notes[d]), key=lambda d: int(d[1:])))} (see the top)"
+    ]
+    lines += ["  time      left_s in the first lines below"] * (
+        run.step < config.steps and not config.quiet
+    )
     say("\n".join(lines), ranks)
 
 
@@ -972,7 +1141,9 @@ def ddim_step(s: Schedule, x0: Tensor, xk: Tensor, k: Tensor, eta: float, z: Ten
     """From x_k to x_{k-1} without noise (eta 0), with that of ddpm (eta 1), or in between."""
     before = torch.cat([s.abar[:1], s.abar[:-1]])  # abar_{k-1}
     variance = eta**2 * s.btilde
-    e = (xk - at(s.abar.sqrt(), k, xk) * x0) / at((1 - s.abar).sqrt(), k, xk)  # the noise that leads from x0 to x_k
+    e = (xk - at(s.abar.sqrt(), k, xk) * x0) / at(
+        (1 - s.abar).sqrt(), k, xk
+    )  # the noise that leads from x0 to x_k
     rest = at((1 - before - variance).clamp(min=0).sqrt(), k, xk)
     return at(before.sqrt(), k, xk) * x0 + rest * e + at(variance.sqrt(), k, xk) * z
 
@@ -989,7 +1160,11 @@ def sample(
     noise_of(k): the standard normal noise that is added in making x_k. watch is shown t_k, x_k and x0hat.
     """
     if config.method == "unet":
-        yield 1, 2 * f(image, None, torch.ones(len(image), device=image.device), None).softmax(dim=1) - 1
+        yield (
+            1,
+            2 * f(image, None, torch.ones(len(image), device=image.device), None).softmax(dim=1)
+            - 1,
+        )
         return
     s = schedule(config.sampling_steps, config.schedule, image.device)
     xk = noise_of(s.K)
@@ -1017,7 +1192,9 @@ def probability(config: Config, x0: Tensor) -> Tensor:
         return p
     if config.clip_x0 == "off":  # the largest channel stays the largest, as in the public code
         p = p - p.amin(dim=1, keepdim=True).clamp(max=0) + 1e-8
-    p = p.clamp(min=1e-8) if config.clip_x0 == "off" else p.clamp(1e-8, 1)  # where no channel says yes: all alike
+    p = (
+        p.clamp(min=1e-8) if config.clip_x0 == "off" else p.clamp(1e-8, 1)
+    )  # where no channel says yes: all alike
     return p / p.sum(dim=1, keepdim=True)
 
 
@@ -1035,7 +1212,10 @@ class Network:
 
 def padded(shape: Sequence[int], config: Config) -> tuple[list[int], list[int], tuple[slice, ...]]:
     """(grid of at least --size, window, the slices that cut the volume out of the grid again)."""
-    window = [*config.size[:2], shape[2] if config.dims == 2 else config.size[2]]  # 2D: windows in the plane
+    window = [
+        *config.size[:2],
+        shape[2] if config.dims == 2 else config.size[2],
+    ]  # 2D: windows in the plane
     full = [max(n, w) for n, w in zip(shape, window)]
     front = loaders.symmetric_pad(shape, full)
     return full, window, tuple(slice(f, f + n) for f, n in zip(front, shape))
@@ -1056,7 +1236,9 @@ def gaussian(window: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def sample_member(net: Network, image: Tensor, case: str, number: int, watch: Any = None) -> dict[int, Tensor]:
+def sample_member(
+    net: Network, image: Tensor, case: str, number: int, watch: Any = None
+) -> dict[int, Tensor]:
     """Member `number` of a case: k -> probabilities [C, X, Y, Z] after step k, up to ten of them; k = 1 is the result.
 
     image: [M, X, Y, Z]. Each noise field is drawn for the whole volume on the CPU from (seed, case, number, k), so
@@ -1069,7 +1251,9 @@ def sample_member(net: Network, image: Tensor, case: str, number: int, watch: An
     places, f = windows(full, window), caller(net.model, net.dtype, config.image_range)
 
     def field(k: int) -> Tensor:  # [C, *full]
-        generator = torch.Generator().manual_seed(seed_of(config.seed, "sample", case, number, k))  # D9
+        generator = torch.Generator().manual_seed(
+            seed_of(config.seed, "sample", case, number, k)
+        )  # D9
         return torch.randn(channels, *full, generator=generator)
 
     field = cache(field) if len(places) > 1 else field  # type: ignore[assignment]
@@ -1080,13 +1264,17 @@ def sample_member(net: Network, image: Tensor, case: str, number: int, watch: An
 
     keep = {round(k) for k in np.linspace(1, config.sampling_steps, min(config.sampling_steps, 10))}
     total: dict[int, Tensor] = {}
-    weight = gaussian(window).to(net.device) if len(places) > 1 else torch.ones((), device=net.device)
+    weight = (
+        gaussian(window).to(net.device) if len(places) > 1 else torch.ones((), device=net.device)
+    )
     weights = torch.zeros(full, device=net.device)
     for place in places:
         cut = (slice(None), *place)
         weights[place] += weight
         for k, x0 in sample(f, whole[cut][None], partial(noise_of, place), config, watch):
-            if k == 1 or (number == 0 and k in keep):  # the steps on the way are kept of the first member only
+            if k == 1 or (
+                number == 0 and k in keep
+            ):  # the steps on the way are kept of the first member only
                 total.setdefault(k, torch.zeros(channels, *full, device=net.device))
                 total[k][cut] += weight * probability(config, x0)[0]
     return {k: (v / weights)[cut_out] for k, v in total.items()}
@@ -1116,7 +1304,9 @@ def entropy(prob: Tensor) -> Tensor:
     return torch.special.entr(prob).sum(dim=0) / math.log(len(prob))
 
 
-def sample_ensemble(net: Network, image: Tensor, case: str, watch: Any = None) -> Iterator[Ensemble]:
+def sample_ensemble(
+    net: Network, image: Tensor, case: str, watch: Any = None
+) -> Iterator[Ensemble]:
     """Sample --ensemble members one after the other and yield the result so far after each."""
     mean = votes = torch.zeros(())
     steps: dict[int, Tensor] = {}
@@ -1126,7 +1316,9 @@ def sample_ensemble(net: Network, image: Tensor, case: str, watch: Any = None) -
         mean, member = mean + (probs[1] - mean) / n, mask_of(probs[1])
         if net.config.combine == "vote":
             votes = votes + (mask_to_x0(member[None], len(mean))[0] + 1) / 2
-        yield Ensemble(n, mask_of(votes if net.config.combine == "vote" else mean), mean, member, steps)  # D10
+        yield Ensemble(
+            n, mask_of(votes if net.config.combine == "vote" else mean), mean, member, steps
+        )  # D10
 
 
 # =====================================================================================================================
@@ -1142,7 +1334,12 @@ class Scores(NamedTuple):
 
 
 def score_cases(
-    net: Network, data: Any, ranks: Ranks, cases: Sequence[str], out: Path | None, stop: runtime.StopFlag | None = None
+    net: Network,
+    data: Any,
+    ranks: Ranks,
+    cases: Sequence[str],
+    out: Path | None,
+    stop: runtime.StopFlag | None = None,
 ) -> Scores | None:
     """Sample and score `cases`, shared over the processes; also the Dice after each sampling step.
 
@@ -1151,7 +1348,9 @@ def score_cases(
     config = net.config
     found: dict[Any, Any] = {n: {} for n in (1, config.ensemble)} | {"steps": {}}
     turns = range(ranks.rank, ranks.rank + len(cases), ranks.world)  # equally many on each process
-    for i in tqdm(turns, desc="cases", leave=False, disable=config.quiet or not ranks.first or None):
+    for i in tqdm(
+        turns, desc="cases", leave=False, disable=config.quiet or not ranks.first or None
+    ):
         if stop is not None and stop.agreed(ranks)[0]:
             return None
         if i >= len(cases):
@@ -1163,34 +1362,50 @@ def score_cases(
         for result in sample_ensemble(net, image, case, diary if full == window else None):
             if result.size in found:
                 mask = result.mask.cpu().numpy()
-                found[result.size][case] = metrics.evaluate_case(case, mask, truth, data.spacing(case), data.scored)
+                found[result.size][case] = metrics.evaluate_case(
+                    case, mask, truth, data.spacing(case), data.scored
+                )
             if out and config.save_members:
                 member = out / f"predictions/members/{case}_{result.size - 1}.nii.gz"
                 loaders.write_on_grid(member, result.member.cpu().numpy(), data.affine(case))
         found["steps"][case] = [
-            {"case": case, "k": k} | {c: metrics.dice(m == v, truth == v) for c, v in data.classes.items()}
-            for k, m in ((k, m.cpu().numpy()) for k, m in sorted(result.steps.items(), reverse=True))
+            {"case": case, "k": k}
+            | {c: metrics.dice(m == v, truth == v) for c, v in data.classes.items()}
+            for k, m in (
+                (k, m.cpu().numpy()) for k, m in sorted(result.steps.items(), reverse=True)
+            )
         ]
         if out:
             loaders.write_on_grid(out / f"predictions/{case}.nii.gz", mask, data.affine(case))
             for name, values in maps_of(result, net).items():
-                loaders.write_on_grid(out / f"predictions/maps/{case}_{name}.nii.gz", values, data.affine(case))
+                loaders.write_on_grid(
+                    out / f"predictions/maps/{case}_{name}.nii.gz", values, data.affine(case)
+                )
         if out and diary is not None:
             draw_case(out / "figures", case, data, mask, result, diary)
     parts = runtime.gather(found, ranks)
-    joined = {key: [row for case in cases for part in parts for row in part[key].get(case, [])] for key in found}
+    joined = {
+        key: [row for case in cases for part in parts for row in part[key].get(case, [])]
+        for key in found
+    }
     return Scores({n: joined[n] for n in (1, config.ensemble)}, joined["steps"])
 
 
-def draw_case(folder: Path, case: str, data: Any, mask: np.ndarray, result: Ensemble, diary: figures.Diary) -> None:
+def draw_case(
+    folder: Path, case: str, data: Any, mask: np.ndarray, result: Ensemble, diary: figures.Diary
+) -> None:
     """Masks over slices, the way from noise to mask, and the image beside the entropy of the probabilities."""
     image, spacing = np.asarray(data.image(case))[0].astype(np.float32), data.spacing(case)
     if diary.frames:
-        figures.case_sheet(folder, case, image, mask, spacing, data.classes, diary, np.zeros(1))  # no variance
+        figures.case_sheet(
+            folder, case, image, mask, spacing, data.classes, diary, np.zeros(1)
+        )  # no variance
     else:
         masks = {"truth": diary.truth, "prediction": mask}
         figures.mask_slices(image, masks, folder / f"{case}.png", spacing, data.classes, title=case)
-    pair = [figures.radiological(v[:, :, diary.z]) for v in (image, entropy(result.prob).cpu().numpy())]
+    pair = [
+        figures.radiological(v[:, :, diary.z]) for v in (image, entropy(result.prob).cpu().numpy())
+    ]
     figures.montage(pair, ["image", "entropy"], folder / f"{case}_entropy.png", title=case)
 
 
@@ -1199,14 +1414,20 @@ def maps_of(result: Ensemble, net: Network) -> dict[str, np.ndarray]:
     if not net.config.save_maps:
         return {}
     names = ["background", *(re.sub(r"\W+", "-", name) for name in net.record["classes"])]
-    maps = {f"mean_{name}": p for name, p in zip(names, result.prob)} | {"entropy": entropy(result.prob)}
+    maps = {f"mean_{name}": p for name, p in zip(names, result.prob)} | {
+        "entropy": entropy(result.prob)
+    }
     return {name: values.cpu().numpy() for name, values in maps.items()}
 
 
 def cases_to_score(config: Config, data: Any) -> list[str]:
-    cases = [case for case in data.cases(config.split, config.limit or None) if data.has_label(case)]
+    cases = [
+        case for case in data.cases(config.split, config.limit or None) if data.has_label(case)
+    ]
     if not cases:
-        raise InputError(f"{config.data} has no labelled case in its split {config.split}; choose another --split")
+        raise InputError(
+            f"{config.data} has no labelled case in its split {config.split}; choose another --split"
+        )
     absent_classes(data, cases)
     return cases
 
@@ -1219,7 +1440,10 @@ def evaluate(config: Config, data: Any, ranks: Ranks, out: Path | None = None) -
             raise InputError(
                 f"{config.data} has {key} {here[key]}, the checkpoint {net.record[key]}; prepare them alike"
             )
-    out, cases = out or runtime.scores_folder(config, checkpoint_path(config), SCRIPT), cases_to_score(config, data)
+    out, cases = (
+        out or runtime.scores_folder(config, checkpoint_path(config), SCRIPT),
+        cases_to_score(config, data),
+    )
     begin = time.perf_counter()
     scores = score_cases(net, data, ranks, cases, out)
     if not ranks.first:
@@ -1227,7 +1451,9 @@ def evaluate(config: Config, data: Any, ranks: Ranks, out: Path | None = None) -
     assert scores is not None  # without a StopFlag
     how = f"{config.sampler}, {config.sampling_steps} steps, recycle {config.recycle}, target {config.target}"
     how = f"{how if config.method == 'diffusion' else 'U-net'}, weights of step {net.step}"
-    say(f"\n{config.split} split of {config.data}, {len(cases)} cases, {how}, {time.perf_counter() - begin:.0f} s")
+    say(
+        f"\n{config.split} split of {config.data}, {len(cases)} cases, {how}, {time.perf_counter() - begin:.0f} s"
+    )
     for n, rows in scores.rows.items():
         summary, suffix = metrics.summarise(rows), "" if n == config.ensemble else f"_ensemble{n}"
         metrics.write_metrics_csv(out / f"metrics{suffix}.csv", rows)
@@ -1237,7 +1463,9 @@ def evaluate(config: Config, data: Any, ranks: Ranks, out: Path | None = None) -
     by_k: dict[int, list[float]] = {}
     for row in scores.steps:
         log.row(row, silent=True)
-        values = [row[c] for c in data.classes if not math.isnan(row[c])]  # a class that neither mask holds has none
+        values = [
+            row[c] for c in data.classes if not math.isnan(row[c])
+        ]  # a class that neither mask holds has none
         by_k.setdefault(row["k"], []).extend([float(np.mean(values))] if values else [])
     if config.method == "diffusion":
         shown = ", ".join(f"k = {k} {np.mean(v):.3f}" for k, v in by_k.items() if v)
@@ -1264,31 +1492,45 @@ def load_network(config: Config, ranks: Ranks) -> Network:
 def predict(config: Config, ranks: Ranks) -> int:
     """Masks for NIfTI files or a folder of them, in the input's grid and with the published label values."""
     if not config.image or not config.output:
-        raise InputError("predict needs --image FILE... (or one folder) and --output FILE (or folder)")
+        raise InputError(
+            "predict needs --image FILE... (or one folder) and --output FILE (or folder)"
+        )
     net = load_network(config, ranks)
     names = net.record["channels"], net.record.get("channel_suffixes")
     inputs = loaders.find_inputs([Path(p) for p in config.image], *names)
     output = Path(config.output)
     to_file = output.name.endswith((".nii", ".nii.gz"))
     if to_file and len(inputs) > 1:
-        raise InputError(f"--output {output} is one file, --image names {len(inputs)} images; give a folder")
+        raise InputError(
+            f"--output {output} is one file, --image names {len(inputs)} images; give a folder"
+        )
     say(f"{checkpoint_path(config)}: {net.record['name']}, step {net.step}", ranks)
     for case, paths in inputs[ranks.rank :: ranks.world]:
         target = output if to_file else output / f"{case}.nii.gz"
         loaders.check_output(target, paths)
-        image, restore = loaders.load_for_prediction(paths, net.record)  # [M, X, Y, Z] on the network's grid
+        image, restore = loaders.load_for_prediction(
+            paths, net.record
+        )  # [M, X, Y, Z] on the network's grid
         stem = target.name.removesuffix(".gz").removesuffix(".nii")
         ending = target.name[len(stem) :]  # .nii or .nii.gz
         files = {}  # what --save-members and --save-maps add lies in folders beside the masks
         for result in sample_ensemble(net, torch.from_numpy(image), case):
             if config.save_members:
-                files[f"members/{stem}_{result.size - 1}"] = restore.mask(result.member.cpu().numpy())
+                files[f"members/{stem}_{result.size - 1}"] = restore.mask(
+                    result.member.cpu().numpy()
+                )
         files[stem] = mask = restore.mask(result.mask.cpu().numpy())
         files |= {f"maps/{stem}_{name}": restore.map(v) for name, v in maps_of(result, net).items()}
         for name, array in files.items():
             loaders.write_nifti(target.parent / f"{name}{ending}", array, restore.like, array.dtype)
-        values = {name: int(net.record["label_values"][str(v)]) for name, v in net.record["classes"].items()}
-        say(f"{target}: voxels of " + ", ".join(f"{name} {int((mask == v).sum())}" for name, v in values.items()))
+        values = {
+            name: int(net.record["label_values"][str(v)])
+            for name, v in net.record["classes"].items()
+        }
+        say(
+            f"{target}: voxels of "
+            + ", ".join(f"{name} {int((mask == v).sum())}" for name, v in values.items())
+        )
     return 0
 
 
@@ -1304,14 +1546,45 @@ ONLY: dict[str, tuple[str, ...]] = {
     "checkpoint": ("evaluate", "predict"),
 }
 ONLY |= {"split": ("", "evaluate"), "limit": ("", "train", "evaluate")}
-ONLY |= {k: ("", "evaluate", "predict") for k in ("ensemble", "combine", "save_members", "save_maps")}
+ONLY |= {
+    k: ("", "evaluate", "predict") for k in ("ensemble", "combine", "save_members", "save_maps")
+}
 # NETWORK: what the weights of --init were trained as, taken over unless given.
-NETWORK = ("method", "dims", "num_channels", "channel_mult", "time_inject", "target", "recycle", "size", "image_range")
+NETWORK = (
+    "method",
+    "dims",
+    "num_channels",
+    "channel_mult",
+    "time_inject",
+    "target",
+    "recycle",
+    "size",
+    "image_range",
+)
 # ONCE: how a trained network is used this time, neither kept from a training nor compared on continuing it.
-ONCE = {"checkpoint", "split", "ensemble", "combine", "save_members", "save_maps", "image", "output", "overwrite"}
+ONCE = {
+    "checkpoint",
+    "split",
+    "ensemble",
+    "combine",
+    "save_members",
+    "save_maps",
+    "image",
+    "output",
+    "overwrite",
+}
 ONCE |= {"quiet", "device", "amp", "workers"}
 # MAY_DIFFER: on continuing a run, since they change where, how fast and how long, not what.
-MAY_DIFFER = ONCE | {"out", "preset", "steps", "minutes", "compile", "recompute", "accumulate", "eval_every"}
+MAY_DIFFER = ONCE | {
+    "out",
+    "preset",
+    "steps",
+    "minutes",
+    "compile",
+    "recompute",
+    "accumulate",
+    "eval_every",
+}
 MAY_DIFFER |= {"save_every"}
 # USE: for evaluate and predict; other flags are refused where they differ from the training.
 USE = ONCE | {"data", "preset", "out", "seed", "limit", "recompute"}
@@ -1331,7 +1604,9 @@ def check_levels(config: Config) -> None:
             f"noise levels only; use --sampling-steps {config.train_K}, or train with --train-K {T}"
         )
     if config.schedule == "code-v1" and (T % config.train_K or T % config.sampling_steps):
-        raise InputError(f"--schedule code-v1 needs --train-K and --sampling-steps that divide {T}; use 5")
+        raise InputError(
+            f"--schedule code-v1 needs --train-K and --sampling-steps that divide {T}; use 5"
+        )
 
 
 def checkpoint_path(config: Config) -> Path:
@@ -1342,7 +1617,9 @@ def main(argv: Sequence[str]) -> int:
     about = (__doc__ or "").split("\n\n")[0]
     verb, config, given = runtime.parse_flags(Config, argv, VERBS, PRESETS, about, ONLY)
     if verb in ("evaluate", "predict"):
-        config = runtime.trained_config(config, given, checkpoint_path(config), SCRIPT, USE, ONCE | {"limit"})
+        config = runtime.trained_config(
+            config, given, checkpoint_path(config), SCRIPT, USE, ONCE | {"limit"}
+        )
     elif config.init:
         config = replace(config, init=str(runtime.checkpoint_file(config.init, config.run_folder)))
         state = runtime.load_tensors(Path(config.init))
@@ -1362,16 +1639,23 @@ def main(argv: Sequence[str]) -> int:
                 config = runtime.shared_batch(config, given, ranks, config.run_folder)
             bare = verb == "" and config.data == "synthetic" and config.preset == "tiny"
             rows = STORY if bare and not {"method", "recycle", "init"} & given.keys() else {"": {}}
-            runs = [replace(config, out=str(config.run_folder / name), **flags) for name, flags in rows.items()]
+            runs = [
+                replace(config, out=str(config.run_folder / name), **flags)
+                for name, flags in rows.items()
+            ]
             code, record = 0, loaders.data_record(data)
-            if not verb:  # before the training: are there cases to score, and can each row be continued
+            if (
+                not verb
+            ):  # before the training: are there cases to score, and can each row be continued
                 cases_to_score(config, data)
                 for run in runs if not config.overwrite else ():
                     runtime.find_run(run.run_folder, SCRIPT, asdict(run), MAY_DIFFER, record, ranks)
             for run in runs if verb in ("", "train") else ():
                 code = code or train(run, data, ranks, stop)
             stop.restore()  # from here on there is nothing to save
-            folders = [metrics.scores_folder(run.run_folder, config.split, config.limit) for run in runs]
+            folders = [
+                metrics.scores_folder(run.run_folder, config.split, config.limit) for run in runs
+            ]
             for run, folder in zip(runs, folders) if verb in ("", "evaluate") and code == 0 else ():
                 evaluate(run, data, ranks, None if verb else folder)
             if len(runs) > 1 and code == 0 and ranks.first:

@@ -132,7 +132,10 @@ SCRIPT = "masked_diffusion"
 T = 1000  # levels of masking or noise; t = 0..T-1 throughout this file
 LOG_EVERY = 50  # steps
 WINDOWS = 256 * 256  # pixels of the windows that pass a frozen network together: one of the paper's
-PATIENCE = {"medical": 20, "natural": 50}  # a classifier is done at miss 21 (epochs) or 51 (steps) in a row
+PATIENCE = {
+    "medical": 20,
+    "natural": 50,
+}  # a classifier is done at miss 21 (epochs) or 51 (steps) in a row
 NATURAL = ("ffhq34", "celeba19")  # data sets that get the natural-image settings
 
 # =====================================================================================================================
@@ -233,7 +236,9 @@ class Config:
 
     @property
     def natural(self) -> bool:
-        return self.protocol == "natural" or (self.protocol == "auto" and Path(self.data).name in NATURAL)
+        return self.protocol == "natural" or (
+            self.protocol == "auto" and Path(self.data).name in NATURAL
+        )
 
     @property
     def predicts(self) -> str:
@@ -259,12 +264,16 @@ class Config:
             depth = VIT[self.vit]["depth"]
             return self.blocks or tuple(range(depth // 2, depth))
         if self.natural:
-            return self.blocks or ((5, 6, 7, 8, 12) if self.method == "ddpm" else tuple(range(5, 13)))  # D12
+            return self.blocks or (
+                (5, 6, 7, 8, 12) if self.method == "ddpm" else tuple(range(5, 13))
+            )  # D12
         return self.blocks or (8, 9, 10, 11, 12)
 
     @property
     def norm(self) -> str:
-        return self.feature_norm if self.feature_norm != "auto" else "none" if self.natural else "l2"
+        return (
+            self.feature_norm if self.feature_norm != "auto" else "none" if self.natural else "l2"
+        )
 
     @property
     def members(self) -> int:
@@ -276,13 +285,44 @@ class Config:
 
     def __post_init__(self) -> None:
         """Ranges and the rules between flags; InputError names the flag."""
-        for name in ("num_channels", "num_res_blocks", "num_groups", "num_head_channels", "tile", "crop", "batch"):
+        for name in (
+            "num_channels",
+            "num_res_blocks",
+            "num_groups",
+            "num_head_channels",
+            "tile",
+            "crop",
+            "batch",
+        ):
             runtime.check_range(self, name, 1)
-        for name in ("accumulate", "steps", "eval_every", "save_every", "runs", "crops", "classifier_steps", "k"):
+        for name in (
+            "accumulate",
+            "steps",
+            "eval_every",
+            "save_every",
+            "runs",
+            "crops",
+            "classifier_steps",
+            "k",
+        ):
             runtime.check_range(self, name, 1)
-        for name in ("minutes", "grad_clip", "workers", "limit", "seed", "labels", "ensemble", "pixels"):
+        for name in (
+            "minutes",
+            "grad_clip",
+            "workers",
+            "limit",
+            "seed",
+            "labels",
+            "ensemble",
+            "pixels",
+        ):
             runtime.check_range(self, name, 0)
-        for name, high in (("lr", 1), ("ema", 0.999999), ("feature_t", T - 1), ("stop_epoch", 5000)):
+        for name, high in (
+            ("lr", 1),
+            ("ema", 0.999999),
+            ("feature_t", T - 1),
+            ("stop_epoch", 5000),
+        ):
             runtime.check_range(self, name, 0, high)
         for name in ("classifier_lr", "ssim_L"):
             runtime.check_range(self, name, 0, 10, open_low=True)
@@ -290,35 +330,70 @@ class Config:
         runtime.check_range(self, "fixed_t", -1, T - 1)
         runtime.check_range(self, "ssim_window", 3)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise InputError(f"--device is {self.device}, expected auto, cpu, cuda or cuda:N; correct the flag")
+            raise InputError(
+                f"--device is {self.device}, expected auto, cpu, cuda or cuda:N; correct the flag"
+            )
         if not re.fullmatch(r"first|\d+", self.draw):
-            raise InputError(f"--draw is {self.draw}, expected `first` or a number; correct the flag")
+            raise InputError(
+                f"--draw is {self.draw}, expected `first` or a number; correct the flag"
+            )
         if self.ssim_window % 2 == 0:
-            raise InputError(f"--ssim-window is {self.ssim_window}, expected an odd number; use {self.ssim_window + 1}")
+            raise InputError(
+                f"--ssim-window is {self.ssim_window}, expected an odd number; use {self.ssim_window + 1}"
+            )
         if not self.channel_mult or min(self.channel_mult) < 1:
-            raise InputError(f"--channel-mult is {self.channel_mult}, expected whole numbers of 1 or more")
+            raise InputError(
+                f"--channel-mult is {self.channel_mult}, expected whole numbers of 1 or more"
+            )
         levels = len(self.channel_mult)
         step = 2 ** (levels - 1) if self.method != "mae" else 1
-        for word, n in (("--tile", self.tile), (f"the network of {levels} levels (--channel-mult)", step)):
+        for word, n in (
+            ("--tile", self.tile),
+            (f"the network of {levels} levels (--channel-mult)", step),
+        ):
             if self.crop % n:
-                raise InputError(f"--crop {self.crop} is not a multiple of {n}, which {word} asks for; change either")
+                raise InputError(
+                    f"--crop {self.crop} is not a multiple of {n}, which {word} asks for; change either"
+                )
         for i, m in enumerate(self.channel_mult):
             width = self.num_channels * m
             if width % self.num_groups:
-                raise InputError(f"--num-groups {self.num_groups} does not divide the width {width}; choose a divisor")
+                raise InputError(
+                    f"--num-groups {self.num_groups} does not divide the width {width}; choose a divisor"
+                )
             attends = 2**i in self.attention_resolutions or i == levels - 1
             if attends and width % self.num_head_channels and self.method != "mae":
                 raise InputError(f"--num-head-channels {self.num_head_channels} does not divide the {width} channels "
                                  "of an attention; choose a divisor")  # fmt: skip
         if self.predicts == "eps" and (self.method != "ddpm" or self.loss_kind == "ssim"):
-            raise InputError("--target eps belongs to --method ddpm with --loss mse or l1: noise has no structure")
+            raise InputError(
+                "--target eps belongs to --method ddpm with --loss mse or l1: noise has no structure"
+            )
         if self.blocks:
             check_blocks(self)
 
 
-SMALL: dict[str, Any] = {"num_channels": 32, "vit": "small", "tile": 4, "lr": 3e-4, "ema": 0.999, "workers": 0}  # D11
-SMALL |= {"ssim_range": "unit", "feature_norm": "standard", "classifier_norm": "none"}  # D1, D14, D15
-LAPTOP: dict[str, Any] = {"crop": 64, "batch": 16, "steps": 3000, "eval_every": 500, "save_every": 100, "runs": 3}
+SMALL: dict[str, Any] = {
+    "num_channels": 32,
+    "vit": "small",
+    "tile": 4,
+    "lr": 3e-4,
+    "ema": 0.999,
+    "workers": 0,
+}  # D11
+SMALL |= {
+    "ssim_range": "unit",
+    "feature_norm": "standard",
+    "classifier_norm": "none",
+}  # D1, D14, D15
+LAPTOP: dict[str, Any] = {
+    "crop": 64,
+    "batch": 16,
+    "steps": 3000,
+    "eval_every": 500,
+    "save_every": 100,
+    "runs": 3,
+}
 TINY: dict[str, Any] = {
     "crop": 64,
     "batch": 8,
@@ -371,7 +446,9 @@ class UNet(nn.Module):
             if level < len(config.channel_mult) - 1:
                 self.input_blocks.append(EmbedSequential(block(width, width, "down")))
                 skips.append(width)
-        self.middle_block = EmbedSequential(block(width, width), attention(width), block(width, width))
+        self.middle_block = EmbedSequential(
+            block(width, width), attention(width), block(width, width)
+        )
 
         # Decoder: block k = output_blocks[k], the numbers of the paper; the last of a level doubles the map.
         self.output_blocks = nn.ModuleList()
@@ -384,14 +461,20 @@ class UNet(nn.Module):
                 if level > 0 and i == config.num_res_blocks:
                     layers.append(block(width, width, "up"))
                 self.output_blocks.append(EmbedSequential(*layers))
-        self.out = nn.Sequential(GroupNorm(groups, width), nn.SiLU(), zero_module(conv(2, width, out_channels)))
+        self.out = nn.Sequential(
+            GroupNorm(groups, width), nn.SiLU(), zero_module(conv(2, width, out_channels))
+        )
 
     def run(self, block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
         if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(block, x, emb, use_reentrant=False, preserve_rng_state=False)  # no dropout here
+            return checkpoint(
+                block, x, emb, use_reentrant=False, preserve_rng_state=False
+            )  # no dropout here
         return block(x, emb)
 
-    def trunk(self, x: Tensor, t: Tensor, blocks: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
+    def trunk(
+        self, x: Tensor, t: Tensor, blocks: Sequence[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
         """The last decoder block's output and the outputs of `blocks`; with blocks it stops after the last of them."""
         emb = self.time_embed(timestep_embedding(t, self.width))  # [B, 4C]
         skips, maps = [], {}
@@ -415,10 +498,27 @@ class UNet(nn.Module):
 
 
 VIT: dict[str, dict[str, int]] = {
-    "large": {"width": 1024, "depth": 24, "heads": 16, "decoder_width": 512, "decoder_depth": 8, "decoder_heads": 16},
-    "small": {"width": 192, "depth": 8, "heads": 6, "decoder_width": 128, "decoder_depth": 2, "decoder_heads": 4},
+    "large": {
+        "width": 1024,
+        "depth": 24,
+        "heads": 16,
+        "decoder_width": 512,
+        "decoder_depth": 8,
+        "decoder_heads": 16,
+    },
+    "small": {
+        "width": 192,
+        "depth": 8,
+        "heads": 6,
+        "decoder_width": 128,
+        "decoder_depth": 2,
+        "decoder_heads": 4,
+    },
 }
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and SD of the pixel values in [0, 1]
+IMAGENET = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)  # mean and SD of the pixel values in [0, 1]
 
 
 class VitBlock(nn.Module):
@@ -429,11 +529,17 @@ class VitBlock(nn.Module):
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, width] -> the same
         b, n, c = x.shape
-        q, k, v = self.qkv(self.norm1(x)).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(self.norm1(x))
+            .reshape(b, n, 3, self.heads, c // self.heads)
+            .permute(2, 0, 3, 1, 4)
+        )
         h = F.scaled_dot_product_attention(q, k, v)  # [B, heads, N, c / heads]
         x = x + self.proj(h.transpose(1, 2).reshape(b, n, c))
         return x + self.mlp(self.norm2(x))
@@ -443,8 +549,12 @@ class VitBlock(nn.Module):
 def positions(rows: int, columns: int, width: int, device: torch.device) -> Tensor:
     """Fixed sine-cosine positions of a grid, row-major: [1, rows columns, width]; columns and sines come first."""
     freq = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    y, x = torch.meshgrid(torch.arange(rows).double(), torch.arange(columns).double(), indexing="ij")
-    parts = [f(axis.reshape(-1, 1) * freq) for axis in (x, y) for f in (torch.sin, torch.cos)]  # each [L, width / 4]
+    y, x = torch.meshgrid(
+        torch.arange(rows).double(), torch.arange(columns).double(), indexing="ij"
+    )
+    parts = [
+        f(axis.reshape(-1, 1) * freq) for axis in (x, y) for f in (torch.sin, torch.cos)
+    ]  # each [L, width / 4]
     return torch.cat(parts, dim=1).float()[None].to(device)
 
 
@@ -462,11 +572,16 @@ class Mae(nn.Module):
         width, dec = v["width"], v["decoder_width"]
         self.tile, self.recompute = p, config.recompute
         self.patch_embed = nn.Conv2d(channels, width, p, stride=p)
-        self.cls_token, self.mask_token = nn.Parameter(torch.zeros(1, 1, width)), nn.Parameter(torch.zeros(1, 1, dec))
+        self.cls_token, self.mask_token = (
+            nn.Parameter(torch.zeros(1, 1, width)),
+            nn.Parameter(torch.zeros(1, 1, dec)),
+        )
         self.blocks = nn.ModuleList(VitBlock(width, v["heads"]) for _ in range(v["depth"]))
         self.norm, self.decoder_norm = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(dec, eps=1e-6)
         self.decoder_embed = nn.Linear(width, dec)
-        self.decoder_blocks = nn.ModuleList(VitBlock(dec, v["decoder_heads"]) for _ in range(v["decoder_depth"]))
+        self.decoder_blocks = nn.ModuleList(
+            VitBlock(dec, v["decoder_heads"]) for _ in range(v["decoder_depth"])
+        )
         self.decoder_pred = nn.Linear(dec, p * p * channels)
         for m in self.modules():
             if isinstance(m, nn.Linear):
@@ -498,7 +613,9 @@ class Mae(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, keep: int) -> Tensor:
         x, grid = self.tokens(x)
-        order = mask.flatten(1).long().argsort(dim=1, stable=True)  # visible tiles first, in their own order
+        order = (
+            mask.flatten(1).long().argsort(dim=1, stable=True)
+        )  # visible tiles first, in their own order
         seen = order[:, :keep]  # [B, keep]
         x = x.gather(1, seen[..., None].expand(-1, -1, x.shape[2]))  # [B, keep, width]
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
@@ -534,24 +651,37 @@ def patchify(x: Tensor, p: int) -> Tensor:
 
 def unpatchify(x: Tensor, p: int, grid: Sequence[int]) -> Tensor:
     """The inverse of `patchify` for a grid of (rows, columns) tiles."""
-    return x.reshape(len(x), *grid, p, p, -1).permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, grid[0] * p, grid[1] * p)
+    return (
+        x.reshape(len(x), *grid, p, p, -1)
+        .permute(0, 5, 1, 3, 2, 4)
+        .reshape(len(x), -1, grid[0] * p, grid[1] * p)
+    )
 
 
 def build_model(config: Config, in_channels: int, out_channels: int) -> Any:
     """The network of --method: a U-Net, or for mae a ViT (which restores its input: out_channels is in_channels)."""
-    return Mae(config, in_channels) if config.method == "mae" else UNet(config, in_channels, out_channels)
+    return (
+        Mae(config, in_channels)
+        if config.method == "mae"
+        else UNet(config, in_channels, out_channels)
+    )
 
 
 def network_for(config: Config, record: Mapping[str, Any]) -> Any:
     """The network for data that `record` describes: 3 -> 3 channels, or 3 -> classes for the supervised row."""
     n = len(record["channels"])
-    return build_model(config, n, len(record["classes"]) + 1 if config.method == "unet" else n)  # D5
+    return build_model(
+        config, n, len(record["classes"]) + 1 if config.method == "unet" else n
+    )  # D5
 
 
 def check_memory(config: Config, record: Mapping[str, Any], ranks: Ranks) -> None:
     """InputError where a step of the U-Net needs more memory than is free: counted on tensors without storage."""
     device, share = ranks.device, config.batch // ranks.world
-    dtype, batch = runtime.number_format(config.amp, device)[0] or torch.float32, share // config.accumulate
+    dtype, batch = (
+        runtime.number_format(config.amp, device)[0] or torch.float32,
+        share // config.accumulate,
+    )
     if config.method == "mae" or config.recompute:
         return
     with torch.device("meta"):
@@ -658,13 +788,19 @@ def ssim_map(x: Tensor, y: Tensor, side: int = 5, span: float = 1.0) -> Tensor:
 
     mx, my = local(x), local(y)
     vx, vy, cov = local(x * x) - mx * mx, local(y * y) - my * my, local(x * y) - mx * my
-    return (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))  # eq. (4)
+    return (
+        (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
+    )  # eq. (4)
 
 
 def ssim_loss(x: Tensor, y: Tensor, config: Config) -> Tensor:
     """(1 - SSIM) / 2 of images in [-1, 1], over all pixels, the visible ones too: [B] in 0..1."""
     if config.ssim_range == "unit":  # the correct form: structure cannot change its sign unseen
-        return ((1 - ssim_map((x + 1) / 2, (y + 1) / 2, config.ssim_window, config.ssim_L)) / 2).flatten(1).mean(1)
+        return (
+            ((1 - ssim_map((x + 1) / 2, (y + 1) / 2, config.ssim_window, config.ssim_L)) / 2)
+            .flatten(1)
+            .mean(1)
+        )
     ssim = ssim_map(x, y, config.ssim_window, config.ssim_L)
     return ((1 - ssim).clamp(0, 1) / 2).flatten(1).mean(1)  # D1
 
@@ -710,17 +846,27 @@ def training_loss(net: Any, config: Config, batch: Batch) -> Tensor:
             return mae_loss(config, output, x0, batch.mask)
     if config.method == "unet":
         logits = net(x0, t).float()  # [B, classes, H, W]
-        wrong = F.cross_entropy(logits, batch.label, ignore_index=255, reduction="none").flatten(1)  # eq. (5)
+        wrong = F.cross_entropy(logits, batch.label, ignore_index=255, reduction="none").flatten(
+            1
+        )  # eq. (5)
         return wrong.sum(1) / (batch.label != 255).flatten(1).sum(1).clamp(min=1)
-    eps = noise(config.seed, "noise", batch.n.tolist(), x0.shape[1:], x0.device) if config.method == "ddpm" else None
+    eps = (
+        noise(config.seed, "noise", batch.n.tolist(), x0.shape[1:], x0.device)
+        if config.method == "ddpm"
+        else None
+    )
     xt = corrupt(config, x0, t, batch.mask, eps)
     output = net(xt, t).float()
     target = eps if config.predicts == "eps" else x0
     assert target is not None
-    with torch.autocast(x0.device.type, enabled=False):  # variances as E[x^2] - mu^2 need all digits
+    with torch.autocast(
+        x0.device.type, enabled=False
+    ):  # variances as E[x^2] - mu^2 need all digits
         if config.loss_kind == "ssim":
             return ssim_loss(target, output, config)
-        return pixel_loss(config.loss_kind, target, output)  # eq. (3), without its variance term: D3
+        return pixel_loss(
+            config.loss_kind, target, output
+        )  # eq. (3), without its variance term: D3
 
 
 # =====================================================================================================================
@@ -743,7 +889,9 @@ def pretraining_cases(data: Any, config: Config) -> list[str]:
     splits = data.meta["splits"]
     if config.pretrain_on == "train":
         return [*splits.get("train", []), *splits.get("unlabelled", [])]
-    return list(splits.get("pretrain") or dict.fromkeys(case for cases in splits.values() for case in cases))
+    return list(
+        splits.get("pretrain") or dict.fromkeys(case for cases in splits.values() for case in cases)
+    )
 
 
 def labelled_cases(data: Any, config: Config) -> list[str]:
@@ -754,9 +902,13 @@ def labelled_cases(data: Any, config: Config) -> list[str]:
     cases = sorted(case for case in data.cases("train") if data.has_label(case))
     n = config.labels or len(cases)
     if not cases:
-        raise InputError(f"{config.data} has no labelled image in its split train; prepare data that has some")
+        raise InputError(
+            f"{config.data} has no labelled image in its split train; prepare data that has some"
+        )
     if n > len(cases):
-        raise InputError(f"--labels {n}: {config.data} has {len(cases)} labelled training images; lower --labels")
+        raise InputError(
+            f"--labels {n}: {config.data} has {len(cases)} labelled training images; lower --labels"
+        )
     if config.draw != "first":
         random.Random(int(config.draw)).shuffle(cases)
     return cases[:n]
@@ -772,7 +924,9 @@ def cut(array: np.ndarray, start: Sequence[int], side: int) -> np.ndarray:
     window = np.asarray(array[..., start[0] : start[0] + side, start[1] : start[1] + side])
     short = [(0, side - n) for n in window.shape[-2:]]
     return (
-        np.pad(window, [(0, 0)] * (array.ndim - 2) + short, mode="reflect") if any(b for _, b in short) else window
+        np.pad(window, [(0, 0)] * (array.ndim - 2) + short, mode="reflect")
+        if any(b for _, b in short)
+        else window
     )  # D10
 
 
@@ -797,12 +951,16 @@ class Crops(Dataset):
         """Image [3, H, W] fp32, label [H, W] int64, t, mask [h, w] bool, n."""
         config, side = self.config, self.config.crop
         epoch, place = divmod(n, len(self.cases))
-        order = np.random.default_rng(seed_of(config.seed, "order", epoch)).permutation(len(self.cases))
+        order = np.random.default_rng(seed_of(config.seed, "order", epoch)).permutation(
+            len(self.cases)
+        )
         case = self.cases[order[place]]
         rng = np.random.default_rng(seed_of(config.seed, self.stream, n))
         image = self.data.image(case)
         start = random_corner(rng, image, side)
-        turn = slice(None, None, -1 if rng.random() < 0.5 else 1)  # left and right; a slide has neither
+        turn = slice(
+            None, None, -1 if rng.random() < 0.5 else 1
+        )  # left and right; a slide has neither
         x0 = as_input(cut(image, start, side))[..., turn]
         label = np.zeros((side, side), np.int64)
         if config.method == "unet":
@@ -811,7 +969,13 @@ class Crops(Dataset):
         t = t if config.method in ("mdm", "ddpm") else 0
         grid = side // config.tile, side // config.tile
         keep = mae_kept(config) if config.method == "mae" else kept(t, grid[0] * grid[1])
-        return np.ascontiguousarray(x0), np.ascontiguousarray(label), t, draw_mask(rng, keep, grid), n
+        return (
+            np.ascontiguousarray(x0),
+            np.ascontiguousarray(label),
+            t,
+            draw_mask(rng, keep, grid),
+            n,
+        )
 
 
 class Sharded(Sampler):
@@ -824,7 +988,9 @@ class Sharded(Sampler):
         part = self.config.batch // (self.ranks.world * self.config.accumulate)
         for step in range(self.step, self.config.steps):
             for k in range(self.config.accumulate):
-                first = step * self.config.batch + (self.ranks.rank * self.config.accumulate + k) * part
+                first = (
+                    step * self.config.batch + (self.ranks.rank * self.config.accumulate + k) * part
+                )
                 yield list(range(first, first + part))
 
 
@@ -839,7 +1005,9 @@ def learning_rate(config: Config, step: int) -> float:
         return config.lr or 1e-4
     warm = max(1, config.steps // 50)
     done = max(0.0, (step - warm) / max(1, config.steps - warm))
-    return (config.lr or 1.5e-4 * config.batch / 256) * min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * done)))
+    return (config.lr or 1.5e-4 * config.batch / 256) * min(
+        (step + 1) / warm, 0.5 * (1 + math.cos(math.pi * done))
+    )
 
 
 def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
@@ -848,7 +1016,10 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     ids = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in ids]
     mae = config.method == "mae"
-    groups = [{"params": matrices, "weight_decay": 0.05 * mae}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": 0.05 * mae},
+        {"params": others, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95 if mae else 0.999), fused=True)
 
 
@@ -875,16 +1046,28 @@ def untrained(config: Config, record: Mapping[str, Any]) -> Any:
 class Training:
     """What training changes, which is what a checkpoint holds: saved, restored, and nothing else."""
 
-    def __init__(self, config: Config, record: dict[str, Any], device: torch.device, dtype: torch.dtype | None):
+    def __init__(
+        self,
+        config: Config,
+        record: dict[str, Any],
+        device: torch.device,
+        dtype: torch.dtype | None,
+    ):
         self.config, self.record, self.device, self.dtype = config, record, device, dtype
         self.model = fast_layout(fresh(config, record).to(device), config.compile)
-        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False) if config.ema else self.model
+        self.ema = (
+            copy.deepcopy(self.model).eval().requires_grad_(False) if config.ema else self.model
+        )
         self.optimizer = make_optimizer(config, self.model)
         # The scaler also finds gradients that are not finite, and a fused optimiser then leaves the weights alone
         # without the host having to ask; so it stays on, with scale 1, where the numbers need no scaling.
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if dtype == torch.float16 else 1.0)
+        self.scaler = torch.amp.GradScaler(
+            device.type, init_scale=2.0**16 if dtype == torch.float16 else 1.0
+        )
         self.step, self.seconds = 0, 0.0
-        self.skipped = torch.zeros(3, device=device)  # steps without a finite gradient: all, in a row, most in a row
+        self.skipped = torch.zeros(
+            3, device=device
+        )  # steps without a finite gradient: all, in a row, most in a row
         self.seen = 0  # the newest step whose reconstructions were looked at
 
     def save(self) -> None:
@@ -932,7 +1115,9 @@ def train_step(
         *tensors, n = next(batches)
         x0, label, t, mask = (v.to(device, non_blocking=True) for v in tensors)
         batch = Batch(x0, label, t, mask, n)
-        alone = ranks.world == 1 or part == config.accumulate - 1  # gradients travel with the last part only
+        alone = (
+            ranks.world == 1 or part == config.accumulate - 1
+        )  # gradients travel with the last part only
         with nullcontext() if alone else net.no_sync():
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 losses = training_loss(net, config, batch)  # [B]
@@ -944,7 +1129,9 @@ def train_step(
         norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
     else:
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    run.scaler.step(run.optimizer)  # does nothing where the norm is not finite, on all processes alike
+    run.scaler.step(
+        run.optimizer
+    )  # does nothing where the norm is not finite, on all processes alike
     run.scaler.update(None if dtype == torch.float16 else 1.0)
     bad, (total, row, most) = (~torch.isfinite(norm)).float(), run.skipped.unbind()
     row = (row + 1) * bad
@@ -965,8 +1152,14 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
     cases = labelled_cases(data, config) if supervised else pretraining_cases(data, config)
     crops = Crops(data, config, cases)
     may_differ = MAY_DIFFER | (LATER - {"labels", "draw"} if supervised else LATER)
-    may_differ -= {"steps"} if config.method == "mae" else set()  # its learning rate falls to 0 at the last of them
-    state = None if config.overwrite else runtime.find_run(out, SCRIPT, asdict(config), may_differ, record, ranks)
+    may_differ -= (
+        {"steps"} if config.method == "mae" else set()
+    )  # its learning rate falls to 0 at the last of them
+    state = (
+        None
+        if config.overwrite
+        else runtime.find_run(out, SCRIPT, asdict(config), may_differ, record, ranks)
+    )
     if state is None or state["step"] < config.steps:
         check_memory(config, record, ranks)
     run = Training(config, record, device, dtype)
@@ -991,17 +1184,32 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
         worker_init_fn=runtime.ignore_signals,
     )
     log = runtime.Log(out / "log.csv", COLUMNS, run.step, ranks.first)
-    batches, losses_by_t, clock = iter(loader), runtime.LossByTime(T, device), (run.step, run.seconds)
+    batches, losses_by_t, clock = (
+        iter(loader),
+        runtime.LossByTime(T, device),
+        (run.step, run.seconds),
+    )
     limit, time_up, signal = 60 * config.minutes or math.inf, False, 0
-    bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=config.quiet or not ranks.first or None)
+    bar = tqdm(
+        total=config.steps,
+        initial=run.step,
+        unit="step",
+        disable=config.quiet or not ranks.first or None,
+    )
 
     while True:
         # 3. reconstruct the same crops when it is due; a run stopped before it did so does it first when continued
         finished = run.step >= config.steps or time_up or run.seconds >= limit
-        if (run.step % config.eval_every == 0 or finished) and run.step > run.seen and not supervised:
+        if (
+            (run.step % config.eval_every == 0 or finished)
+            and run.step > run.seen
+            and not supervised
+        ):
             run.seen = run.step
             if ranks.first:
-                log.row({"step": run.step, "seconds": run.seconds, "val_loss": held_loss(run, data)})
+                log.row(
+                    {"step": run.step, "seconds": run.seconds, "val_loss": held_loss(run, data)}
+                )
                 run.save()
         if finished or signal:
             break
@@ -1013,35 +1221,62 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
         bar.update()
 
         # 5. log, save, stop
-        if (device.type == "cpu" or run.step % LOG_EVERY == 0) and run.skipped[2] >= 20:  # a GPU is not asked each step
+        if (device.type == "cpu" or run.step % LOG_EVERY == 0) and run.skipped[
+            2
+        ] >= 20:  # a GPU is not asked each step
             raise InputError(f"no finite gradient in 20 steps before step {run.step}; use --amp off, or begin "
                              "anew with a lower --lr")  # fmt: skip
         signal, time_up = stop.agreed(ranks, run.seconds >= limit)
         if run.step % LOG_EVERY == 0 or run.step in (10, config.steps) or time_up:
             rate = (run.step - clock[0]) / (run.seconds - clock[1])  # steps a second
-            row = {"step": run.step, "seconds": run.seconds, "lr": learning_rate(config, run.step - 1)}
+            row = {
+                "step": run.step,
+                "seconds": run.seconds,
+                "lr": learning_rate(config, run.step - 1),
+            }
             row |= {"grad_norm": float(norm), "skipped": int(run.skipped[0])}
             row |= {"memory_gb": runtime.peak_memory_gb(device)}
-            row |= {"samples_per_s": rate * config.batch, "left_s": (config.steps - run.step) / rate}
+            row |= {
+                "samples_per_s": rate * config.batch,
+                "left_s": (config.steps - run.step) / rate,
+            }
             log.row(row | losses_by_t.row(ranks), silent=config.quiet)
             clock = (run.step, run.seconds)
-        if ranks.first and (run.step % config.save_every == 0 or signal or time_up or run.step == config.steps):
+        if ranks.first and (
+            run.step % config.save_every == 0 or signal or time_up or run.step == config.steps
+        ):
             run.save()
     bar.close()
     runtime.check_same_weights(run.model, ranks, "at the end")
     if signal:
         again = "the same command" + " without --overwrite" * config.overwrite
-        say(f"stopped by signal {signal}; step {run.step} is saved in {out}, {again} continues", ranks)
+        say(
+            f"stopped by signal {signal}; step {run.step} is saved in {out}, {again} continues",
+            ranks,
+        )
         return 128 + signal
     if ranks.first and run.step:
-        figures.loss_curve(out / "log.csv", out / "loss.png", title=f"{config.method}, {Path(config.data).name}")
+        figures.loss_curve(
+            out / "log.csv", out / "loss.png", title=f"{config.method}, {Path(config.data).name}"
+        )
         if config.method in ("mdm", "ddpm"):
             net = Backbone(config, run.ema.eval(), device, dtype)
             draw_reconstructions(net, data, crops.cases[:3], out / "figures/reconstructions.png")
     return 0
 
 
-COLUMNS = ["step", "seconds", "loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "lr", "grad_norm", "samples_per_s"]
+COLUMNS = [
+    "step",
+    "seconds",
+    "loss",
+    "loss_q1",
+    "loss_q2",
+    "loss_q3",
+    "loss_q4",
+    "lr",
+    "grad_norm",
+    "samples_per_s",
+]
 COLUMNS += ["memory_gb", "left_s", "skipped", "val_loss"]
 
 
@@ -1063,7 +1298,9 @@ def held_loss(run: Training, data: Any) -> float:
     return float(np.mean(losses))
 
 
-def print_header(config: Config, data: Any, cases: Sequence[str], ranks: Ranks, run: Training, reason: str) -> None:
+def print_header(
+    config: Config, data: Any, cases: Sequence[str], ranks: Ranks, run: Training, reason: str
+) -> None:
     """What this run is, before it starts."""
     share = f"{ranks.world} processes x {config.accumulate} parts x {config.batch // (ranks.world * config.accumulate)}"
     splits = data.meta["splits"]
@@ -1071,17 +1308,33 @@ def print_header(config: Config, data: Any, cases: Sequence[str], ranks: Ranks, 
     seen = sum(case in test for case in cases)
     notes = {"mdm": [], "ddpm": ["D3"], "mae": ["D6"], "unet": ["D5"]}[config.method]
     notes += ["D10"] + ["D4"] * (config.ema > 0)
-    notes += ["D1"] * (config.loss_kind == "ssim" and config.ssim_range == "signed" and config.method != "unet")
+    notes += ["D1"] * (
+        config.loss_kind == "ssim" and config.ssim_range == "signed" and config.method != "unet"
+    )
     notes += ["D11"] * (config.preset != "paper")
-    what = f"labels of {len(cases)} images" if config.method == "unet" else f"{len(cases)} images without labels"
+    what = (
+        f"labels of {len(cases)} images"
+        if config.method == "unet"
+        else f"{len(cases)} images without labels"
+    )
     lines = [f"MDM (Pan et al. 2023), {config.method} -> {config.run_folder}"]
-    lines += [f"  data      {config.data}: {what}, {seen} of them test images; crops of {config.crop} pixels"]
+    lines += [
+        f"  data      {config.data}: {what}, {seen} of them test images; crops of {config.crop} pixels"
+    ]
     lines += [f"  network   {sum(p.numel() for p in run.model.parameters()):,} parameters"]
-    loss = "cross-entropy" if config.method == "unet" else f"{config.loss_kind} of {config.predicts}"
+    loss = (
+        "cross-entropy" if config.method == "unet" else f"{config.loss_kind} of {config.predicts}"
+    )
     tiles = f", {(config.crop // config.tile) ** 2} tiles" * (config.method in ("mdm", "mae"))
-    lines += [f"  training  step {run.step} to {config.steps}, batch {config.batch} = {share}; {loss}{tiles}"]
-    lines += [f"  device    {ranks.device}, {'fp32' if run.dtype is None else str(run.dtype)[6:]} ({reason})"]
-    lines += [f"  differs   {' '.join(sorted(notes, key=lambda d: int(d[1:])))} (see the top of {SCRIPT}.py)"]
+    lines += [
+        f"  training  step {run.step} to {config.steps}, batch {config.batch} = {share}; {loss}{tiles}"
+    ]
+    lines += [
+        f"  device    {ranks.device}, {'fp32' if run.dtype is None else str(run.dtype)[6:]} ({reason})"
+    ]
+    lines += [
+        f"  differs   {' '.join(sorted(notes, key=lambda d: int(d[1:])))} (see the top of {SCRIPT}.py)"
+    ]
     say("\n".join(lines), ranks)
 
 
@@ -1099,10 +1352,17 @@ def load_start(path: str, model: Any, ranks: Ranks, raw: bool = False) -> None:
         state = {k.removeprefix("module."): v for k, v in state.items()}
         head = {k: v for k, v in model.state_dict().items() if k in ("out.2.weight", "out.2.bias")}
         for name, own in head.items():
-            if name in state and state[name].shape[1:] == own.shape[1:] and len(state[name]) != len(own):
+            if (
+                name in state
+                and state[name].shape[1:] == own.shape[1:]
+                and len(state[name]) != len(own)
+            ):
                 taken = len(state[name]) == 2 * len(own)
                 how = "its first half, the mean, is taken" if taken else "the fresh head is kept"
-                say(f"note: {path}: {name} has {len(state[name])} channels, {len(own)} here: {how}", ranks)
+                say(
+                    f"note: {path}: {name} has {len(state[name])} channels, {len(own)} here: {how}",
+                    ranks,
+                )
                 state[name] = state[name][: len(own)] if taken else own
         load_public(model, state)
     except (ValueError, AttributeError) as error:
@@ -1159,14 +1419,18 @@ class Step:
     labels: Tensor
 
 
-def classifier_steps(config: Config, net: "Backbone", data: Any, cases: Sequence[str], seed: int) -> Iterator[Step]:
+def classifier_steps(
+    config: Config, net: "Backbone", data: Any, cases: Sequence[str], seed: int
+) -> Iterator[Step]:
     """Medical: new crops of the labelled images at each step; an epoch has each image once.
 
     The frozen network sees the windows of a few steps at once, the classifier those of one. Nothing else is kept, so
     memory does not depend on the number of labelled images.
     """
     side, device = config.crop, net.device
-    ahead = max(1, WINDOWS // (side * side * config.crops))  # steps whose windows pass the network together
+    ahead = max(
+        1, WINDOWS // (side * side * config.crops)
+    )  # steps whose windows pass the network together
     for epoch in range(5000):
         rng = np.random.default_rng(seed_of(seed, "classifier", epoch))
         order = [cases[i] for i in rng.permutation(len(cases))]
@@ -1178,15 +1442,23 @@ def classifier_steps(config: Config, net: "Backbone", data: Any, cases: Sequence
                 start = random_corner(rng, image, side)
                 windows.append(as_input(cut(image, start, side)))
                 keys.append((seed, case, *start, epoch))
-                label, where = torch.from_numpy(cut(data.label(case), start, side).astype(np.int64)), None
+                label, where = (
+                    torch.from_numpy(cut(data.label(case), start, side).astype(np.int64)),
+                    None,
+                )
                 if 0 < config.pixels < side * side:
                     flat = torch.from_numpy(rng.permutation(side * side)[: config.pixels])
                     where = torch.stack([flat // side, flat % side], dim=1).to(device)  # [P, 2]
                     label = label.flatten()[flat]
                 pixels.append(where)
                 labels.append(label.flatten().to(device))
-            maps, divisors = net.window_features(torch.from_numpy(np.stack(windows)).to(device), keys)
-            found = [([m[k : k + 1] for m in maps], divisor, pixels[k]) for k, divisor in enumerate(divisors)]
+            maps, divisors = net.window_features(
+                torch.from_numpy(np.stack(windows)).to(device), keys
+            )
+            found = [
+                ([m[k : k + 1] for m in maps], divisor, pixels[k])
+                for k, divisor in enumerate(divisors)
+            ]
             for k, group in enumerate(groups[i : i + ahead]):
                 step = slice(k * config.crops, (k + 1) * config.crops)
                 yield Step(epoch, group is groups[-1], found[step], torch.cat(labels[step]))
@@ -1203,8 +1475,12 @@ def fit_medical(
     stopping = Stopping(config)
     bar = tqdm(desc=name, unit="step", leave=False, disable=config.quiet or None)
     for step in classifier_steps(config, net, data, cases, seed):
-        outputs = [classifier.enlarge(maps, by, size, where) for maps, by, where in step.windows]  # [P, a] each  # D7
-        loss = F.cross_entropy(classifier.rest(torch.cat(outputs)), step.labels, ignore_index=255)  # eq. (5)
+        outputs = [
+            classifier.enlarge(maps, by, size, where) for maps, by, where in step.windows
+        ]  # [P, a] each  # D7
+        loss = F.cross_entropy(
+            classifier.rest(torch.cat(outputs)), step.labels, ignore_index=255
+        )  # eq. (5)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -1212,7 +1488,9 @@ def fit_medical(
         if stopping(step.epoch, loss.detach(), step.ends):
             break
     bar.close()
-    say(f"{name}: {stopping.steps} steps, {step.epoch + 1} epochs, last loss {float(loss.detach()):.4f}")
+    say(
+        f"{name}: {stopping.steps} steps, {step.epoch + 1} epochs, last loss {float(loss.detach()):.4f}"
+    )
     return classifier.eval()
 
 
@@ -1220,7 +1498,10 @@ def store_features(
     config: Config, net: "Backbone", data: Any, cases: Sequence[str], seed: int, file: Path
 ) -> FeatureStore:
     """Natural: the native maps of all labelled images in a file, read by pixel."""
-    store, size = FeatureStore(file, len(cases), (config.crop, config.crop)), (config.crop, config.crop)
+    store, size = (
+        FeatureStore(file, len(cases), (config.crop, config.crop)),
+        (config.crop, config.crop),
+    )
     for case in cases:
         image = np.asarray(data.image(case))
         if image.shape[1:] != size:
@@ -1289,7 +1570,10 @@ def standardised(net: "Backbone", data: Any, cases: Sequence[str], seed: int) ->
         for total, m in zip(sums, net.window_features(x0, (seed, case, "scale", k))[0]):
             total[0] += m.double().mean((0, 2, 3)) / (count * len(cases))
             total[1] += m.double().square().mean((0, 2, 3)) / (count * len(cases))
-    means, sds = [a.float() for a, _ in sums], [(b - a * a).clamp(min=1e-12).sqrt().float() for a, b in sums]
+    means, sds = (
+        [a.float() for a, _ in sums],
+        [(b - a * a).clamp(min=1e-12).sqrt().float() for a, b in sums],
+    )
     return replace(net, scale=(means, sds))
 
 
@@ -1298,7 +1582,14 @@ def fit(config: Config, net: "Backbone", data: Any, seed: int, out: Path) -> lis
     cases, name = labelled_cases(data, config), f"run of seed {seed}"
     if not config.natural:
         return [
-            fit_medical(config, net, data, cases, seed_of(seed, m) if m else seed, f"{name}, member {m}" if m else name)
+            fit_medical(
+                config,
+                net,
+                data,
+                cases,
+                seed_of(seed, m) if m else seed,
+                f"{name}, member {m}" if m else name,
+            )
             for m in range(config.members)
         ]
     file = out / f"features-{seed}.npy"
@@ -1306,7 +1597,10 @@ def fit(config: Config, net: "Backbone", data: Any, seed: int, out: Path) -> lis
         store = store_features(config, net, data, cases, seed, file)
         classes = len(data.classes) + 1
         members = range(config.members)
-        return [fit_natural(config, net, store, classes, seed_of(seed, m), f"{name}, member {m}") for m in members]
+        return [
+            fit_natural(config, net, store, classes, seed_of(seed, m), f"{name}, member {m}")
+            for m in members
+        ]
     finally:
         file.unlink(missing_ok=True)
 
@@ -1320,7 +1614,9 @@ def fit(config: Config, net: "Backbone", data: Any, seed: int, out: Path) -> lis
 def gram(small: int, large: int, device: torch.device) -> Tensor:
     """U^T U of the matrix U [large, small] that enlarges one axis: [small, small] fp32."""
     eye = torch.eye(small, dtype=torch.float64)[None]
-    matrix = F.interpolate(eye, size=large, mode="linear", align_corners=False)[0].T  # [large, small]
+    matrix = F.interpolate(eye, size=large, mode="linear", align_corners=False)[
+        0
+    ].T  # [large, small]
     return (matrix.T @ matrix).float().to(device)
 
 
@@ -1354,14 +1650,19 @@ class Backbone:
         config, tile, keys = self.config, self.config.tile, key if isinstance(key, list) else [key]
         if config.method == "ddpm":
             names = ["features"] if config.share_noise == "on" else [repr((*k, t)) for k in keys]
-            eps = noise(0, "noise", names, x0.shape[1:], torch.device("cpu"))  # D3, the same on every device
+            eps = noise(
+                0, "noise", names, x0.shape[1:], torch.device("cpu")
+            )  # D3, the same on every device
             eps = eps.to(x0.device)
             return q_sample(x0, eps, torch.tensor([t], device=x0.device), config.schedule)
         if config.method != "mdm" or config.feature_mask == "off":
             return x0
         grid = x0.shape[2] // tile, x0.shape[3] // tile
         keep = kept(t, grid[0] * grid[1])
-        masks = [draw_mask(np.random.default_rng(seed_of("feature mask", *k, t)), keep, grid) for k in keys]
+        masks = [
+            draw_mask(np.random.default_rng(seed_of("feature mask", *k, t)), keep, grid)
+            for k in keys
+        ]
         return hide(x0, torch.from_numpy(np.stack(masks)).to(x0.device))  # D2
 
     @torch.no_grad()
@@ -1376,7 +1677,9 @@ class Backbone:
                 xt, tt = self.shown(x0, t, key), torch.tensor([t], device=x0.device)
                 maps += [m.float().contiguous() for m in self.model.features(xt, tt, config.taps)]
         if self.scale:
-            maps = [(m - a[:, None, None]) / b[:, None, None] for m, a, b in zip(maps, *self.scale)]  # D14
+            maps = [
+                (m - a[:, None, None]) / b[:, None, None] for m, a, b in zip(maps, *self.scale)
+            ]  # D14
         if config.norm in ("none", "standard"):
             return maps, torch.ones(len(x0), device=self.device)
         size = x0.shape[2:]
@@ -1402,9 +1705,13 @@ def reconstruct_window(net: Backbone, x0: Tensor, t: int, key: Key) -> tuple[Ten
             mask = draw_mask(np.random.default_rng(seed_of(*key)), keep, grid)
             hidden = torch.from_numpy(mask)[None].to(device)
             output = net.model(x0, hidden, keep).float()
-            if config.loss_kind != "ssim":  # mean and SD of each tile are not restored: those of the truth, as usual
+            if (
+                config.loss_kind != "ssim"
+            ):  # mean and SD of each tile are not restored: those of the truth, as usual
                 tiles = patchify(imagenet(x0), config.tile)
-                output = output * (tiles.var(2, keepdim=True) + 1e-6).sqrt() + tiles.mean(2, keepdim=True)
+                output = output * (tiles.var(2, keepdim=True) + 1e-6).sqrt() + tiles.mean(
+                    2, keepdim=True
+                )
                 mean, sd = (v.flatten() for v in imagenet_values(device))
                 output = ((output.unflatten(2, (-1, 3)) * sd + mean) * 2 - 1).flatten(2)
             return hide(x0, hidden), unpatchify(output, config.tile, grid)
@@ -1418,7 +1725,9 @@ def flipped_share(x: Tensor, y: Tensor, side: int = 8) -> float:
     The correlation of a block is over its pixels and channels, each channel about its own mean.
     """
     h, w = (n // side * side for n in x.shape[2:])
-    x, y = (patchify(v[:, :, :h, :w], side).unflatten(2, (-1, x.shape[1])) for v in (x, y))  # [1, blocks, pixels, C]
+    x, y = (
+        patchify(v[:, :, :h, :w], side).unflatten(2, (-1, x.shape[1])) for v in (x, y)
+    )  # [1, blocks, pixels, C]
     x, y = (v - v.mean(2, keepdim=True) for v in (x, y))
     return float(((x * y).sum((2, 3)) < 0).float().mean())
 
@@ -1430,7 +1739,9 @@ def centre(image: np.ndarray, side: int) -> np.ndarray:
 
 def picture(x: Any) -> np.ndarray:
     """[1, 3, H, W] in [-1, 1] -> uint8 [H, W, 3]."""
-    return np.rint((x[0].clamp(-1, 1).cpu().numpy().transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8)
+    return np.rint((x[0].clamp(-1, 1).cpu().numpy().transpose(1, 2, 0) + 1) * 127.5).astype(
+        np.uint8
+    )
 
 
 def name_of(ratio: float, config: Config) -> str:
@@ -1438,7 +1749,9 @@ def name_of(ratio: float, config: Config) -> str:
     return f"noise, t {round(ratio * T)}" if config.method == "ddpm" else f"{ratio:.0%} hidden"
 
 
-def draw_reconstructions(net: Backbone, data: Any, cases: Sequence[str], file: Path) -> list[dict[str, Any]]:
+def draw_reconstructions(
+    net: Backbone, data: Any, cases: Sequence[str], file: Path
+) -> list[dict[str, Any]]:
     """Each image, what is shown and what is restored at each ratio, as a picture; and scores, a row a case and ratio.
 
     psnr and ssim are of pixel values in [0, 1] over the whole window (11 x 11, L = 1); flipped: see flipped_share.
@@ -1452,12 +1765,18 @@ def draw_reconstructions(net: Backbone, data: Any, cases: Sequence[str], file: P
         for ratio in ratios:
             xt, y = reconstruct_window(net, x0, round(ratio * T), ("reconstruct", case))
             a, b = (x0 + 1) / 2, (y.clamp(-1, 1) + 1) / 2
-            row = {"case": case, "ratio": ratio, "psnr": -10 * math.log10(float((a - b).square().mean()) + 1e-10)}
+            row = {
+                "case": case,
+                "ratio": ratio,
+                "psnr": -10 * math.log10(float((a - b).square().mean()) + 1e-10),
+            }
             row |= {"ssim": float(ssim_map(a, b, 11).mean()), "flipped": flipped_share(x0, y)}
             rows.append(row)
             images += [picture(xt), picture(y)]
             titles += [name_of(ratio, net.config), f"flipped {row['flipped']:.1%}"]
-    figures.montage(images, titles, file, columns=1 + 2 * len(ratios), title="image, and what is restored of it")
+    figures.montage(
+        images, titles, file, columns=1 + 2 * len(ratios), title="image, and what is restored of it"
+    )
     return rows
 
 
@@ -1471,7 +1790,9 @@ def reconstruct(config: Config, data: Any, ranks: Ranks) -> int:
     runtime.write_csv(out / "reconstructions.csv", rows)
     for ratio in dict.fromkeys(row["ratio"] for row in rows):
         same = [row for row in rows if row["ratio"] == ratio]
-        text = ", ".join(f"{k} {np.mean([row[k] for row in same]):.3f}" for k in ("psnr", "ssim", "flipped"))
+        text = ", ".join(
+            f"{k} {np.mean([row[k] for row in same]):.3f}" for k in ("psnr", "ssim", "flipped")
+        )
         say(f"{name_of(ratio, config)}, {len(same)} images: {text}", ranks)
     say(f"{out / 'figures/reconstructions.png'}", ranks)
     return 0
@@ -1490,13 +1811,23 @@ def cluster(config: Config, data: Any, ranks: Ranks) -> int:
             rng = np.random.default_rng(seed_of(config.seed, "cluster", case, n))
             labels = kmeans2(points, config.k, iter=50, minit="++", seed=rng)[1]
             small = torch.from_numpy(labels).reshape(1, 1, *f.shape[2:]).float()
-            large = F.interpolate(small, size=x0.shape[2:], mode="nearest")[0, 0].numpy().astype(int)
+            large = (
+                F.interpolate(small, size=x0.shape[2:], mode="nearest")[0, 0].numpy().astype(int)
+            )
             images.append(np.array(colours, np.uint8)[large])
-            titles.append(f"block {config.taps[n % len(config.taps)]}, t {config.times[n // len(config.taps)]}")
+            titles.append(
+                f"block {config.taps[n % len(config.taps)]}, t {config.times[n // len(config.taps)]}"
+            )
     file = out / "figures/clusters.png"
     columns = 1 + len(config.times) * len(config.taps)
     if ranks.first:
-        figures.montage(images, titles, file, columns=columns, title=f"{config.k} clusters of each block's features")
+        figures.montage(
+            images,
+            titles,
+            file,
+            columns=columns,
+            title=f"{config.k} clusters of each block's features",
+        )
     say(f"{file}", ranks)
     return 0
 
@@ -1508,7 +1839,11 @@ def cluster(config: Config, data: Any, ranks: Ranks) -> int:
 
 def window_starts(n: int, r: int) -> list[int]:
     """First pixels of windows of length r over an axis of length n: they overlap by a fifth, the last ends at n."""
-    return [min(k * int(0.8 * r), n - r) for k in range(-(-(n - r) // int(0.8 * r)) + 1)] if n > r else [0]
+    return (
+        [min(k * int(0.8 * r), n - r) for k in range(-(-(n - r) // int(0.8 * r)) + 1)]
+        if n > r
+        else [0]
+    )
 
 
 @cache
@@ -1527,7 +1862,12 @@ def window_logits(run: Run, x0: Tensor, keys: list[Key]) -> Tensor:
             return net.model(x0, torch.zeros(len(x0), device=net.device)).float()[:, None]
     maps, divisors = net.window_features(x0, keys)
     logits = [
-        torch.stack([c([m[i : i + 1] for m in maps], by, size).T.unflatten(1, tuple(size)) for c in run.classifiers])
+        torch.stack(
+            [
+                c([m[i : i + 1] for m in maps], by, size).T.unflatten(1, tuple(size))
+                for c in run.classifiers
+            ]
+        )
         for i, by in enumerate(divisors)
     ]
     return torch.stack(logits)
@@ -1558,7 +1898,9 @@ def segment_image(run: Run, image: np.ndarray, case: str) -> Segmentation:
     corners = [(y, x) for y in window_starts(full[0], r) for x in window_starts(full[1], r)]
     count = max(1, WINDOWS // (r * r))
     for some in (corners[i : i + count] for i in range(0, len(corners), count)):
-        windows = torch.from_numpy(np.stack([x0[:, y : y + r, x : x + r] for y, x in some])).to(run.net.device)
+        windows = torch.from_numpy(np.stack([x0[:, y : y + r, x : x + r] for y, x in some])).to(
+            run.net.device
+        )
         found = window_logits(run, windows, [(run.seed, case, y, x, "test") for y, x in some])
         if total is None:
             total = torch.zeros(*found.shape[1:3], *full, device=run.net.device)
@@ -1568,7 +1910,9 @@ def segment_image(run: Run, image: np.ndarray, case: str) -> Segmentation:
     inside = tuple(slice(f, f + n) for f, n in zip(front, shape))
     logits = (total / sums)[:, :, inside[0], inside[1]]  # [M, classes, Y, X]
     prob = logits.softmax(1)
-    return Segmentation(vote(logits.argmax(1)).cpu().numpy(), prob.mean(0).cpu().numpy(), disagreement(prob))
+    return Segmentation(
+        vote(logits.argmax(1)).cpu().numpy(), prob.mean(0).cpu().numpy(), disagreement(prob)
+    )
 
 
 def vote(masks: Tensor) -> Tensor:
@@ -1594,16 +1938,24 @@ def colour_rule(data: Any, cases: Sequence[str]) -> Any:
 
     def products(image: np.ndarray) -> np.ndarray:  # [N, 10]
         r, g, b = as_input(image).reshape(3, -1)
-        return np.stack([np.ones_like(r), r, g, b, r * r, g * g, b * b, r * g, r * b, g * b], axis=1)
+        return np.stack(
+            [np.ones_like(r), r, g, b, r * r, g * g, b * b, r * g, r * b, g * b], axis=1
+        )
 
-    k, gram_matrix, answer = len(data.classes) + 1, np.zeros((10, 10)), np.zeros((10, len(data.classes) + 1))
+    k, gram_matrix, answer = (
+        len(data.classes) + 1,
+        np.zeros((10, 10)),
+        np.zeros((10, len(data.classes) + 1)),
+    )
     for case in cases:
         x, label = products(np.asarray(data.image(case))), np.asarray(data.label(case)).ravel()
         x, label = x[label < k].astype(np.float64), label[label < k]
         gram_matrix += x.T @ x
         answer += x.T @ np.eye(k)[label]
     rule = np.linalg.lstsq(gram_matrix, answer, rcond=None)[0]
-    return lambda image: (products(image) @ rule).argmax(1).reshape(image.shape[1:]).astype(np.uint8)
+    return lambda image: (
+        (products(image) @ rule).argmax(1).reshape(image.shape[1:]).astype(np.uint8)
+    )
 
 
 OBJECTS = ("object_dice", "aji", "aji_binary")
@@ -1621,7 +1973,10 @@ def score_mask(data: Any, case: str, mask: np.ndarray) -> Scores:
     objects = data.instances(case) if len(data.classes) == 1 else None
     if objects is not None:
         pieces, objects = metrics.components(mask > 0), np.asarray(objects)
-        found |= {"object_dice": metrics.object_dice(pieces, objects), "aji": metrics.aji(pieces, objects)}
+        found |= {
+            "object_dice": metrics.object_dice(pieces, objects),
+            "aji": metrics.aji(pieces, objects),
+        }
         found["aji_binary"] = metrics.aji_binary(pieces, objects)
     return {"rows": rows, "objects": [found], "counts": counts}
 
@@ -1633,8 +1988,12 @@ def mean_scores(parts: Sequence[Scores]) -> dict[str, float]:
     scores = {"dice": mean["dice"]["mean"], "iou": mean["iou"]["mean"]}
     scores["iou_from_dice"] = metrics.iou_from_dice(scores["dice"])  # D8
     for name in OBJECTS:
-        values = np.array([found.get(name, math.nan) for part in parts for found in part["objects"]])
-        scores[name] = float(values[~np.isnan(values)].mean()) if not np.isnan(values).all() else math.nan
+        values = np.array(
+            [found.get(name, math.nan) for part in parts for found in part["objects"]]
+        )
+        scores[name] = (
+            float(values[~np.isnan(values)].mean()) if not np.isnan(values).all() else math.nan
+        )
     scores["miou"] = metrics.miou(sum(part["counts"] for part in parts))
     return scores
 
@@ -1651,12 +2010,23 @@ def cases_of(config: Config, data: Any, labelled: bool = True) -> list[str]:
 def score(config: Config, data: Any, runs: Sequence[Run], ranks: Ranks, out: Path) -> int:
     """Score all runs on --split: table.csv with floors, metrics.csv, summary.json, masks, pictures."""
     cases, begin, one = cases_of(config, data), time.perf_counter(), len(data.classes) == 1
-    known = sum(data.has_label(case) for case in data.meta["splits"].get("train", []))  # none in a set of tests alone
-    rule = colour_rule(data, labelled_cases(data, replace(config, labels=min(config.labels, known)))) if known else None
+    known = sum(
+        data.has_label(case) for case in data.meta["splits"].get("train", [])
+    )  # none in a set of tests alone
+    rule = (
+        colour_rule(data, labelled_cases(data, replace(config, labels=min(config.labels, known))))
+        if known
+        else None
+    )
     values = {int(k): v for k, v in data.meta["label_values"].items()}
     results: dict[str, dict[str, Scores]] = {}  # name of a run or floor -> case -> scores
     shown = []
-    for i in tqdm(range(ranks.rank, len(cases), ranks.world), desc="images", leave=False, disable=config.quiet or None):
+    for i in tqdm(
+        range(ranks.rank, len(cases), ranks.world),
+        desc="images",
+        leave=False,
+        disable=config.quiet or None,
+    ):
         case, image = cases[i], np.asarray(data.image(cases[i]))
         truth = np.asarray(data.label(case))
         masks = {"colour alone": rule(image)} if rule else {}
@@ -1683,13 +2053,18 @@ def score(config: Config, data: Any, runs: Sequence[Run], ranks: Ranks, out: Pat
     for part in runtime.gather(results, ranks):
         for name, by_case in part.items():
             gathered.setdefault(name, {}).update(by_case)
-    shown = sorted((entry for part in runtime.gather(shown, ranks) for entry in part), key=lambda entry: entry[0])
+    shown = sorted(
+        (entry for part in runtime.gather(shown, ranks) for entry in part),
+        key=lambda entry: entry[0],
+    )
     if not ranks.first:
         return 0
     write_scores(config, gathered, cases, out, runs[0].random)
     draw_segmentations(shown, data, out / "figures/segmentations.png")
     seconds = time.perf_counter() - begin
-    say(f"\n{config.split} split of {config.data}, {len(cases)} images, {seconds:.0f} s; mean±SD over {len(runs)} runs")
+    say(
+        f"\n{config.split} split of {config.data}, {len(cases)} images, {seconds:.0f} s; mean±SD over {len(runs)} runs"
+    )
     print_table([out])
     for text in caveats(config, data, cases, runs):
         say(f"note: {text}")
@@ -1702,7 +2077,9 @@ def caveats(config: Config, data: Any, cases: Sequence[str], runs: Sequence[Run]
     notes, facts = [], data.meta.get("cases", {})
     saw = set(pretraining_cases(data, config)) & set(cases)
     if saw and config.method != "unet" and not runs[0].random:
-        notes += [f"{len(saw)} of these {len(cases)} images may have been seen in pre-training, without labels"]
+        notes += [
+            f"{len(saw)} of these {len(cases)} images may have been seen in pre-training, without labels"
+        ]
     who: list[set[str]] = [
         {str(facts[c].get("patient", "")) for c in ids if c in facts} - {""}
         for ids in (cases, data.meta["splits"].get("train", []))
@@ -1713,21 +2090,34 @@ def caveats(config: Config, data: Any, cases: Sequence[str], runs: Sequence[Run]
         own = config.method == "unet" or runs[0].random
         notes += ["SD: over networks" if own else "SD: over classifiers on one pre-trained network"]
         notes[-1] += ", with the same labelled images"
-    usual = {"t": not config.feature_t and config.fixed_t < 0, "blocks": not config.blocks, "tile": config.tile == 8}
-    usual["loss"] = config.loss == "auto" and (config.method != "mdm" or config.ssim_range == "signed")
+    usual = {
+        "t": not config.feature_t and config.fixed_t < 0,
+        "blocks": not config.blocks,
+        "tile": config.tile == 8,
+    }
+    usual["loss"] = config.loss == "auto" and (
+        config.method != "mdm" or config.ssim_range == "signed"
+    )
     if config.method in ("mdm", "ddpm") and (names := [k for k, same in usual.items() if same]):
         notes += [f"{', '.join(names)}: as in the paper, which chose on its test images"]
     return notes
 
 
 def write_scores(
-    config: Config, results: dict[str, dict[str, Scores]], cases: Sequence[str], out: Path, untrained: bool
+    config: Config,
+    results: dict[str, dict[str, Scores]],
+    cases: Sequence[str],
+    out: Path,
+    untrained: bool,
 ) -> None:
     """table.csv (a row a run and floor), and metrics.csv, objects.csv and summary.json of the means over runs.
 
     A row of metrics.csv is the mean of the runs' rows of that image, so that two methods can be compared in pairs.
     """
-    table, what = [], {"mdm": "MDM", "ddpm": "DDPM", "mae": "MAE", "unet": "U-Net, supervised"}[config.method]
+    table, what = (
+        [],
+        {"mdm": "MDM", "ddpm": "DDPM", "mae": "MAE", "unet": "U-Net, supervised"}[config.method],
+    )
     what = "random features" if untrained else what
     labels = f"{config.labels or 'all'} labels"
     for name, by_case in results.items():
@@ -1750,7 +2140,9 @@ def write_scores(
     rows, objects = [], []
     for case in cases:
         for same in zip(*(run[case]["rows"] for run in runs)):
-            numbers = {k: mean_of(row[k] for row in same) for k in same[0] if k not in ("case", "class")}
+            numbers = {
+                k: mean_of(row[k] for row in same) for k in same[0] if k not in ("case", "class")
+            }
             rows.append(same[0] | numbers)
         found = [run[case]["objects"][0] for run in runs]
         objects.append({k: case if k == "case" else mean_of(f[k] for f in found) for k in found[0]})
@@ -1765,7 +2157,13 @@ def mean_of(values: Any) -> float:
     return float(np.mean(kept_values)) if kept_values else math.nan
 
 
-TITLES = {"dice": "Dice", "iou": "IoU", "iou_from_dice": "d/(2-d)", "object_dice": "object Dice", "aji": "AJI"}
+TITLES = {
+    "dice": "Dice",
+    "iou": "IoU",
+    "iou_from_dice": "d/(2-d)",
+    "object_dice": "object Dice",
+    "aji": "AJI",
+}
 TITLES |= {"aji_binary": "AJI binary", "miou": "mIoU"}
 
 
@@ -1780,7 +2178,9 @@ def print_table(folders: Sequence[Path]) -> None:
     order = sorted(rows, key=lambda name: not rows[name][0]["run"])  # runs first
     columns = [k for k in TITLES if any(row[k] != "nan" for same in rows.values() for row in same)]
     width = max(28, *(len(name) + 1 for name in order))
-    lines = [" " * width + "".join(f"{TITLES[k]:>16}" for k in columns) + f"{'runs':>6}{'images':>8}"]
+    lines = [
+        " " * width + "".join(f"{TITLES[k]:>16}" for k in columns) + f"{'runs':>6}{'images':>8}"
+    ]
     for name in order:
         cells = []
         for k in columns:
@@ -1788,7 +2188,11 @@ def print_table(folders: Sequence[Path]) -> None:
             spread = f"±{values.std(ddof=1):.3f}" if len(values) > 1 else ""
             cells.append("-" if np.isnan(values).all() else f"{values.mean():.3f}{spread}")
         runs = len(rows[name]) if rows[name][0]["run"] else ""
-        lines.append(f"{name:<{width}}" + "".join(f"{c:>16}" for c in cells) + f"{runs:>6}{rows[name][0]['images']:>8}")
+        lines.append(
+            f"{name:<{width}}"
+            + "".join(f"{c:>16}" for c in cells)
+            + f"{runs:>6}{rows[name][0]['images']:>8}"
+        )
     say("\n".join(lines))
 
 
@@ -1831,10 +2235,14 @@ def load_backbone(config: Config, data: Any, ranks: Ranks) -> Backbone:
 def check_blocks(config: Config) -> None:
     """InputError where the network has no such decoder (of a ViT: encoder) blocks as the features are to come from."""
     count = (
-        VIT[config.vit]["depth"] if config.method == "mae" else len(config.channel_mult) * (config.num_res_blocks + 1)
+        VIT[config.vit]["depth"]
+        if config.method == "mae"
+        else len(config.channel_mult) * (config.num_res_blocks + 1)
     )
     if not 0 <= min(config.taps) <= max(config.taps) < count:
-        raise InputError(f"--blocks is {config.taps}, this network has blocks 0 to {count - 1}; choose by the flag")
+        raise InputError(
+            f"--blocks is {config.taps}, this network has blocks 0 to {count - 1}; choose by the flag"
+        )
 
 
 def frozen(config: Config, model: Any, ranks: Ranks) -> Backbone:
@@ -1842,7 +2250,9 @@ def frozen(config: Config, model: Any, ranks: Ranks) -> Backbone:
     return Backbone(config, model, ranks.device, runtime.number_format(config.amp, ranks.device)[0])
 
 
-def load_runs(config: Config, files: Sequence[Path], ranks: Ranks) -> tuple[list[Run], dict[str, Any]]:
+def load_runs(
+    config: Config, files: Sequence[Path], ranks: Ranks
+) -> tuple[list[Run], dict[str, Any]]:
     """Runs that `segment` wrote into one folder, and the record of the data they learned from."""
     runs, record, shared = [], {}, None
     for file in files:
@@ -1850,7 +2260,9 @@ def load_runs(config: Config, files: Sequence[Path], ranks: Ranks) -> tuple[list
         seed, record = state["config"]["seed"], state["data"]
         mine = replace(config, seed=seed)
         if mine.method != "unet" and "backbone" not in state:
-            raise InputError(f"{file} is a pre-trained network, not a classifier; run `segment`, or name its folder")
+            raise InputError(
+                f"{file} is a pre-trained network, not a classifier; run `segment`, or name its folder"
+            )
         if mine.method == "unet":
             model = network_for(mine, record)
             model.load_state_dict(state["ema"] or state["model"])
@@ -1862,7 +2274,9 @@ def load_runs(config: Config, files: Sequence[Path], ranks: Ranks) -> tuple[list
             net = frozen(mine, untrained(mine, record), ranks)
         elif shared is None:
             model = network_for(mine, record)
-            model.load_state_dict(runtime.load_checkpoint(file.parent.parent / "backbone.pt", SCRIPT)["model"])
+            model.load_state_dict(
+                runtime.load_checkpoint(file.parent.parent / "backbone.pt", SCRIPT)["model"]
+            )
             net = shared = frozen(mine, model, ranks)
         else:
             net = shared
@@ -1882,7 +2296,9 @@ def run_files(path: Path, needed: bool = True) -> list[Path]:
     found = [f for f in path.glob("run*/last.pt") if re.fullmatch(r"run\d+", f.parent.name)]
     files = [path] if path.is_file() else sorted(found, key=lambda f: int(f.parent.name[3:]))
     if needed and not files:
-        raise InputError(f"{path} holds no classifier (run0/last.pt); run `segment` with the same flags first")
+        raise InputError(
+            f"{path} holds no classifier (run0/last.pt); run `segment` with the same flags first"
+        )
     return files
 
 
@@ -1891,9 +2307,13 @@ def evaluate(config: Config, data: Any, ranks: Ranks) -> int:
     runs, record = load_runs(config, run_files(classifier_path(config)), ranks)
     for key in ("channels", "classes"):
         if record[key] != loaders.data_record(data)[key]:
-            raise InputError(f"{config.data} has {key} {data.meta[key]}, the classifier {record[key]}; prepare alike")
+            raise InputError(
+                f"{config.data} has {key} {data.meta[key]}, the classifier {record[key]}; prepare alike"
+            )
     if (here := loaders.data_record(data).get("reduce", 1)) != (there := record.get("reduce", 1)):
-        raise InputError(f"{config.data} was made with --reduce {here}, the classifier's with {there}; prepare alike")
+        raise InputError(
+            f"{config.data} was made with --reduce {here}, the classifier's with {there}; prepare alike"
+        )
     path, out = classifier_path(config), config.run_folder
     if out.resolve() == (path if path.is_dir() else path.parent).resolve():
         old = runtime.load_checkpoint(run_files(path)[0], SCRIPT)["config"]
@@ -1901,17 +2321,27 @@ def evaluate(config: Config, data: Any, ranks: Ranks) -> int:
     return score(config, data, runs, ranks, out)
 
 
-def scores_folder(config: Config, data: Any, folder: Path, first: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+def scores_folder(
+    config: Config, data: Any, folder: Path, first: Mapping[str, Any]
+) -> tuple[Path, dict[str, Any]]:
     """Where scores go: into the folder of the classifiers those of what was scored there first, others below it.
 
     first: settings with which that was, where the folder does not say it (scored.json). Also returns what that says.
     """
-    here = {"data": Path(config.data).name, "split": config.split, "images": len(cases_of(config, data))}
+    here = {
+        "data": Path(config.data).name,
+        "split": config.split,
+        "images": len(cases_of(config, data)),
+    }
     try:
         was = json.loads((folder / "scored.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         same = config.limit in (0, first["limit"])
-        was = {"data": Path(first["data"]).name, "split": first["split"], "images": here["images"] if same else 0}
+        was = {
+            "data": Path(first["data"]).name,
+            "split": first["split"],
+            "images": here["images"] if same else 0,
+        }
     if was == here:
         return folder, here
     other = f"{here['data']}-" * (here["data"] != was.get("data"))
@@ -1923,14 +2353,23 @@ def segment(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> 
     # said in words, since `evaluate` may be given data of another name
     config = replace(config, protocol="natural" if config.natural else "medical")
     folder, record = config.segment_folder, loaders.data_record(data)
-    cases_of(config, data)  # before hours of work: is there something to score, and something to learn from
+    cases_of(
+        config, data
+    )  # before hours of work: is there something to score, and something to learn from
     cases = labelled_cases(data, config)
     seeds = range(config.seed, config.seed + config.runs)
     empty: dict[str, Any] = {"format": runtime.FORMAT, "script": SCRIPT, "step": 0, "data": record}
-    empty |= {"ema": {}, "optimizer": {}, "scaler": {}, "best": {}}  # keys that every checkpoint has
+    empty |= {
+        "ema": {},
+        "optimizer": {},
+        "scaler": {},
+        "best": {},
+    }  # keys that every checkpoint has
     if config.method == "unet":
         for seed in seeds:
-            code = train(replace(config, seed=seed, out=str(folder / f"run{seed}")), data, ranks, stop)
+            code = train(
+                replace(config, seed=seed, out=str(folder / f"run{seed}")), data, ranks, stop
+            )
             if code:
                 return code
         stop.restore()  # from here on there is nothing to save
@@ -1941,12 +2380,18 @@ def segment(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> 
             check_started(config, net, folder)
         runtime.make_run(folder, asdict(config), config.overwrite, ranks)
         if ranks.first and not random_start and not backbone.exists():
-            runtime.save_checkpoint(backbone, empty | {"config": asdict(config), "model": net.model.state_dict()})
+            runtime.save_checkpoint(
+                backbone, empty | {"config": asdict(config), "model": net.model.state_dict()}
+            )
         runtime.gather(None, ranks)  # all wait until it is there
         t, blocks = config.times, config.taps
         what = f"t {t}, blocks {blocks}, {sum(net.widths())} features, norm {config.norm}, stop {config.stops}"
-        notes = ["D2"] * (config.method == "mdm" and config.feature_mask == "on") + ["D3"] * (config.method == "ddpm")
-        notes += ["D7", "D8", "D9"] + ["D12"] * (config.natural and config.method == "ddpm" and not config.blocks)
+        notes = ["D2"] * (config.method == "mdm" and config.feature_mask == "on") + ["D3"] * (
+            config.method == "ddpm"
+        )
+        notes += ["D7", "D8", "D9"] + ["D12"] * (
+            config.natural and config.method == "ddpm" and not config.blocks
+        )
         notes += ["D13"] * random_start + ["D14"] * (config.norm == "standard")
         notes += ["D15"] * (config.classifier_norm == "none")
         say(f"classifiers on {len(cases)} labelled images -> {folder}\n  {', '.join(cases[:8])}; {what}\n"
@@ -1962,7 +2407,10 @@ def segment(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> 
             classifiers = fit(mine, net, data, seed, folder)
             state = empty | {"config": asdict(mine), "widths": net.widths()}
             state |= {"model": {str(i): c.state_dict() for i, c in enumerate(classifiers)}}
-            state |= {"backbone": "random" if random_start else "backbone.pt", "scale": net.scale or ()}
+            state |= {
+                "backbone": "random" if random_start else "backbone.pt",
+                "scale": net.scale or (),
+            }
             file.parent.mkdir(parents=True, exist_ok=True)
             runtime.save_checkpoint(file, state)
     runtime.gather(None, ranks)
@@ -1976,15 +2424,21 @@ def segment(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> 
 
 def check_started(config: Config, net: Backbone, folder: Path) -> None:
     """Refuse to continue what `segment` began in `folder` with other settings or another frozen network."""
-    for file in run_files(folder, needed=False):  # of other seeds too: `evaluate` takes all of them together
+    for file in run_files(
+        folder, needed=False
+    ):  # of other seeds too: `evaluate` takes all of them together
         old = runtime.load_checkpoint(file, SCRIPT)["config"]
         if old["protocol"] == "auto":  # as an earlier version saved it
             old["protocol"] = "natural" if Path(old["data"]).name in NATURAL else "medical"
-        runtime.check_same_config(old, asdict(replace(config, seed=old["seed"])), MAY_DIFFER | {"runs"}, folder)
+        runtime.check_same_config(
+            old, asdict(replace(config, seed=old["seed"])), MAY_DIFFER | {"runs"}, folder
+        )
     file = folder / "backbone.pt"
     if config.checkpoint != "none" and file.exists():
         old, weights = runtime.load_checkpoint(file, SCRIPT)["model"], net.model.state_dict()
-        if old.keys() != weights.keys() or any(not torch.equal(old[k], weights[k].cpu()) for k in old):
+        if old.keys() != weights.keys() or any(
+            not torch.equal(old[k], weights[k].cpu()) for k in old
+        ):
             raise InputError(f"{file} holds other weights than --checkpoint: its classifiers belong to an earlier "
                              "state; use `segment --overwrite`, or another --out")  # fmt: skip
 
@@ -1996,7 +2450,9 @@ def probe(config: Config, data: Any, ranks: Ranks) -> int:
     cosine over 15 epochs, batch 128); the one that is best on the last tenth is tested, as it is.
     """
     if not isinstance(data, loaders.Cifar):
-        raise InputError(f"probe needs CIFAR-10, --data {config.data} is none; name the folder cifar-10-batches-py")
+        raise InputError(
+            f"probe needs CIFAR-10, --data {config.data} is none; name the folder cifar-10-batches-py"
+        )
     config = replace(config, feature_t=config.feature_t or (0, 50))
     net, content, epochs, size = load_backbone(config, data, ranks), data.content, 15, 128
     images, labels = (content[f"train_{k}"][: config.limit or None] for k in ("images", "labels"))
@@ -2006,11 +2462,15 @@ def probe(config: Config, data: Any, ranks: Ranks) -> int:
     torch.manual_seed(config.seed)
     layers = nn.ModuleList(nn.Linear(w, 10) for w in net.widths()).to(net.device)
     optimizer = torch.optim.Adam(layers.parameters(), lr=1e-3)
-    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * max(1, -(-len(learn) // size)))
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, epochs * max(1, -(-len(learn) // size))
+    )
 
     def answers(batch: np.ndarray, epoch: int | str, numbers: Iterable[int]) -> list[Tensor]:
         x0 = torch.from_numpy(as_input(batch)).to(net.device)
-        keys: list[Key] = [(config.seed, "probe", epoch, int(n)) for n in numbers]  # each image its own mask
+        keys: list[Key] = [
+            (config.seed, "probe", epoch, int(n)) for n in numbers
+        ]  # each image its own mask
         maps, _ = net.window_features(x0, keys)
         return [layer(m.mean((2, 3))) for layer, m in zip(layers, maps)]  # each [B, 10]
 
@@ -2030,7 +2490,9 @@ def probe(config: Config, data: Any, ranks: Ranks) -> int:
             batch = augment(images[shuffled[i : i + size]], rng)
             truth = torch.from_numpy(labels[shuffled[i : i + size]]).to(net.device)
             found = answers(batch, epoch, shuffled[i : i + size])
-            loss = torch.stack([F.cross_entropy(a, truth) for a in found]).sum()  # of independent layers
+            loss = torch.stack(
+                [F.cross_entropy(a, truth) for a in found]
+            ).sum()  # of independent layers
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -2038,7 +2500,10 @@ def probe(config: Config, data: Any, ranks: Ranks) -> int:
     chosen = accuracy(images[held], labels[held])
     test = accuracy(content["test_images"], content["test_labels"])
     best = int(chosen.argmax())
-    rows = [{"t": t, "block": k, "held": f"{a:.4f}", "test": f"{b:.4f}"} for (t, k), a, b in zip(names, chosen, test)]
+    rows = [
+        {"t": t, "block": k, "held": f"{a:.4f}", "test": f"{b:.4f}"}
+        for (t, k), a, b in zip(names, chosen, test)
+    ]
     if ranks.first:
         runtime.write_csv(config.run_folder / "probe.csv", rows)
     for row in rows:
@@ -2053,7 +2518,9 @@ def augment(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Flip with p 0.5, and shift by at most 4 pixels with mid grey from outside: uint8 [B, 3, 32, 32] -> the same."""
     padded = np.pad(images, ((0, 0), (0, 0), (4, 4), (4, 4)), constant_values=128)
     out, side = np.empty_like(images), images.shape[2]
-    for i, (y, x, flip) in enumerate(zip(*rng.integers(0, 9, (2, len(images))), rng.random(len(images)) < 0.5)):
+    for i, (y, x, flip) in enumerate(
+        zip(*rng.integers(0, 9, (2, len(images))), rng.random(len(images)) < 0.5)
+    ):
         window = padded[i, :, y : y + side, x : x + side]
         out[i] = window[:, :, ::-1] if flip else window
     return out
@@ -2070,7 +2537,9 @@ def predict(config: Config, ranks: Ranks) -> int:
     Where the training images were reduced (data_prep's --reduce), these are too, and their masks enlarged again.
     """
     if not config.image or not config.output:
-        raise InputError("predict needs --image FILE... (or one folder) and --output FILE.png (or folder)")
+        raise InputError(
+            "predict needs --image FILE... (or one folder) and --output FILE.png (or folder)"
+        )
     runs, record = load_runs(config, run_files(classifier_path(config)), ranks)
     files = find_images([Path(p) for p in config.image])
     output, run = Path(config.output), runs[0]
@@ -2078,10 +2547,14 @@ def predict(config: Config, ranks: Ranks) -> int:
     if not to_file and output.suffix.lower() in loaders.IMAGE_ENDINGS:
         raise InputError(f"--output {output}: masks are PNG; end it with .png, or give a folder")
     if to_file and len(files) > 1:
-        raise InputError(f"--output {output} is one file, --image names {len(files)} images; give a folder")
+        raise InputError(
+            f"--output {output} is one file, --image names {len(files)} images; give a folder"
+        )
     values, faults = {int(k): v for k, v in record["label_values"].items()}, []
     reduce = record.get("reduce", 1)
-    smaller = f"; images are made {reduce} times smaller, as those it learned from" if reduce > 1 else ""
+    smaller = (
+        f"; images are made {reduce} times smaller, as those it learned from" if reduce > 1 else ""
+    )
     say(f"{classifier_path(config)}: {record['name']}, run of seed {run.seed}{smaller}", ranks)
     for file in files[ranks.rank :: ranks.world]:
         target = output if to_file else output / f"{file.stem}.png"
@@ -2089,9 +2562,13 @@ def predict(config: Config, ranks: Ranks) -> int:
         try:
             image = loaders.read_image(file)
             if len(image) != len(record["channels"]):
-                raise InputError(f"{file}: {len(image)} channel, expected {len(record['channels'])} (RGB); convert it")
+                raise InputError(
+                    f"{file}: {len(image)} channel, expected {len(record['channels'])} (RGB); convert it"
+                )
             if min(image.shape[1:]) < reduce:
-                raise InputError(f"{file}: {image.shape[2]} x {image.shape[1]} pixels, too few for --reduce {reduce}")
+                raise InputError(
+                    f"{file}: {image.shape[2]} x {image.shape[1]} pixels, too few for --reduce {reduce}"
+                )
         except InputError as error:
             faults.append(str(error))
             continue
@@ -2103,23 +2580,35 @@ def predict(config: Config, ranks: Ranks) -> int:
             maps, colours = target.parent / "maps", figures.class_colours(len(record["classes"]))
             for name, p in zip(record["classes"], result.prob[1:]):
                 write_png(
-                    maps / f"{target.stem}_{re.sub(r'[^A-Za-z0-9]+', '-', name)}.png", np.rint(255 * p).astype(np.uint8)
+                    maps / f"{target.stem}_{re.sub(r'[^A-Za-z0-9]+', '-', name)}.png",
+                    np.rint(255 * p).astype(np.uint8),
                 )
             write_png(
-                maps / f"{target.stem}_overlay.png", figures.overlay(image.transpose(1, 2, 0), result.mask, colours)
+                maps / f"{target.stem}_overlay.png",
+                figures.overlay(image.transpose(1, 2, 0), result.mask, colours),
             )
-        shares = ", ".join(f"{name} {(result.mask == v).mean():.1%}" for name, v in record["classes"].items())
+        shares = ", ".join(
+            f"{name} {(result.mask == v).mean():.1%}" for name, v in record["classes"].items()
+        )
         say(f"{target}: {image.shape[2]} x {image.shape[1]} pixels; {shares}")
-    faults = [fault for part in runtime.gather(faults, ranks) for fault in part]  # all processes finish first
+    faults = [
+        fault for part in runtime.gather(faults, ranks) for fault in part
+    ]  # all processes finish first
     if faults:
-        raise InputError(f"{len(faults)} of {len(files)} images were left out: {' | '.join(faults)}")
+        raise InputError(
+            f"{len(faults)} of {len(files)} images were left out: {' | '.join(faults)}"
+        )
     return 0
 
 
 def enlarged(found: Segmentation, shape: Sequence[int], k: int) -> Segmentation:
     """Each pixel k times as wide and high; at the right and lower end the last one is repeated to `shape`."""
-    rows, columns = (np.minimum(np.arange(n) // k, size - 1) for n, size in zip(shape, found.mask.shape))
-    return Segmentation(found.mask[rows][:, columns], found.prob[:, rows][:, :, columns], found.uncertainty)
+    rows, columns = (
+        np.minimum(np.arange(n) // k, size - 1) for n, size in zip(shape, found.mask.shape)
+    )
+    return Segmentation(
+        found.mask[rows][:, columns], found.prob[:, rows][:, :, columns], found.uncertainty
+    )
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
@@ -2128,13 +2617,19 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         folder = paths[0]
         paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in loaders.IMAGE_ENDINGS)
         if not paths:
-            raise InputError(f"{folder}: no {', '.join(loaders.IMAGE_ENDINGS)} in the folder; check --image")
+            raise InputError(
+                f"{folder}: no {', '.join(loaders.IMAGE_ENDINGS)} in the folder; check --image"
+            )
     if missing := [str(p) for p in paths if not p.is_file()]:
-        raise InputError(f"--image {', '.join(missing)}: not there, expected image files or one folder; check the path")
+        raise InputError(
+            f"--image {', '.join(missing)}: not there, expected image files or one folder; check the path"
+        )
     names: dict[str, Path] = {}
     for p in paths:
         if p.stem in names:
-            raise InputError(f"{p} and {names[p.stem]} would both become {p.stem}.png; predict them apart")
+            raise InputError(
+                f"{p} and {names[p.stem]} would both become {p.stem}.png; predict them apart"
+            )
         names[p.stem] = p
     return list(paths)
 
@@ -2145,9 +2640,16 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 VERBS = ("pretrain", "segment", "evaluate", "predict", "reconstruct", "cluster", "probe")
 # Flag -> the verbs that look at it, "" being the bare run; given to others it is refused.
-ONLY: dict[str, tuple[str, ...]] = {"checkpoint": VERBS[1:], "image": ("predict",), "output": ("predict",)}
+ONLY: dict[str, tuple[str, ...]] = {
+    "checkpoint": VERBS[1:],
+    "image": ("predict",),
+    "output": ("predict",),
+}
 ONLY |= {"save_maps": ("predict",), "save_members": ("", "segment", "evaluate"), "k": ("cluster",)}
-ONLY |= {"split": ("", "segment", "evaluate", "reconstruct", "cluster"), "init": ("", "pretrain", "segment")}
+ONLY |= {
+    "split": ("", "segment", "evaluate", "reconstruct", "cluster"),
+    "init": ("", "pretrain", "segment"),
+}
 ONLY |= {"limit": (*ONLY["split"], "probe")}
 # What becomes of the flags when a later command continues or uses what an earlier one made:
 #              taken from the checkpoint   may differ                        another value is refused
@@ -2156,17 +2658,63 @@ ONLY |= {"limit": (*ONLY["split"], "probe")}
 #   evaluate,
 #   predict    all but ONCE                USE                               all others
 # ONCE: how something is used this time.
-ONCE = {"checkpoint", "split", "limit", "save_members", "save_maps", "image", "output", "overwrite", "quiet"}
+ONCE = {
+    "checkpoint",
+    "split",
+    "limit",
+    "save_members",
+    "save_maps",
+    "image",
+    "output",
+    "overwrite",
+    "quiet",
+}
 ONCE |= {"device", "amp", "workers", "k"}
 # On continuing a run these may differ: they change where, how fast and how long, not what.
-MAY_DIFFER = ONCE | {"out", "preset", "steps", "minutes", "compile", "recompute", "accumulate", "eval_every"}
+MAY_DIFFER = ONCE | {
+    "out",
+    "preset",
+    "steps",
+    "minutes",
+    "compile",
+    "recompute",
+    "accumulate",
+    "eval_every",
+}
 MAY_DIFFER |= {"save_every"}
 # What pre-training does not look at.
-LATER = {"init_weights", "protocol", "blocks", "feature_t", "feature_mask", "feature_norm", "share_noise", "labels"}
-LATER |= {"draw", "runs", "ensemble", "pixels", "crops", "stop", "stop_epoch", "stop_loss", "classifier_steps"}
+LATER = {
+    "init_weights",
+    "protocol",
+    "blocks",
+    "feature_t",
+    "feature_mask",
+    "feature_norm",
+    "share_noise",
+    "labels",
+}
+LATER |= {
+    "draw",
+    "runs",
+    "ensemble",
+    "pixels",
+    "crops",
+    "stop",
+    "stop_epoch",
+    "stop_loss",
+    "classifier_steps",
+}
 LATER |= {"classifier_lr", "classifier_norm"}
 # What a pre-trained network is; a public file does not hold it.
-NETWORK = {"num_channels", "channel_mult", "num_res_blocks", "num_groups", "num_head_channels", "vit", "tile"}
+NETWORK = {
+    "num_channels",
+    "channel_mult",
+    "num_res_blocks",
+    "num_groups",
+    "num_head_channels",
+    "vit",
+    "tile",
+}
 NETWORK |= {"attention_resolutions", "method", "target", "schedule", "fixed_t"}
 # For evaluate and predict these may differ from those of segment.
 USE = ONCE | {"data", "preset", "out", "labels", "draw", "recompute", "compile"}
@@ -2178,7 +2726,9 @@ def pretrained_path(config: Config) -> Path:
 
 def classifier_path(config: Config) -> Path:
     """A folder with runs, or one run's file."""
-    return Path(config.checkpoint) if config.checkpoint not in ("", "none") else config.segment_folder
+    return (
+        Path(config.checkpoint) if config.checkpoint not in ("", "none") else config.segment_folder
+    )
 
 
 def with_pretrained(config: Config, given: dict[str, Any]) -> Config:
@@ -2190,10 +2740,15 @@ def with_pretrained(config: Config, given: dict[str, Any]) -> Config:
         found = runtime.trained_config(config, given, path, SCRIPT, every - NETWORK, ONCE)
         if found.method == "unet" or "backbone" in state:
             what = "a supervised network" if found.method == "unet" else "a classifier"
-            raise InputError(f"{path} is {what}, expected a pre-trained network; choose another --checkpoint")
+            raise InputError(
+                f"{path} is {what}, expected a pre-trained network; choose another --checkpoint"
+            )
         return found
     width = network_flags_of(state, path, given)
-    if config.method == "mdm" and len(state.get("module.out.2.bias", state.get("out.2.bias", ()))) == 6:
+    if (
+        config.method == "mdm"
+        and len(state.get("module.out.2.bias", state.get("out.2.bias", ()))) == 6
+    ):
         raise InputError(f"{path} has 6 output channels, mean and variance of noise: a DDPM, not MDM; add "
                          "--method ddpm (and --schedule linear for FFHQ)")  # fmt: skip
     return replace(config, **width)
@@ -2206,37 +2761,62 @@ def network_flags_of(state: Any, path: Path, given: dict[str, Any]) -> dict[str,
     """
     if isinstance(state, dict) and "format" in state:
         saved = runtime.load_checkpoint(path, SCRIPT)["config"]
-        return {k: saved[k] for k in NETWORK - {"fixed_t", "tile", "target", "schedule", "method"} if k not in given}
+        return {
+            k: saved[k]
+            for k in NETWORK - {"fixed_t", "tile", "target", "schedule", "method"}
+            if k not in given
+        }
     try:
         state = {k.removeprefix("module."): v for k, v in state.items()}
-        return {} if "num_channels" in given else {"num_channels": len(state["input_blocks.0.0.weight"])}
+        return (
+            {}
+            if "num_channels" in given
+            else {"num_channels": len(state["input_blocks.0.0.weight"])}
+        )
     except (KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{path} has no {error}, so it is no U-Net of this kind; use another file") from error
+        raise InputError(
+            f"{path} has no {error}, so it is no U-Net of this kind; use another file"
+        ) from error
 
 
 def resolve(verb: str, config: Config, given: dict[str, Any]) -> Config:
     """The settings of a verb: those of what it continues from, where there is something, changed by the given flags."""
     if verb in ("", "pretrain"):
         if config.method == "unet":
-            raise InputError("--method unet learns from labels, there is nothing to pre-train; use the verb segment")
+            raise InputError(
+                "--method unet learns from labels, there is nothing to pre-train; use the verb segment"
+            )
         if not config.init:
             return config
-        return replace(config, **network_flags_of(runtime.load_tensors(Path(config.init)), Path(config.init), given))
+        return replace(
+            config,
+            **network_flags_of(runtime.load_tensors(Path(config.init)), Path(config.init), given),
+        )
     if verb in ("evaluate", "predict"):
         path = classifier_path(config)
         found = runtime.trained_config(config, given, run_files(path)[0], SCRIPT, USE, ONCE)
         saved = runtime.load_checkpoint(run_files(path)[0], SCRIPT)["config"]
-        found = replace(found, labels=saved["labels"], draw=saved["draw"])  # the flags only said where to look
-        beside = str(path if path.is_dir() else path.parent)  # without --checkpoint, --out only says where to look
+        found = replace(
+            found, labels=saved["labels"], draw=saved["draw"]
+        )  # the flags only said where to look
+        beside = str(
+            path if path.is_dir() else path.parent
+        )  # without --checkpoint, --out only says where to look
         out = given.get("out", beside) if given.get("checkpoint", "none") != "none" else beside
         return replace(found, checkpoint=str(path), out=out)
     if verb == "segment" and config.method != "unet" and config.init:
-        raise InputError("--init is for pretrain and for --method unet; name a pre-trained network by --checkpoint")
+        raise InputError(
+            "--init is for pretrain and for --method unet; name a pre-trained network by --checkpoint"
+        )
     if config.method == "unet":
         if "checkpoint" in given:
-            raise InputError("--method unet has no pre-trained network; leave --checkpoint out, or start from --init")
+            raise InputError(
+                "--method unet has no pre-trained network; leave --checkpoint out, or start from --init"
+            )
         if verb != "segment":
-            raise InputError(f"{verb} needs a pre-trained network, --method unet has none; choose another --method")
+            raise InputError(
+                f"{verb} needs a pre-trained network, --method unet has none; choose another --method"
+            )
         return config
     if config.checkpoint == "none":
         return config
@@ -2257,7 +2837,11 @@ def main(argv: Sequence[str]) -> int:
         elif verb in ("", "pretrain", "segment"):
             data = open_images(config)
             if verb != "segment" or config.method == "unet":
-                folder = config.segment_folder / f"run{config.seed}" if verb == "segment" else config.run_folder
+                folder = (
+                    config.segment_folder / f"run{config.seed}"
+                    if verb == "segment"
+                    else config.run_folder
+                )
                 config = runtime.shared_batch(config, given, ranks, folder)
             if not verb:  # before the training: is there something to learn from afterwards, and something to score
                 cases_of(config, data), labelled_cases(data, config)
@@ -2267,15 +2851,31 @@ def main(argv: Sequence[str]) -> int:
                 supervised = verb == "segment" and config.method == "unet"
                 if not supervised:
                     stop.restore()  # what takes long from here on is saved run by run
-                rows = [config] if verb == "segment" else [replace(config, checkpoint=c) for c in story(config)]
+                rows = (
+                    [config]
+                    if verb == "segment"
+                    else [replace(config, checkpoint=c) for c in story(config)]
+                )
                 for row in rows:
                     code = code or segment(row, data, ranks, stop)
                 if len(rows) > 1 and code == 0 and ranks.first:
-                    say("\nside by side: the pre-trained network, the same one untrained, and what needs no network")
-                    print_table([scores_folder(row, data, row.segment_folder, asdict(row))[0] for row in rows])
+                    say(
+                        "\nside by side: the pre-trained network, the same one untrained, and what needs no network"
+                    )
+                    print_table(
+                        [
+                            scores_folder(row, data, row.segment_folder, asdict(row))[0]
+                            for row in rows
+                        ]
+                    )
         else:
             stop.restore()
-            verbs = {"evaluate": evaluate, "reconstruct": reconstruct, "cluster": cluster, "probe": probe}
+            verbs = {
+                "evaluate": evaluate,
+                "reconstruct": reconstruct,
+                "cluster": cluster,
+                "probe": probe,
+            }
             code = verbs[verb](config, open_images(config), ranks)
     finally:
         stop.restore()

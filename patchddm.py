@@ -208,24 +208,47 @@ class Config:
 
     def __post_init__(self) -> None:
         """Ranges and the rules between flags; InputError names the flag."""
-        for name in ("num_channels", "num_res_blocks", "num_groups", "steps", "batch", "accumulate", "ensemble"):
+        for name in (
+            "num_channels",
+            "num_res_blocks",
+            "num_groups",
+            "steps",
+            "batch",
+            "accumulate",
+            "ensemble",
+        ):
             runtime.check_range(self, name, 1)
         for name in ("eval_every", "save_every"):
             runtime.check_range(self, name, 1)
-        for name in ("minutes", "weight_decay", "grad_clip", "workers", "limit", "seed", "max_evaluations", "slab"):
+        for name in (
+            "minutes",
+            "weight_decay",
+            "grad_clip",
+            "workers",
+            "limit",
+            "seed",
+            "max_evaluations",
+            "slab",
+        ):
             runtime.check_range(self, name, 0)
         runtime.check_range(self, "lr", 0, 1, open_low=True)
         runtime.check_range(self, "ema", 0, 0.999999)
         runtime.check_range(self, "eta", 0, 1)
         runtime.check_range(self, "sampling_steps", 1, T)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise InputError(f"--device is {self.device}, expected auto, cpu, cuda or cuda:N; correct the flag")
+            raise InputError(
+                f"--device is {self.device}, expected auto, cpu, cuda or cuda:N; correct the flag"
+            )
         if not re.fullmatch(r"|(cpu|cuda:\d+),(cpu|cuda:\d+)", self.split_devices):
-            raise InputError(f"--split-devices is {self.split_devices}, expected A,B, each cpu or cuda:N")
+            raise InputError(
+                f"--split-devices is {self.split_devices}, expected A,B, each cpu or cuda:N"
+            )
         if len(self.patch) not in (1, 3) or min(self.patch) < 1:
             raise InputError(f"--patch is {self.patch}, expected N or N,N,N with N of 1 or more")
         if not self.channel_mult or min(self.channel_mult) < 1:
-            raise InputError(f"--channel-mult is {self.channel_mult}, expected whole numbers of 1 or more")
+            raise InputError(
+                f"--channel-mult is {self.channel_mult}, expected whole numbers of 1 or more"
+            )
         step, patches = 2 ** (len(self.channel_mult) - 1), self.method == "patch"
         if patches and any(p % step for p in self.patch):
             raise InputError(
@@ -243,19 +266,51 @@ class Config:
         if self.mask_range == "pm1" and self.clip == "mask":
             raise InputError("--clip mask cuts off the -1 of --mask-range pm1; use --clip unit")
         if self.task == "generate" and (self.clip == "mask" or self.mask_range == "pm1"):
-            raise InputError("--task generate has images in [-1, 1], no mask; leave --mask-range and --clip mask out")
+            raise InputError(
+                "--task generate has images in [-1, 1], no mask; leave --mask-range and --clip mask out"
+            )
         if self.timesteps == "code" and 1 in np.atleast_1d(self.sampling_steps):
-            raise InputError("--timesteps code is not defined for --sampling-steps 1; use 2 or more")
+            raise InputError(
+                "--timesteps code is not defined for --sampling-steps 1; use 2 or more"
+            )
         if self.sampler == "heun" and self.eta:
             raise InputError("--sampler heun follows the noise-free equation; use --eta 0")
         if self.skips == "concat" and self.channel_mult[0] != 1:
-            raise InputError("--skips concat needs --channel-mult to begin with 1; use it, or --skips average")
+            raise InputError(
+                "--skips concat needs --channel-mult to begin with 1; use it, or --skips average"
+            )
 
 
-SMALL = {"target": "x0", "lr_schedule": "cosine", "grad_clip": 1.0, "workers": 0, "sampling_steps": 10}  # D6, D7
-SMALL |= {"channel_mult": (1, 2, 4), "num_res_blocks": 1, "num_groups": 8, "patch": (32,), "batch": 4}  # D12
-LAPTOP = {"num_channels": 16, "lr": 1e-3, "ema": 0.999, "steps": 9000, "eval_every": 1500, "save_every": 300}
-TINY = {"num_channels": 16, "lr": 2e-3, "ema": 0.99, "steps": 900, "eval_every": 300, "save_every": 100}
+SMALL = {
+    "target": "x0",
+    "lr_schedule": "cosine",
+    "grad_clip": 1.0,
+    "workers": 0,
+    "sampling_steps": 10,
+}  # D6, D7
+SMALL |= {
+    "channel_mult": (1, 2, 4),
+    "num_res_blocks": 1,
+    "num_groups": 8,
+    "patch": (32,),
+    "batch": 4,
+}  # D12
+LAPTOP = {
+    "num_channels": 16,
+    "lr": 1e-3,
+    "ema": 0.999,
+    "steps": 9000,
+    "eval_every": 1500,
+    "save_every": 300,
+}
+TINY = {
+    "num_channels": 16,
+    "lr": 2e-3,
+    "ema": 0.99,
+    "steps": 900,
+    "eval_every": 300,
+    "save_every": 100,
+}
 PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "laptop": SMALL | LAPTOP, "tiny": SMALL | TINY}
 
 # =====================================================================================================================
@@ -305,11 +360,15 @@ class UNet(nn.Module):
                     layers.append(Upsample(3, wide))
                 self.output_blocks.append(EmbedSequential(*layers))
                 width = wide
-        self.out = nn.Sequential(GroupNorm(groups, c), nn.SiLU(), zero_module(conv(3, c, out_channels)))
+        self.out = nn.Sequential(
+            GroupNorm(groups, c), nn.SiLU(), zero_module(conv(3, c, out_channels))
+        )
 
     def run(self, block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
         if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(block, x, emb, use_reentrant=False, preserve_rng_state=False)  # no dropout here
+            return checkpoint(
+                block, x, emb, use_reentrant=False, preserve_rng_state=False
+            )  # no dropout here
         return block(x, emb)
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
@@ -320,7 +379,9 @@ class UNet(nn.Module):
             skips.append(x)
         x = self.run(self.middle_block, x, emb)
         for block in self.output_blocks:
-            where = next(block.parameters()).device  # another one for the last blocks with --split-devices
+            where = next(
+                block.parameters()
+            ).device  # another one for the last blocks with --split-devices
             x, skip, emb = (v.to(where) for v in (x, skips.pop(), emb))
             x = (x + skip) / 2 if self.average else torch.cat([x, skip], dim=1)
             x = self.run(block, x, emb)
@@ -337,13 +398,22 @@ def network_for(config: Config, record: dict[str, Any], device: torch.device) ->
     k = x0_channels(config, record)
     image = len(record["channels"]) if config.task == "segment" else 0
     model = build_model(config, image + 3 * config.with_coords + k, k).to(device)
-    if config.split_devices:  # the decoder of levels 1 and 0, as in the public code; its head stays on the first device
-        model.output_blocks[-2 * (config.num_res_blocks + 1) :].to(torch.device(config.split_devices.split(",")[1]))
+    if (
+        config.split_devices
+    ):  # the decoder of levels 1 and 0, as in the public code; its head stays on the first device
+        model.output_blocks[-2 * (config.num_res_blocks + 1) :].to(
+            torch.device(config.split_devices.split(",")[1])
+        )
     return model
 
 
 def check_memory(
-    config: Config, record: dict[str, Any], shape: Sequence[int], batch: int, training: bool, device: torch.device
+    config: Config,
+    record: dict[str, Any],
+    shape: Sequence[int],
+    batch: int,
+    training: bool,
+    device: torch.device,
 ) -> None:
     """InputError where a forward pass over [batch, ., *shape] needs more memory than is free: one line, with flags.
 
@@ -353,11 +423,22 @@ def check_memory(
     dtype = runtime.number_format(config.amp, device)[0] or torch.float32
     if training:
         with torch.device("meta"):
-            model = network_for(replace(config, split_devices=""), record, torch.device("meta")).to(dtype).train()
+            model = (
+                network_for(replace(config, split_devices=""), record, torch.device("meta"))
+                .to(dtype)
+                .train()
+            )
             x = torch.empty(batch, model.in_channels, *shape, dtype=dtype)
             needed = runtime.kept_for_backward_gb(lambda: model(x, torch.zeros(batch)))
     else:
-        needed = (3.4 if config.slab else 4) * batch * config.num_channels * math.prod(shape) * dtype.itemsize / 1e9
+        needed = (
+            (3.4 if config.slab else 4)
+            * batch
+            * config.num_channels
+            * math.prod(shape)
+            * dtype.itemsize
+            / 1e9
+        )
     devices = set(config.split_devices.split(",")) if config.split_devices else {str(device)}
     free = sum(runtime.free_memory_gb(torch.device(d)) for d in devices)
     if needed > free:
@@ -369,7 +450,11 @@ def check_memory(
 
 
 def check_sampling(
-    config: Config, record: dict[str, Any], shape: Sequence[int], grid: Sequence[int] | None, device: torch.device
+    config: Config,
+    record: dict[str, Any],
+    shape: Sequence[int],
+    grid: Sequence[int] | None,
+    device: torch.device,
 ) -> None:
     """check_memory for sampling a volume of `shape`, padded as it will be."""
     full = padded_shape(shape, config, grid)
@@ -394,7 +479,9 @@ ABAR = abar_table()
 @cache
 def roots(device: torch.device) -> tuple[Tensor, Tensor]:
     """sqrt(abar) and sqrt(1 - abar) in float64, [T + 1], once on each device."""
-    return torch.tensor(np.sqrt(ABAR), device=device), torch.tensor(np.sqrt(1 - ABAR), device=device)
+    return torch.tensor(np.sqrt(ABAR), device=device), torch.tensor(
+        np.sqrt(1 - ABAR), device=device
+    )
 
 
 def signal_and_noise(t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -426,7 +513,9 @@ def x0_of(kind: str, output: Tensor, xt: Tensor, t: Tensor) -> Tensor:
     return output if kind == "x0" else a * xt - b * output  # D6
 
 
-def diffusion_loss(model: nn.Module, kind: str, cond: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+def diffusion_loss(
+    model: nn.Module, kind: str, cond: Tensor, x0: Tensor, t: Tensor, eps: Tensor
+) -> Tensor:
     """Mean over voxels and channels of (target - output)^2, unweighted: [B] in fp32."""
     xt = q_sample(x0, eps, t)
     output = model(torch.cat([cond, xt], dim=1), t - 1).float()  # [B, K', *P]
@@ -463,7 +552,9 @@ def x0_to_mask(x0: Tensor) -> Tensor:
     return ((x0[0] > 0.5) if len(x0) == 1 else x0.argmax(dim=0)).to(torch.uint8)  # D4
 
 
-def padded_shape(shape: Sequence[int], config: Config, whole: Sequence[int] | None = None) -> tuple[int, ...]:
+def padded_shape(
+    shape: Sequence[int], config: Config, whole: Sequence[int] | None = None
+) -> tuple[int, ...]:
     """The grid that a volume is padded to: at least the patch, each side a multiple of what the levels can halve.
 
     whole: a grid that the prepared data name for all cases (BraTS: 256^3).
@@ -498,7 +589,9 @@ def coordinates(
     out = np.empty((3, *size), np.float32) if out is None else out
     for k, (d, s, n) in enumerate(zip(full, start, size)):
         axis = np.linspace(-1, 1, d)[s : s + n] if d > 1 else np.zeros(1)
-        out[k] = axis.reshape([n if i == k else 1 for i in range(3)])  # [n, 1, 1], [1, n, 1] or [1, 1, n]
+        out[k] = axis.reshape(
+            [n if i == k else 1 for i in range(3)]
+        )  # [n, 1, 1], [1, n, 1] or [1, 1, n]
     return out
 
 
@@ -534,7 +627,9 @@ def halve_label(label: np.ndarray, pool: str) -> np.ndarray:
     if pool == "stride":
         return halve(label[None], pool)[0]
     return (
-        np.stack([halve((label == v)[None], pool)[0] for v in range(int(label.max()) + 1)]).argmax(0).astype(np.uint8)
+        np.stack([halve((label == v)[None], pool)[0] for v in range(int(label.max()) + 1)])
+        .argmax(0)
+        .astype(np.uint8)
     )
 
 
@@ -546,7 +641,9 @@ def double(x: Tensor, pool: str) -> Tensor:
     if pool == "mean":  # D10
         return F.interpolate(x[None], scale_factor=2, mode="trilinear", align_corners=False)[0]
     for axis in (1, 2, 3):
-        after = torch.cat([x.narrow(axis, 1, x.shape[axis] - 1), x.narrow(axis, x.shape[axis] - 1, 1)], dim=axis)
+        after = torch.cat(
+            [x.narrow(axis, 1, x.shape[axis] - 1), x.narrow(axis, x.shape[axis] - 1, 1)], dim=axis
+        )
         x = torch.stack([x, (x + after) / 2], dim=axis + 1).flatten(axis, axis + 1)
     return x
 
@@ -559,9 +656,13 @@ class Patches(Dataset):
 
     def __init__(self, data: Any, config: Config):
         self.data, self.config = data, config
-        self.cases = [c for c in data.cases("train") if config.task == "generate" or data.has_label(c)]
+        self.cases = [
+            c for c in data.cases("train") if config.task == "generate" or data.has_label(c)
+        ]
         if not self.cases:
-            raise InputError(f"{config.data} has no labelled training case; prepare data with labels")
+            raise InputError(
+                f"{config.data} has no labelled training case; prepare data with labels"
+            )
         shapes = [data.shape(c) for c in self.cases]
         self.grid = data.meta.get("grid")
         if config.method != "patch":  # whole volumes of one size, so that they can share a batch
@@ -582,7 +683,9 @@ class Patches(Dataset):
         """
         config = self.config
         epoch, place = divmod(n, len(self.cases))
-        order = np.random.default_rng(seed_of(config.seed, "order", epoch)).permutation(len(self.cases))
+        order = np.random.default_rng(seed_of(config.seed, "order", epoch)).permutation(
+            len(self.cases)
+        )
         case = self.cases[order[place]]
         rng = np.random.default_rng(seed_of(config.seed, "patch", n))
         image, shape = self.data.image(case), self.data.shape(case)
@@ -595,8 +698,15 @@ class Patches(Dataset):
         if config.task == "generate":
             return cond[len(image) :], cond[: len(image)], t, n  # D11
         front = loaders.symmetric_pad(shape, full)
-        label = loaders.read_window(self.data.label(case), [s - f for s, f in zip(start, front)], size)
-        return cond, halve_label(label, config.half_pool) if config.method == "half" else label, t, n
+        label = loaders.read_window(
+            self.data.label(case), [s - f for s, f in zip(start, front)], size
+        )
+        return (
+            cond,
+            halve_label(label, config.half_pool) if config.method == "half" else label,
+            t,
+            n,
+        )
 
 
 class Sharded(Sampler):
@@ -609,7 +719,9 @@ class Sharded(Sampler):
         part = self.config.batch // (self.ranks.world * self.config.accumulate)
         for step in range(self.step, self.config.steps):
             for k in range(self.config.accumulate):
-                first = step * self.config.batch + (self.ranks.rank * self.config.accumulate + k) * part
+                first = (
+                    step * self.config.batch + (self.ranks.rank * self.config.accumulate + k) * part
+                )
                 yield list(range(first, first + part))
 
 
@@ -637,19 +749,31 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, updates: int) -> 
 class Training:
     """What training changes, which is what a checkpoint holds: saved, restored, and nothing else."""
 
-    def __init__(self, config: Config, record: dict[str, Any], device: torch.device, dtype: torch.dtype | None):
+    def __init__(
+        self,
+        config: Config,
+        record: dict[str, Any],
+        device: torch.device,
+        dtype: torch.dtype | None,
+    ):
         torch.manual_seed(seed_of(config.seed, "weights") % 2**32)
         self.config, self.record, self.device, self.dtype = config, record, device, dtype
         self.model = fast_layout(network_for(config, record, device), config.compile)
-        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False) if config.ema else self.model
+        self.ema = (
+            copy.deepcopy(self.model).eval().requires_grad_(False) if config.ema else self.model
+        )
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
         # The scaler also finds gradients that are not finite, and a fused optimiser then leaves the weights alone
         # without the host having to ask; so it stays on, with scale 1, where the numbers need no scaling.
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if dtype == torch.float16 else 1.0)
+        self.scaler = torch.amp.GradScaler(
+            device.type, init_scale=2.0**16 if dtype == torch.float16 else 1.0
+        )
         self.step, self.seconds = 0, 0.0
-        self.skipped = torch.zeros(3, device=device)  # steps without a finite gradient: all, in a row, most in a row
+        self.skipped = torch.zeros(
+            3, device=device
+        )  # steps without a finite gradient: all, in a row, most in a row
         self.best = {"dice": -1.0, "step": 0, "seen": 0}  # seen: the newest step that was validated
 
     def save(self, name: str) -> None:
@@ -668,7 +792,9 @@ class Training:
             "data": self.record,
         }
         out = self.config.run_folder
-        runtime.save_checkpoint(out / name, contents, out / "last.prev.pt" if name == "last.pt" else None)
+        runtime.save_checkpoint(
+            out / name, contents, out / "last.prev.pt" if name == "last.pt" else None
+        )
 
     def restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
@@ -701,7 +827,9 @@ def train_step(
         if config.task == "segment":
             x0 = mask_to_x0(label, mask_channels(run.record), config.mask_range)  # [B, K', *P]
         eps = noise(config.seed, "noise", n.tolist(), x0.shape[1:], device)
-        alone = ranks.world == 1 or part == config.accumulate - 1  # gradients travel with the last part only
+        alone = (
+            ranks.world == 1 or part == config.accumulate - 1
+        )  # gradients travel with the last part only
         with nullcontext() if alone else net.no_sync():
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 losses = diffusion_loss(net, config.target, cond, x0, t, eps)  # [B]
@@ -713,7 +841,9 @@ def train_step(
         norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
     else:
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    run.scaler.step(run.optimizer)  # does nothing where the norm is not finite, on all processes alike
+    run.scaler.step(
+        run.optimizer
+    )  # does nothing where the norm is not finite, on all processes alike
     run.scaler.update(None if dtype == torch.float16 else 1.0)
     bad, (total, row, most) = (~torch.isfinite(norm)).float(), run.skipped.unbind()
     row = (row + 1) * bad
@@ -732,7 +862,11 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
     # 1. what is needed, and the checkpoint to continue from; nothing is written or thrown away before all is there
     patches = Patches(data, config)
     share = config.batch // (ranks.world * config.accumulate)
-    state = None if config.overwrite else runtime.find_run(out, "patchddm", asdict(config), MAY_DIFFER, record, ranks)
+    state = (
+        None
+        if config.overwrite
+        else runtime.find_run(out, "patchddm", asdict(config), MAY_DIFFER, record, ranks)
+    )
     if state is None or state["step"] < config.steps:
         check_memory(config, record, patches.largest(), share, True, device)
         for case in validation_cases(config, data):  # are sampled whole
@@ -759,10 +893,21 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
         pin_memory=device.type == "cuda",
         worker_init_fn=runtime.ignore_signals,
     )
-    log = runtime.Log(out / "log.csv", [*COLUMNS, *(f"val_dice_{c}" for c in data.scored)], run.step, ranks.first)
-    batches, losses_by_t, clock = iter(loader), runtime.LossByTime(T, device), (run.step, run.seconds)
+    log = runtime.Log(
+        out / "log.csv", [*COLUMNS, *(f"val_dice_{c}" for c in data.scored)], run.step, ranks.first
+    )
+    batches, losses_by_t, clock = (
+        iter(loader),
+        runtime.LossByTime(T, device),
+        (run.step, run.seconds),
+    )
     limit, time_up, signal = 60 * config.minutes or math.inf, False, 0
-    bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=config.quiet or not ranks.first or None)
+    bar = tqdm(
+        total=config.steps,
+        initial=run.step,
+        unit="step",
+        disable=config.quiet or not ranks.first or None,
+    )
 
     while True:
         # 3. validate when it is due; a run stopped before it did so does it first thing when continued
@@ -781,28 +926,42 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
         bar.update()
 
         # 5. log, save, stop
-        if (device.type == "cpu" or run.step % LOG_EVERY == 0) and run.skipped[2] >= 20:  # a GPU is not asked each step
+        if (device.type == "cpu" or run.step % LOG_EVERY == 0) and run.skipped[
+            2
+        ] >= 20:  # a GPU is not asked each step
             raise InputError(f"no finite gradient in 20 steps before step {run.step}; use --amp off, or begin "
                              "anew with a lower --lr")  # fmt: skip
         signal, time_up = stop.agreed(ranks, run.seconds >= limit)
         if run.step % LOG_EVERY == 0 or run.step in (10, config.steps) or time_up:
             rate = (run.step - clock[0]) / (run.seconds - clock[1])  # steps a second
-            row = {"step": run.step, "seconds": run.seconds, "lr": learning_rate(config, run.step - 1)}
+            row = {
+                "step": run.step,
+                "seconds": run.seconds,
+                "lr": learning_rate(config, run.step - 1),
+            }
             row |= {
                 "grad_norm": float(norm),
                 "skipped": int(run.skipped[0]),
                 "memory_gb": runtime.peak_memory_gb(device),
             }
-            row |= {"samples_per_s": rate * config.batch, "left_s": (config.steps - run.step) / rate}
+            row |= {
+                "samples_per_s": rate * config.batch,
+                "left_s": (config.steps - run.step) / rate,
+            }
             log.row(row | losses_by_t.row(ranks), silent=config.quiet)
             clock = (run.step, run.seconds)
-        if ranks.first and (run.step % config.save_every == 0 or signal or time_up or run.step == config.steps):
+        if ranks.first and (
+            run.step % config.save_every == 0 or signal or time_up or run.step == config.steps
+        ):
             run.save("last.pt")
     bar.close()
     runtime.check_same_weights(run.model, ranks, "at the end")
     if signal:
         again = "the same command" + " without --overwrite" * config.overwrite
-        say(f"stopped by signal {signal}; step {run.step} is saved in {out}, {again} continues", ranks)
+        say(
+            f"stopped by signal {signal}; step {run.step} is saved in {out}, {again} continues",
+            ranks,
+        )
         return 128 + signal
     if ranks.first:
         title = f"PatchDDM, {Path(config.data).name}, target {config.target}"
@@ -810,7 +969,18 @@ def train(config: Config, data: Any, ranks: Ranks, stop: runtime.StopFlag) -> in
     return 0
 
 
-COLUMNS = ["step", "seconds", "loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "lr", "grad_norm", "samples_per_s"]
+COLUMNS = [
+    "step",
+    "seconds",
+    "loss",
+    "loss_q1",
+    "loss_q2",
+    "loss_q3",
+    "loss_q4",
+    "lr",
+    "grad_norm",
+    "samples_per_s",
+]
 COLUMNS += ["memory_gb", "left_s", "skipped", "val_dice"]
 
 
@@ -820,7 +990,9 @@ def validation_cases(config: Config, data: Any) -> list[str]:
     return [case for case in cases if data.has_label(case)]
 
 
-def validate(run: Training, data: Any, ranks: Ranks, stop: runtime.StopFlag, log: runtime.Log) -> None:
+def validate(
+    run: Training, data: Any, ranks: Ranks, stop: runtime.StopFlag, log: runtime.Log
+) -> None:
     """Foreground Dice of the validation cases, one member with fixed noise; keeps the best weights as best.pt.
 
     The step is saved before, since this can take long. A signal in between leaves the validation undone.
@@ -849,12 +1021,19 @@ def print_header(config: Config, data: Any, ranks: Ranks, run: Training, reason:
     """What this run is, before it starts."""
     counts = ", ".join(f"{len(data.cases(s))} {s}" for s in ("train", "val", "test"))
     share = f"{ranks.world} processes x {config.accumulate} parts x {config.batch // (ranks.world * config.accumulate)}"
-    parameters, patch = sum(p.numel() for p in run.model.parameters()), "x".join(map(str, config.patch_size))
+    parameters, patch = (
+        sum(p.numel() for p in run.model.parameters()),
+        "x".join(map(str, config.patch_size)),
+    )
     paper, notes = Config(), ["D1", "D5", "D8", "D9", "D12"]
     notes += ["D2"] * (config.timesteps == "trailing") + ["D3"] * (config.clip != "off")
-    notes += ["D4"] * (len(data.classes) > 1 and config.task == "segment") + ["D6"] * (config.target != "eps")
+    notes += ["D4"] * (len(data.classes) > 1 and config.task == "segment") + ["D6"] * (
+        config.target != "eps"
+    )
     notes += ["D10"] * (config.method == "half") + ["D11"] * (config.task == "generate")
-    notes += ["D7"] * any(getattr(config, k) != getattr(paper, k) for k in ("lr", "lr_schedule", "ema", "grad_clip"))
+    notes += ["D7"] * any(
+        getattr(config, k) != getattr(paper, k) for k in ("lr", "lr_schedule", "ema", "grad_clip")
+    )
     what = f"patch {patch}" if config.method == "patch" else f"{config.method} volumes"
     small = [
         c
@@ -862,17 +1041,27 @@ def print_header(config: Config, data: Any, ranks: Ranks, run: Training, reason:
         if config.method == "patch" and any(n < p for n, p in zip(data.shape(c), config.patch_size))
     ]
     lines = [f"PatchDDM (Bieder et al. 2023) -> {config.run_folder}"]
-    lines += [f"  data      {config.data}: {counts}; {', '.join(data.channels)}; classes {', '.join(data.classes)}"]
+    lines += [
+        f"  data      {config.data}: {counts}; {', '.join(data.channels)}; classes {', '.join(data.classes)}"
+    ]
     if small:
-        lines += [f"            {len(small)} training cases are smaller than the patch: padded with background"]
+        lines += [
+            f"            {len(small)} training cases are smaller than the patch: padded with background"
+        ]
     lines += [f"  network   {parameters:,} parameters, {config.num_groups} groups a norm, {what}"]
-    lines += [f"  training  step {run.step} to {config.steps}, batch {config.batch} = {share}; target {config.target}"]
+    lines += [
+        f"  training  step {run.step} to {config.steps}, batch {config.batch} = {share}; target {config.target}"
+    ]
     memory = runtime.peak_memory_gb(ranks.device)
     lines += [
         f"  device    {ranks.device}, {'fp32' if run.dtype is None else str(run.dtype)[6:]} ({reason}), {memory:.1f} GB"
     ]
-    lines += [f"  differs   {' '.join(sorted(notes, key=lambda d: int(d[1:])))} (see the top of patchddm.py)"]
-    lines += ["  time      left_s in the first lines below"] * (run.step < config.steps and not config.quiet)
+    lines += [
+        f"  differs   {' '.join(sorted(notes, key=lambda d: int(d[1:])))} (see the top of patchddm.py)"
+    ]
+    lines += ["  time      left_s in the first lines below"] * (
+        run.step < config.steps and not config.quiet
+    )
     say("\n".join(lines), ranks)
 
 
@@ -905,12 +1094,16 @@ def ddim_step(x0: Tensor, xt: Tensor, t: int, s: int, eta: float, z: Tensor | No
         return x0
     a_t, a_s = ABAR[t], ABAR[s]
     e = eps_of(x0, xt, t)
-    sigma = eta * math.sqrt((1 - a_s) / (1 - a_t)) * math.sqrt(1 - a_t / a_s)  # eq. (3): Sigma is sigma^2 I
+    sigma = (
+        eta * math.sqrt((1 - a_s) / (1 - a_t)) * math.sqrt(1 - a_t / a_s)
+    )  # eq. (3): Sigma is sigma^2 I
     x = math.sqrt(a_s) * x0 + math.sqrt(1 - a_s - sigma**2) * e  # eq. (5)
     return x if z is None or sigma == 0 else x + sigma * z
 
 
-def heun_step(x0: Tensor, xt: Tensor, t: int, s: int, look: Callable[[Tensor, int], Tensor]) -> Tensor:
+def heun_step(
+    x0: Tensor, xt: Tensor, t: int, s: int, look: Callable[[Tensor, int], Tensor]
+) -> Tensor:
     """From x_t to x_s by the mean of the slopes at both ends; look(x, t) is the network's clipped prediction of x_0.
 
     With y = x / sqrt(abar) and g = sqrt(1 - abar) / sqrt(abar), DDIM is Euler's step of dy / dg = eps, and this is the
@@ -981,10 +1174,19 @@ def sample_member(net: Network, cond: Tensor, case: str, number: int, watch: Any
     config = net.config
     shape = (1, x0_channels(config, net.record), *cond.shape[1:])
     generator = torch.Generator().manual_seed(seed_of(config.seed, "sample", case, number))  # D5
-    fed = torch.cat([cond[None], torch.empty(shape, device=cond.device)], dim=1)  # [1, C (+ 3) + K', *S]
+    fed = torch.cat(
+        [cond[None], torch.empty(shape, device=cond.device)], dim=1
+    )  # [1, C (+ 3) + K', *S]
     total = evaluations(config.sampler, config.sampling_steps, config.timesteps)
     silent = config.quiet or os.environ.get("RANK", "0") != "0" or None
-    bar = tqdm(total=total, desc=f"{case} {number}", unit="evaluation", leave=False, delay=5, disable=silent)
+    bar = tqdm(
+        total=total,
+        desc=f"{case} {number}",
+        unit="evaluation",
+        leave=False,
+        delay=5,
+        disable=silent,
+    )
 
     def draw() -> Tensor:
         return torch.randn(shape, generator=generator).to(net.device)
@@ -997,7 +1199,9 @@ def sample_member(net: Network, cond: Tensor, case: str, number: int, watch: Any
 
     with bar:
         x0 = sample(f, draw(), config, draw, watch)[0]
-    return ((x0 + 1) / 2 if config.mask_range == "pm1" or config.task == "generate" else x0).clamp(0, 1)
+    return ((x0 + 1) / 2 if config.mask_range == "pm1" or config.task == "generate" else x0).clamp(
+        0, 1
+    )
 
 
 @dataclass(frozen=True)
@@ -1016,7 +1220,9 @@ def sample_ensemble(net: Network, cond: Tensor, case: str, watch: Any = None) ->
     Variance with ddof 0; of several channels half the sum, which for two exclusive channels is the variance of one.
     """
 
-    def grow(x: Tensor) -> Tensor:  # what was sampled at half the size comes out at full size, still continuous
+    def grow(
+        x: Tensor,
+    ) -> Tensor:  # what was sampled at half the size comes out at full size, still continuous
         return double(x, net.config.half_pool) if net.config.method == "half" else x
 
     mean = square = torch.zeros(())
@@ -1024,7 +1230,9 @@ def sample_ensemble(net: Network, cond: Tensor, case: str, watch: Any = None) ->
         member = sample_member(net, cond, case, n - 1, watch if n == 1 else None)
         delta = member - mean
         mean = mean + delta / n
-        square = square + delta * (member - mean)  # running sum of squared differences from the mean
+        square = square + delta * (
+            member - mean
+        )  # running sum of squared differences from the mean
         variance = square.sum(dim=0, keepdim=True) / n / (1 if len(member) == 1 else 2)
         yield Ensemble(n, grow(mean), grow(variance)[0], grow(member))
 
@@ -1043,22 +1251,36 @@ def generate(config: Config, ranks: Ranks) -> int:
     full = padded_shape(shape, config, grid)
     front = loaders.symmetric_pad(shape, full)
     inside = tuple(slice(f, f + n) for f, n in zip(front, shape))
-    cond = coordinates(full, (0, 0, 0), full) if config.with_coords else np.zeros((0, *full), np.float32)
+    cond = (
+        coordinates(full, (0, 0, 0), full)
+        if config.with_coords
+        else np.zeros((0, *full), np.float32)
+    )
     cond = halve(cond, config.half_pool) if config.method == "half" else cond
     out, slices = Path(config.output) if config.output else config.run_folder / "predictions", []
     affine = np.diag([*statistics["spacing_median_mm"], 1.0])  # RAS, mm
     for n in range(ranks.rank, config.ensemble, ranks.world):
-        begin, volume = time.perf_counter(), sample_member(net, torch.from_numpy(cond).to(net.device), "generate", n)
+        begin, volume = (
+            time.perf_counter(),
+            sample_member(net, torch.from_numpy(cond).to(net.device), "generate", n),
+        )
         volume = (double(volume, config.half_pool) if config.method == "half" else volume)[
             :, inside[0], inside[1], inside[2]
         ]
         for channel, values in enumerate(volume.cpu().numpy()):
             loaders.write_on_grid(out / f"sample_{n}_{channel:04d}.nii.gz", values, affine)
         slices.append((n, figures.radiological(volume[0, :, :, shape[2] // 2].cpu().numpy())))
-        say(f"{out / f'sample_{n}_0000.nii.gz'}: {' x '.join(map(str, shape))}, {time.perf_counter() - begin:.1f} s")
-    pairs = sorted((pair for part in runtime.gather(slices, ranks) for pair in part), key=lambda pair: pair[0])
+        say(
+            f"{out / f'sample_{n}_0000.nii.gz'}: {' x '.join(map(str, shape))}, {time.perf_counter() - begin:.1f} s"
+        )
+    pairs = sorted(
+        (pair for part in runtime.gather(slices, ranks) for pair in part), key=lambda pair: pair[0]
+    )
     if ranks.first:
-        titles, title = [f"sample {n}" for n, _ in pairs], f"{net.record['name']}, middle slices, step {net.step}"
+        titles, title = (
+            [f"sample {n}" for n, _ in pairs],
+            f"{net.record['name']}, middle slices, step {net.step}",
+        )
         figures.montage([picture for _, picture in pairs], titles, out / "samples.png", title=title)
     return 0
 
@@ -1075,7 +1297,9 @@ def whole_volume(image: np.ndarray, net: Network, grid: Sequence[int] | None) ->
     whole = condition(image, full, (0, 0, 0), full, net.config.with_coords)
     whole = halve(whole, net.config.half_pool) if net.config.method == "half" else whole
     check_sampling(net.config, net.record, image.shape[1:], grid, net.device)
-    return torch.from_numpy(whole).to(net.device), tuple(slice(f, f + n) for f, n in zip(front, image.shape[1:]))
+    return torch.from_numpy(whole).to(net.device), tuple(
+        slice(f, f + n) for f, n in zip(front, image.shape[1:])
+    )
 
 
 def score_cases(
@@ -1095,7 +1319,9 @@ def score_cases(
     config = net.config
     rows: dict[int, dict[str, Any]] = {n: {} for n in sizes}
     turns = range(ranks.rank, ranks.rank + len(cases), ranks.world)  # equally many on each process
-    for i in tqdm(turns, desc="cases", leave=False, disable=config.quiet or not ranks.first or None):
+    for i in tqdm(
+        turns, desc="cases", leave=False, disable=config.quiet or not ranks.first or None
+    ):
         if stop is not None and stop.agreed(ranks)[0]:
             return None
         if i >= len(cases):
@@ -1110,7 +1336,9 @@ def score_cases(
         for result in sample_ensemble(net, cond, case, diary):
             if result.size in rows:
                 mask = x0_to_mask(result.mean)[inside].cpu().numpy()
-                rows[result.size][case] = metrics.evaluate_case(case, mask, truth, data.spacing(case), data.scored)
+                rows[result.size][case] = metrics.evaluate_case(
+                    case, mask, truth, data.spacing(case), data.scored
+                )
             member = x0_to_mask(result.member)[inside].cpu().numpy()
             if diary is not None and result.size <= 3:
                 diary.members.append(member)
@@ -1120,27 +1348,48 @@ def score_cases(
         if out:
             loaders.write_on_grid(out / f"predictions/{case}.nii.gz", mask, data.affine(case))
             for name, values in maps_of(result, net, inside).items():
-                loaders.write_on_grid(out / f"predictions/maps/{case}_{name}.nii.gz", values, data.affine(case))
+                loaders.write_on_grid(
+                    out / f"predictions/maps/{case}_{name}.nii.gz", values, data.affine(case)
+                )
         if out and diary is not None:
             image, variance = np.asarray(data.image(case))[0], result.variance[inside].cpu().numpy()
-            figures.case_sheet(out / "figures", case, image, mask, data.spacing(case), data.classes, diary, variance)
+            figures.case_sheet(
+                out / "figures",
+                case,
+                image,
+                mask,
+                data.spacing(case),
+                data.classes,
+                diary,
+                variance,
+            )
     parts = runtime.gather(rows, ranks)
-    return {n: [row for case in cases for part in parts for row in part[n].get(case, [])] for n in rows}
+    return {
+        n: [row for case in cases for part in parts for row in part[n].get(case, [])] for n in rows
+    }
 
 
 def maps_of(result: Ensemble, net: Network, inside: Any) -> dict[str, np.ndarray]:
     """With --save-maps: name -> [X, Y, Z] fp32, the mean of each channel and the variance; else nothing."""
     if not net.config.save_maps:
         return {}
-    names = ["background"] * (len(result.mean) > 1) + [re.sub(r"\W+", "-", name) for name in net.record["classes"]]
-    maps = {f"mean_{name}": mean for name, mean in zip(names, result.mean)} | {"variance": result.variance}
+    names = ["background"] * (len(result.mean) > 1) + [
+        re.sub(r"\W+", "-", name) for name in net.record["classes"]
+    ]
+    maps = {f"mean_{name}": mean for name, mean in zip(names, result.mean)} | {
+        "variance": result.variance
+    }
     return {name: values[inside].cpu().numpy() for name, values in maps.items()}
 
 
 def cases_to_score(config: Config, data: Any) -> list[str]:
-    cases = [case for case in data.cases(config.split, config.limit or None) if data.has_label(case)]
+    cases = [
+        case for case in data.cases(config.split, config.limit or None) if data.has_label(case)
+    ]
     if not cases:
-        raise InputError(f"{config.data} has no labelled case in its split {config.split}; choose another --split")
+        raise InputError(
+            f"{config.data} has no labelled case in its split {config.split}; choose another --split"
+        )
     for case in cases:
         data.label(case)  # refuses foreign values before anything is sampled
     return cases
@@ -1159,14 +1408,19 @@ def evaluate(config: Config, data: Any, ranks: Ranks, out: Path | None = None) -
     """Score a split on the prepared grid: prints the table, writes metrics.csv, summary.json, masks, pictures."""
     net, cases = load_network(config, ranks), cases_to_score(config, data)
     check_same_data(net, config, data)
-    out, begin = out or runtime.scores_folder(config, checkpoint_path(config), "patchddm"), time.perf_counter()
+    out, begin = (
+        out or runtime.scores_folder(config, checkpoint_path(config), "patchddm"),
+        time.perf_counter(),
+    )
     sizes = sorted({n for n in NESTED if n < config.ensemble} | {config.ensemble})
     by_size: Any = score_cases(net, data, ranks, cases, out, sizes)
     dice: dict[str, list[float]] = {}
     if not ranks.first:
         return 0
     how = f"{config.sampler}, {config.sampling_steps} steps, target {config.target}, weights of step {net.step}"
-    say(f"\n{config.split} split of {config.data}, {len(cases)} cases, {how}, {time.perf_counter() - begin:.0f} s")
+    say(
+        f"\n{config.split} split of {config.data}, {len(cases)} cases, {how}, {time.perf_counter() - begin:.0f} s"
+    )
     for n, rows in by_size.items():
         summary, suffix = metrics.summarise(rows), "" if n == config.ensemble else f"_ensemble{n}"
         metrics.write_metrics_csv(out / f"metrics{suffix}.csv", rows)
@@ -1176,12 +1430,25 @@ def evaluate(config: Config, data: Any, ranks: Ranks, out: Path | None = None) -
         dice |= {c: dice.get(c, []) + [v["dice"]["mean"]] for c, v in by_class.items()}
     if len(sizes) > 1:  # figure 4
         lines = {c: (sizes, values) for c, values in dice.items()}
-        figures.curves(lines, out / "figures/ensemble.png", "Dice and ensemble size", "members", "Dice", dots=True)
+        figures.curves(
+            lines,
+            out / "figures/ensemble.png",
+            "Dice and ensemble size",
+            "members",
+            "Dice",
+            dots=True,
+        )
     if config.data == "synthetic":  # what intensity alone could reach, chosen with the truth
         images, labels = [data.image(c)[0] for c in cases], [data.label(c) for c in cases]
-        best = [metrics.best_interval_dice(images, labels, value) for value in data.classes.values()]
-        text = ", ".join(f"{c} {b['threshold']:.3f} / {b['interval']:.3f}" for c, b in zip(data.classes, best))
-        say(f"\nbest Dice of any threshold / interval of intensity on these cases, chosen with the truth: {text}")
+        best = [
+            metrics.best_interval_dice(images, labels, value) for value in data.classes.values()
+        ]
+        text = ", ".join(
+            f"{c} {b['threshold']:.3f} / {b['interval']:.3f}" for c, b in zip(data.classes, best)
+        )
+        say(
+            f"\nbest Dice of any threshold / interval of intensity on these cases, chosen with the truth: {text}"
+        )
     say(f"\nmasks, pictures and tables are in {out}")
     return 0
 
@@ -1203,20 +1470,36 @@ def grid(config: Config, data: Any, ranks: Ranks) -> int:
     the same weights, cases and sampler is not sampled again. All others stay, but for rows in an older form; those of
     the same weights and cases are compared at equal evaluations.
     """
-    net, cases, path = load_network(config, ranks), cases_to_score(config, data), config.run_folder / "grid.csv"
+    net, cases, path = (
+        load_network(config, ranks),
+        cases_to_score(config, data),
+        config.run_folder / "grid.csv",
+    )
     check_same_data(net, config, data)
-    steps, sizes = (sorted(set(np.atleast_1d(v).tolist())) for v in (config.sampling_steps, config.ensemble))
-    weights = zlib.crc32(b"".join(v.float().cpu().numpy().tobytes() for v in net.model.state_dict().values()))
-    what: dict[str, Any] = {"weights": f"step {net.step}, {weights:08x}", "data": config.data, "split": config.split}
+    steps, sizes = (
+        sorted(set(np.atleast_1d(v).tolist())) for v in (config.sampling_steps, config.ensemble)
+    )
+    weights = zlib.crc32(
+        b"".join(v.float().cpu().numpy().tobytes() for v in net.model.state_dict().values())
+    )
+    what: dict[str, Any] = {
+        "weights": f"step {net.step}, {weights:08x}",
+        "data": config.data,
+        "split": config.split,
+    }
     what |= {"cases": len(cases), "seed": config.seed, "clip": config.clip}
     how = {"timesteps": config.timesteps, "eta": config.eta, "sampler": config.sampler}
     cells = runtime.read_csv(path)
     if any("sampling_steps" not in c for c in cells):
-        raise InputError(f"{path} has no column sampling_steps, has another program written it? Move it away")
+        raise InputError(
+            f"{path} has no column sampling_steps, has another program written it? Move it away"
+        )
     cells = [c for c in cells if "data" in c]  # not those of an older form
     for s in steps:
         cost = evaluations(config.sampler, s, config.timesteps)
-        fits = [n for n in sizes if not config.max_evaluations or n * cost <= config.max_evaluations]
+        fits = [
+            n for n in sizes if not config.max_evaluations or n * cost <= config.max_evaluations
+        ]
         key = {k: str(v) for k, v in (what | how | {"sampling_steps": s}).items()}
         known = [int(c["ensemble"]) for c in cells if all(c.get(k) == v for k, v in key.items())]
         if set(fits) <= set(known):
@@ -1224,39 +1507,66 @@ def grid(config: Config, data: Any, ranks: Ranks) -> int:
         begin, setting = time.perf_counter(), replace(config, sampling_steps=s, ensemble=max(fits))
         by_size = score_cases(replace(net, config=setting), data, ranks, cases, None, fits)
         seconds = time.perf_counter() - begin
-        cells = [c for c in cells if int(c["ensemble"]) not in fits or any(c.get(k) != v for k, v in key.items())]
+        cells = [
+            c
+            for c in cells
+            if int(c["ensemble"]) not in fits or any(c.get(k) != v for k, v in key.items())
+        ]
         for n, rows in (by_size or {}).items():
             mean = metrics.summarise(rows)["mean"]
             scores = {
-                f"{m}_{k}": f"{mean[m][k]:.6g}" for m in ("dice", "hd95_mm", "hd95_pooled_mm") for k in ("mean", "sd")
+                f"{m}_{k}": f"{mean[m][k]:.6g}"
+                for m in ("dice", "hd95_mm", "hd95_pooled_mm")
+                for k in ("mean", "sd")
             }
-            cost_of = {"ensemble": str(n), "evaluations": str(n * cost), "seconds": f"{seconds * n / max(fits):.1f}"}
+            cost_of = {
+                "ensemble": str(n),
+                "evaluations": str(n * cost),
+                "seconds": f"{seconds * n / max(fits):.1f}",
+            }
             cells.append(key | cost_of | scores)
         if ranks.first:
             runtime.write_csv(path, cells)
     if ranks.first:
         cells = [c for c in cells if all(c.get(k) == str(v) for k, v in what.items())]
-        show_grid([c for c in cells if all(c[k] == str(v) for k, v in how.items())], steps, sizes, config)
+        show_grid(
+            [c for c in cells if all(c[k] == str(v) for k, v in how.items())], steps, sizes, config
+        )
         show_equal(cells)
         say(f"\nall cells are in {path}")
     return 0
 
 
-def show_grid(cells: list[dict[str, str]], steps: list[int], sizes: list[int], config: Config) -> None:
+def show_grid(
+    cells: list[dict[str, str]], steps: list[int], sizes: list[int], config: Config
+) -> None:
     """Print Dice and HD95 with the evaluations of each cell, and draw both as heat maps."""
     at = {(int(c["sampling_steps"]), int(c["ensemble"])): c for c in cells}
     once = {s: evaluations(config.sampler, s, config.timesteps) for s in steps}
     cost = [[f"{n * once[s]} evaluations" for n in sizes] for s in steps]
     for metric, unit, digits in (("dice", "Dice", 3), ("hd95_mm", "mm", 2)):
-        values = [[float(at[s, n][f"{metric}_mean"]) if (s, n) in at else math.nan for n in sizes] for s in steps]
-        say(f"\n{metric} by steps and ensemble, in brackets the network evaluations; {config.sampler}")
+        values = [
+            [float(at[s, n][f"{metric}_mean"]) if (s, n) in at else math.nan for n in sizes]
+            for s in steps
+        ]
+        say(
+            f"\n{metric} by steps and ensemble, in brackets the network evaluations; {config.sampler}"
+        )
         say("steps  " + "".join(f"{f'ensemble {n}':>18}" for n in sizes))
         for s, row in zip(steps, values):
-            texts = ["-" if math.isnan(v) else f"{v:.{digits}f} ({n * once[s]})" for v, n in zip(row, sizes)]
+            texts = [
+                "-" if math.isnan(v) else f"{v:.{digits}f} ({n * once[s]})"
+                for v, n in zip(row, sizes)
+            ]
             say(f"{s:<7}" + "".join(f"{text:>18}" for text in texts))
-        file, title = config.run_folder / f"figures/grid_{config.sampler}_{metric}.png", f"{metric}, {config.sampler}"
+        file, title = (
+            config.run_folder / f"figures/grid_{config.sampler}_{metric}.png",
+            f"{metric}, {config.sampler}",
+        )
         names = [f"{s} steps" for s in steps], [f"ensemble {n}" for n in sizes]
-        figures.heat_map(np.array(values), *names, file, title, unit=unit, fmt=f"{{:.{digits}f}}", below=cost)
+        figures.heat_map(
+            np.array(values), *names, file, title, unit=unit, fmt=f"{{:.{digits}f}}", below=cost
+        )
 
 
 def show_equal(cells: list[dict[str, str]]) -> None:
@@ -1267,13 +1577,22 @@ def show_equal(cells: list[dict[str, str]]) -> None:
         same.sort(key=lambda c: -float(c["dice_mean"]))
         names = []
         for c in same:
-            how = c["sampler"] + " code" * (c["timesteps"] == "code") + f" eta {c['eta']}" * (float(c["eta"]) > 0)
-            names.append(f"{how} {c['sampling_steps']} x {c['ensemble']} {float(c['dice_mean']):.3f}")
+            how = (
+                c["sampler"]
+                + " code" * (c["timesteps"] == "code")
+                + f" eta {c['eta']}" * (float(c["eta"]) > 0)
+            )
+            names.append(
+                f"{how} {c['sampling_steps']} x {c['ensemble']} {float(c['dice_mean']):.3f}"
+            )
         if len(same) > 1:
             say(f"Dice at {cost} evaluations (steps x ensemble): " + ", ".join(names))
 
 
-PROFILE, WIDTHS = ("method", "phase", "form", "voxels", "seconds", "GB", "in all", ""), (6, 9, 28, 16, 9, 7, 7, 0)
+PROFILE, WIDTHS = (
+    ("method", "phase", "form", "voxels", "seconds", "GB", "in all", ""),
+    (6, 9, 28, 16, 9, 7, 7, 0),
+)
 
 
 def profile(config: Config, data: Any, ranks: Ranks, given: dict[str, Any]) -> int:
@@ -1283,14 +1602,22 @@ def profile(config: Config, data: Any, ranks: Ranks, given: dict[str, Any]) -> i
     four channels and one class. Every --method, unless one is given. Memory is what comes on top of the weights.
     """
     record = (
-        loaders.data_record(data) if data else {"channels": ["t1", "t1ce", "t2", "flair"], "classes": {"tumour": 1}}
+        loaders.data_record(data)
+        if data
+        else {"channels": ["t1", "t1ce", "t2", "flair"], "classes": {"tumour": 1}}
     )
     rows = []
     say("  ".join(f"{word:<{w}}" for word, w in zip(PROFILE, WIDTHS)))
     for method in [config.method] if "method" in given else ["patch", "full", "half"]:
         base = replace(config, method=method)  # type: ignore[arg-type]
-        sizes = [data.shape(c) for c in data.cases("train")] if data else [tuple(2 * n for n in config.patch_size)]
-        whole = padded_shape([max(n) for n in zip(*sizes)], base, data.meta.get("grid") if data else None)
+        sizes = (
+            [data.shape(c) for c in data.cases("train")]
+            if data
+            else [tuple(2 * n for n in config.patch_size)]
+        )
+        whole = padded_shape(
+            [max(n) for n in zip(*sizes)], base, data.meta.get("grid") if data else None
+        )
         whole = tuple(n // 2 for n in whole) if method == "half" else whole
         seen = config.patch_size if method == "patch" else whole
         for recompute in (False, True):
@@ -1298,7 +1625,11 @@ def profile(config: Config, data: Any, ranks: Ranks, given: dict[str, Any]) -> i
                 name = "plain" + " --recompute" * recompute + " --compile" * compiled
                 trial = replace(base, recompute=recompute, compile=compiled)
                 rows.append(profile_row(trial, record, "training", name, seen, ranks.device))
-        for name, slab in (("plain", -1), ("lean", 0), (f"lean --slab {config.slab or 16}", config.slab or 16)):
+        for name, slab in (
+            ("plain", -1),
+            ("lean", 0),
+            (f"lean --slab {config.slab or 16}", config.slab or 16),
+        ):
             rows.append(profile_row(base, record, "sampling", name, whole, ranks.device, slab))
         runtime.write_csv(config.run_folder / "profile.csv", rows)
     say(f"\nwritten to {config.run_folder / 'profile.csv'}")
@@ -1317,25 +1648,43 @@ def profile_row(
     """Measure, print and return one row of `profile`; slab -1: the plain forward pass."""
     dtype, training = runtime.number_format(config.amp, device)[0], phase == "training"
     batch = config.batch if training else 1
-    row = {"method": config.method, "phase": phase, "form": name, "voxels": f"{batch}x" + "x".join(map(str, shape))}
+    row = {
+        "method": config.method,
+        "phase": phase,
+        "form": name,
+        "voxels": f"{batch}x" + "x".join(map(str, shape)),
+    }
     try:
         check_memory(replace(config, slab=max(slab, 0)), record, shape, batch, training, device)
         model = fast_layout(network_for(config, record, device), config.compile).train(training)
         x = torch.zeros(batch, model.in_channels, *shape, device=device)
-        net, t = torch.compile(model) if config.compile and training else model, torch.zeros(batch, device=device)
+        net, t = (
+            torch.compile(model) if config.compile and training else model,
+            torch.zeros(batch, device=device),
+        )
 
         def call() -> None:
-            with torch.autocast(device.type, dtype, enabled=dtype is not None), torch.set_grad_enabled(training):
+            with (
+                torch.autocast(device.type, dtype, enabled=dtype is not None),
+                torch.set_grad_enabled(training),
+            ):
                 y = net(x, t) if training or slab < 0 else lean_forward(model, [x], t, slab)
             if training:
                 y.float().square().mean().backward()
                 model.zero_grad(set_to_none=True)
 
         trials = [runtime.measure(call, device)]
-        trials += [runtime.measure(call, device) for _ in range(3)] if trials[0][0] < 5 else []  # the first warms up
+        trials += (
+            [runtime.measure(call, device) for _ in range(3)] if trials[0][0] < 5 else []
+        )  # the first warms up
         seconds, memory = np.median([s for s, _ in trials[1:] or trials]), max(m for _, m in trials)
         total = runtime.peak_memory_gb(device)
-        row |= {"seconds": f"{seconds:.3f}", "memory_gb": f"{memory:.2f}", "process_gb": f"{total:.2f}", "note": ""}
+        row |= {
+            "seconds": f"{seconds:.3f}",
+            "memory_gb": f"{memory:.2f}",
+            "process_gb": f"{total:.2f}",
+            "note": "",
+        }
     except (InputError, RuntimeError) as error:  # the check before it knows a lower bound only
         full = runtime.lacks_memory(error)
         if not (full or isinstance(error, InputError)):
@@ -1354,19 +1703,25 @@ def profile_row(
 def predict(config: Config, ranks: Ranks) -> int:
     """Masks for NIfTI files or a folder of them, in the input's grid and with the published label values."""
     if not config.image or not config.output:
-        raise InputError("predict needs --image FILE... (or one folder) and --output FILE (or folder)")
+        raise InputError(
+            "predict needs --image FILE... (or one folder) and --output FILE (or folder)"
+        )
     net = load_network(config, ranks)
     names = net.record["channels"], net.record.get("channel_suffixes")
     inputs = loaders.find_inputs([Path(p) for p in config.image], *names)
     output = Path(config.output)
     to_file = output.name.endswith((".nii", ".nii.gz"))
     if to_file and len(inputs) > 1:
-        raise InputError(f"--output {output} is one file, --image names {len(inputs)} images; give a folder")
+        raise InputError(
+            f"--output {output} is one file, --image names {len(inputs)} images; give a folder"
+        )
     say(f"{checkpoint_path(config)}: {net.record['name']}, step {net.step}", ranks)
     for case, paths in inputs[ranks.rank :: ranks.world]:
         target = output if to_file else output / f"{case}.nii.gz"
         loaders.check_output(target, paths)
-        image, restore = loaders.load_for_prediction(paths, net.record)  # [C, X, Y, Z] on the network's grid
+        image, restore = loaders.load_for_prediction(
+            paths, net.record
+        )  # [C, X, Y, Z] on the network's grid
         cond, inside = whole_volume(image, net, net.record.get("grid"))
         stem = target.name.removesuffix(".gz").removesuffix(".nii")
         ending = target.name[len(stem) :]  # .nii or .nii.gz
@@ -1376,11 +1731,20 @@ def predict(config: Config, ranks: Ranks) -> int:
                 member = restore.mask(x0_to_mask(result.member)[inside].cpu().numpy())
                 files[f"members/{stem}_{result.size - 1}"] = member
         files[stem] = mask = restore.mask(x0_to_mask(result.mean)[inside].cpu().numpy())  # D8
-        files |= {f"maps/{stem}_{name}": restore.map(v) for name, v in maps_of(result, net, inside).items()}
+        files |= {
+            f"maps/{stem}_{name}": restore.map(v)
+            for name, v in maps_of(result, net, inside).items()
+        }
         for name, array in files.items():
             loaders.write_nifti(target.parent / f"{name}{ending}", array, restore.like, array.dtype)
-        values = {name: int(net.record["label_values"][str(v)]) for name, v in net.record["classes"].items()}
-        say(f"{target}: voxels of " + ", ".join(f"{name} {int((mask == v).sum())}" for name, v in values.items()))
+        values = {
+            name: int(net.record["label_values"][str(v)])
+            for name, v in net.record["classes"].items()
+        }
+        say(
+            f"{target}: voxels of "
+            + ", ".join(f"{name} {int((mask == v).sum())}" for name, v in values.items())
+        )
     return 0
 
 
@@ -1399,13 +1763,43 @@ ONLY |= {"checkpoint": ("evaluate", "predict", "sample", "grid"), "split": ("", 
 ONLY |= {"limit": ("", "train", "evaluate", "grid"), "save_maps": ("", "evaluate", "predict")}
 ONLY |= {"save_members": ("", "evaluate", "predict")}
 # ONCE: how a trained network is used this time, neither kept from a training nor compared on continuing it.
-ONCE = {"checkpoint", "split", "ensemble", "save_members", "save_maps", "image", "output", "overwrite", "quiet"}
+ONCE = {
+    "checkpoint",
+    "split",
+    "ensemble",
+    "save_members",
+    "save_maps",
+    "image",
+    "output",
+    "overwrite",
+    "quiet",
+}
 ONCE |= {"device", "amp", "workers", "max_evaluations", "slab", "split_devices"}
 # MAY_DIFFER: on continuing a run, since they change where, how fast and how long, not what.
-MAY_DIFFER = ONCE | {"out", "preset", "steps", "minutes", "compile", "recompute", "accumulate", "eval_every"}
+MAY_DIFFER = ONCE | {
+    "out",
+    "preset",
+    "steps",
+    "minutes",
+    "compile",
+    "recompute",
+    "accumulate",
+    "eval_every",
+}
 MAY_DIFFER |= {"save_every"}
 # USE: for the verbs that use a trained network; other flags are refused where they differ from its training.
-USE = ONCE | {"data", "preset", "out", "seed", "limit", "sampler", "sampling_steps", "timesteps", "eta", "clip"}
+USE = ONCE | {
+    "data",
+    "preset",
+    "out",
+    "seed",
+    "limit",
+    "sampler",
+    "sampling_steps",
+    "timesteps",
+    "eta",
+    "clip",
+}
 USE |= {"recompute", "compile"}
 
 
@@ -1416,17 +1810,28 @@ def checkpoint_path(config: Config) -> Path:
 def check_split(config: Config, given: Mapping[str, Any], ranks: Ranks) -> None:
     """InputError where --split-devices cannot work: several processes, no such GPU, autocast on two kinds of device."""
     if ranks.world > 1:
-        raise InputError(f"--split-devices is for one process, {ranks.world} run here; start without torchrun")
+        raise InputError(
+            f"--split-devices is for one process, {ranks.world} run here; start without torchrun"
+        )
     names = config.split_devices.split(",")
     if given.get("device", names[0]) != names[0]:
-        raise InputError(f"--split-devices begins with {names[0]}, --device is {given['device']}; leave one out")
+        raise InputError(
+            f"--split-devices begins with {names[0]}, --device is {given['device']}; leave one out"
+        )
     for name in names:
-        index, there = int(name.partition(":")[2] or -1), torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index, there = (
+            int(name.partition(":")[2] or -1),
+            torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        )
         if index >= there:
-            raise InputError(f"--split-devices names {name}, but {there} GPUs are here; correct the flag")
+            raise InputError(
+                f"--split-devices names {name}, but {there} GPUs are here; correct the flag"
+            )
     kinds = {name.partition(":")[0] for name in names}
     if len(kinds) > 1 and runtime.number_format(config.amp, ranks.device)[0] is not None:
-        raise InputError("--split-devices over a CPU and a GPU computes in fp32 only; add --amp off")
+        raise InputError(
+            "--split-devices over a CPU and a GPU computes in fp32 only; add --amp off"
+        )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -1434,12 +1839,20 @@ def main(argv: Sequence[str]) -> int:
     verb, config, given = runtime.parse_flags(Config, argv, VERBS, PRESETS, about, ONLY)
     for name in ("sampling_steps", "ensemble"):
         if verb != "grid" and isinstance(getattr(config, name), tuple):
-            raise InputError(f"--{name.replace('_', '-')} takes one number here; only the verb grid takes several")
+            raise InputError(
+                f"--{name.replace('_', '-')} takes one number here; only the verb grid takes several"
+            )
     if verb in ("evaluate", "predict", "sample", "grid"):
-        config = runtime.trained_config(config, given, checkpoint_path(config), "patchddm", USE, ONCE | {"limit"})
+        config = runtime.trained_config(
+            config, given, checkpoint_path(config), "patchddm", USE, ONCE | {"limit"}
+        )
         if (config.task == "generate") != (verb == "sample"):
-            other = "use the verb sample" if config.task == "generate" else "train with --task generate"
-            raise InputError(f"{verb} cannot use a network trained with --task {config.task}; {other}")
+            other = (
+                "use the verb sample" if config.task == "generate" else "train with --task generate"
+            )
+            raise InputError(
+                f"{verb} cannot use a network trained with --task {config.task}; {other}"
+            )
     elif config.init:
         network = runtime.network_flags(Path(config.init), "patchddm")
         config = replace(config, **{k: v for k, v in network.items() if k not in given})
@@ -1449,7 +1862,10 @@ def main(argv: Sequence[str]) -> int:
         check_split(config, given, ranks)
     try:
         if verb in ("", "train"):
-            data, config = loaders.open_data(config.data), runtime.shared_batch(config, given, ranks, config.run_folder)
+            data, config = (
+                loaders.open_data(config.data),
+                runtime.shared_batch(config, given, ranks, config.run_folder),
+            )
             if not verb and config.task == "segment":
                 cases_to_score(config, data)  # before the training: are there some
             code = train(config, data, ranks, stop)
@@ -1466,9 +1882,16 @@ def main(argv: Sequence[str]) -> int:
             elif verb == "sample":
                 code = generate(config, ranks)
             elif verb == "profile":
-                code = profile(config, loaders.open_data(config.data) if "data" in given else None, ranks, given)
+                code = profile(
+                    config,
+                    loaders.open_data(config.data) if "data" in given else None,
+                    ranks,
+                    given,
+                )
             else:
-                code = (grid if verb == "grid" else evaluate)(config, loaders.open_data(config.data), ranks)
+                code = (grid if verb == "grid" else evaluate)(
+                    config, loaders.open_data(config.data), ranks
+                )
     finally:
         stop.restore()
     runtime.stop_processes()

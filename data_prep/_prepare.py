@@ -105,18 +105,34 @@ class Source:
     cases: tuple[Case, ...]
     faults: tuple[str, ...] = ()  # found while listing
     notes: tuple[str, ...] = ()
-    rules: tuple[dict, ...] | None = None  # how each channel is normalised, where that is fixed; None: found, see ct
+    rules: tuple[dict, ...] | None = (
+        None  # how each channel is normalised, where that is fixed; None: found, see ct
+    )
     crop: dict | None = None  # {"kind": "label"|"centre"|"none", "size": [X, Y, Z]}, see crop_start
-    splits: dict[str, list[str]] | None = None  # of the labelled cases: train, val, test; None: loaders.make_splits
+    splits: dict[str, list[str]] | None = (
+        None  # of the labelled cases: train, val, test; None: loaders.make_splits
+    )
     patient: Callable[[str], str] = str  # case id -> patient, whose cases stay in one split
-    grids: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)  # shape of all cases -> virtual grid
-    counts: dict[str, tuple[int, int]] = field(default_factory=dict)  # what -> found here, published
+    grids: dict[tuple[int, ...], tuple[int, ...]] = field(
+        default_factory=dict
+    )  # shape of all cases -> virtual grid
+    counts: dict[str, tuple[int, int]] = field(
+        default_factory=dict
+    )  # what -> found here, published
     entries: dict[str, Any] = field(default_factory=dict)  # more of dataset.json
-    read: Callable[..., Flat | None] | None = None  # 2D: (case, report) -> what is stored, or None with faults reported
-    check: Callable[..., Any] | None = None  # 2D: what the first pass calls instead, where `read` takes long
+    read: Callable[..., Flat | None] | None = (
+        None  # 2D: (case, report) -> what is stored, or None with faults reported
+    )
+    check: Callable[..., Any] | None = (
+        None  # 2D: what the first pass calls instead, where `read` takes long
+    )
     settings: dict[str, Any] = field(default_factory=dict)  # 2D: flags that change what is stored
-    slices: dict | None = None  # {"side", "spacing", "norm", "fov_pad"}: the volumes become slices, see slice_settings
-    pretrain: tuple[str, ...] = ()  # slices: cases to pre-train on; none: those without label, and train
+    slices: dict | None = (
+        None  # {"side", "spacing", "norm", "fov_pad"}: the volumes become slices, see slice_settings
+    )
+    pretrain: tuple[
+        str, ...
+    ] = ()  # slices: cases to pre-train on; none: those without label, and train
     published_slices: dict[str, int] = field(default_factory=dict)  # split -> slices in the paper
 
     @property
@@ -169,8 +185,12 @@ def nifti_files(src: Path, faults: list[str]) -> Iterator[tuple[Path, str, Path]
                 yield Path(top), name, inside[0]
             else:
                 what = f"a folder with {len(inside)} NIfTI files"
-                faults.append(f"{Path(top, name)}: {what}, expected a file, or one in it; unpack it again")
-        folders[:] = sorted((f for f in folders if f[0] not in "._" and not volume(f)), key=natural_key)
+                faults.append(
+                    f"{Path(top, name)}: {what}, expected a file, or one in it; unpack it again"
+                )
+        folders[:] = sorted(
+            (f for f in folders if f[0] not in "._" and not volume(f)), key=natural_key
+        )
 
 
 def plain_files(src: Path) -> Iterator[Path]:
@@ -180,14 +200,22 @@ def plain_files(src: Path) -> Iterator[Path]:
     """
     if not src.exists():
         raise InputError(f"{src}: no such file or folder; check --src")
-    for file in [src] if src.is_file() else sorted(Path(top, name) for top, _, names in _walk(src) for name in names):
+    for file in (
+        [src]
+        if src.is_file()
+        else sorted(Path(top, name) for top, _, names in _walk(src) for name in names)
+    ):
         if file.suffix.lower() == ".zip":
             with _unzip(file) as packed:
                 names = [info.filename for info in packed.infolist() if not info.is_dir()]
-            inside = [Path(file, name) for name in names if not name.startswith("/")]  # "/x" would leave the archive
+            inside = [
+                Path(file, name) for name in names if not name.startswith("/")
+            ]  # "/x" would leave the archive
         else:
             inside = [file]
-        yield from (f for f in inside if not {part[0] for part in f.relative_to(src).parts} & {".", "_"})
+        yield from (
+            f for f in inside if not {part[0] for part in f.relative_to(src).parts} & {".", "_"}
+        )
 
 
 @contextlib.contextmanager
@@ -196,10 +224,19 @@ def _unzip(file: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(file) as packed:
             yield packed
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError, NotImplementedError) as e:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        KeyError,
+        RuntimeError,
+        NotImplementedError,
+    ) as e:
         with open(file, "rb") as f:
             page = f.read(64).lstrip()[:1] == b"<"
-        what = "an HTML page, left by a download that failed" if page else f"damaged or cut off ({e})"
+        what = (
+            "an HTML page, left by a download that failed" if page else f"damaged or cut off ({e})"
+        )
         raise InputError(f"{file}: {what}, expected a zip archive; get it again") from e
 
 
@@ -217,10 +254,14 @@ def read_bytes(path: Path) -> bytes:
         try:
             return path.read_bytes()
         except OSError as e:
-            raise InputError(f"{path}: cannot be read ({e.strerror or e}); check path and rights") from e
+            raise InputError(
+                f"{path}: cannot be read ({e.strerror or e}); check path and rights"
+            ) from e
     with _unzip(where[0]) as packed:
         if (size := packed.getinfo(where[1]).file_size) > MEMBER:
-            raise InputError(f"{path}: {size:,} bytes unpacked, expected at most {MEMBER:,}; check the archive")
+            raise InputError(
+                f"{path}: {size:,} bytes unpacked, expected at most {MEMBER:,}; check the archive"
+            )
         return packed.read(where[1])
 
 
@@ -242,7 +283,9 @@ def some(names: list[str]) -> str:
 # --- one case --------------------------------------------------------------------------------------------------------
 
 
-def clean_label(values: np.ndarray, known: dict[int, int], path: Path) -> tuple[np.ndarray, list[str]]:
+def clean_label(
+    values: np.ndarray, known: dict[int, int], path: Path
+) -> tuple[np.ndarray, list[str]]:
     """Published label values to prepared ones, uint8, same shape; and what is wrong with them, in words.
 
     Floats within 1e-3 of an integer are that integer; an astype without rounding would make 3 of 3.9999.
@@ -266,7 +309,9 @@ def clean_label(values: np.ndarray, known: dict[int, int], path: Path) -> tuple[
     found = list(zip(*(a.tolist() for a in np.unique(unknown, return_counts=True))))
     for value, count in found[:MANY]:
         kind = "negative" if value < 0 else "unknown"
-        faults.append(f"{path}: {kind} label value {value} in {count:,} voxels, expected {wanted}; correct the label")
+        faults.append(
+            f"{path}: {kind} label value {value} in {count:,} voxels, expected {wanted}; correct the label"
+        )
     if len(found) > MANY:
         faults.append(f"{path}: and {len(found) - MANY} more such values; is this an image?")
     return table[index], faults
@@ -290,8 +335,13 @@ def load_case(
                 attempt(report, check_same_grid, files[0], other, allow_affine_mismatch=allow)
             if not report.faults or len(files) == 1:
                 image = attempt(report, stack_channels, files, source.channels, allow)
-        if label_file is not None and (volume := attempt(report, as_volume, label_file)) is not None:
-            if files[0] is not None and files[0].data.ndim > 2:  # 2D is a fault that is named already
+        if (
+            label_file is not None
+            and (volume := attempt(report, as_volume, label_file)) is not None
+        ):
+            if (
+                files[0] is not None and files[0].data.ndim > 2
+            ):  # 2D is a fault that is named already
                 attempt(report, check_same_grid, files[0], label_file, allow_affine_mismatch=allow)
             labels, wrong = clean_label(volume, source.label_map, label_file.path)
             report.faults += wrong
@@ -307,7 +357,13 @@ def attempt(report: Report, function: Callable, *args: Any, **kwargs: Any) -> An
         if str(e) not in report.faults:
             report.faults.append(str(e))
     except MemoryError:
-        what = args[0][0].path if isinstance(args[0], list) else args[0].path if isinstance(args[0], Nifti) else args[0]
+        what = (
+            args[0][0].path
+            if isinstance(args[0], list)
+            else args[0].path
+            if isinstance(args[0], Nifti)
+            else args[0]
+        )
         report.faults.append(f"{what}: {NO_ROOM}")
     return None
 
@@ -320,7 +376,13 @@ def read_flat(report: Report, reader: Callable[[Path, bytes], Any], path: Path) 
 
 def add_reduce(parser: "Parser") -> None:
     """--reduce K, for `reduced`."""
-    parser.add_argument("--reduce", type=parse_reduce, default=1, metavar="K", help="K times smaller images, see above")
+    parser.add_argument(
+        "--reduce",
+        type=parse_reduce,
+        default=1,
+        metavar="K",
+        help="K times smaller images, see above",
+    )
 
 
 def parse_reduce(text: str) -> int:
@@ -355,10 +417,14 @@ def check_volume(source: Source, case: Case, allow: bool, report: Report) -> Non
         image, labels, first = loaded
         for channel, ct in zip(image, source.ct):
             if ct and (low := float(channel.min())) >= 0:
-                report.notes.append(f"{first.path}: no value is below {low:g}; are these Hounsfield units?")
+                report.notes.append(
+                    f"{first.path}: no value is below {low:g}; are these Hounsfield units?"
+                )
         if labels is not None and source.fits_window and labels.any():
             inside = [channel[labels > 0] if ct else None for channel, ct in zip(image, source.ct)]
-            report.facts["quantiles"] = [None if v is None else np.quantile(v, QUANTILES).tolist() for v in inside]
+            report.facts["quantiles"] = [
+                None if v is None else np.quantile(v, QUANTILES).tolist() for v in inside
+            ]
 
 
 def crop_start(shape: Sequence[int], size: Sequence[int], label: np.ndarray | None) -> list[int]:
@@ -372,7 +438,9 @@ def crop_start(shape: Sequence[int], size: Sequence[int], label: np.ndarray | No
     for axis, (n, target) in enumerate(zip(shape, size)):
         first, last = 0, n - 1
         if label is not None and label.any():
-            first, last = np.flatnonzero(label.any(axis=tuple({0, 1, 2} - {axis})))[[0, -1]].tolist()
+            first, last = np.flatnonzero(label.any(axis=tuple({0, 1, 2} - {axis})))[
+                [0, -1]
+            ].tolist()
         start.append(min(max(math.ceil((first + last - target) / 2), 0), max(n - target, 0)))
     return start
 
@@ -390,9 +458,16 @@ def cut(
     inside = tuple(slice(first, first + n) for first, n in zip(start, crop["size"]))
     affine = affine.copy()
     affine[:3, 3] += affine[:3, :3] @ np.array(start)
-    lost = None if labels is None else int(np.count_nonzero(labels) - np.count_nonzero(labels[inside]))
+    lost = (
+        None if labels is None else int(np.count_nonzero(labels) - np.count_nonzero(labels[inside]))
+    )
     facts = {"shape": list(shape), "start": start, "label_voxels_outside": lost}
-    return image[..., inside[0], inside[1], inside[2]], None if labels is None else labels[inside], affine, facts
+    return (
+        image[..., inside[0], inside[1], inside[2]],
+        None if labels is None else labels[inside],
+        affine,
+        facts,
+    )
 
 
 def volume_case(
@@ -421,7 +496,11 @@ def volume_case(
 
 
 def volume_facts(
-    source: Source, shape: Sequence[int], affine: np.ndarray, labels: np.ndarray | None, first: Nifti
+    source: Source,
+    shape: Sequence[int],
+    affine: np.ndarray,
+    labels: np.ndarray | None,
+    first: Nifti,
 ) -> dict[str, Any]:
     """What dataset.json says of a volume: its prepared grid, what it was before, its label."""
     return {
@@ -445,18 +524,26 @@ def original_of(first: Nifti) -> dict[str, Any]:
     }
 
 
-def flat_case(source: Source, case: Case, report: Report) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+def flat_case(
+    source: Source, case: Case, report: Report
+) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     """As volume_case, of a 2D image. facts["objects"]: how many there are, where the set tells them apart."""
     assert source.read
     flat = attempt(report, source.read, case, report)
     if flat is None or report.faults:
         return None
     arrays = {"image": np.ascontiguousarray(flat.image, np.uint8)}
-    facts = {"shape": list(flat.image.shape[1:]), "labelled": flat.label is not None, "label_voxels": None}
+    facts = {
+        "shape": list(flat.image.shape[1:]),
+        "labelled": flat.label is not None,
+        "label_voxels": None,
+    }
     if flat.label is not None:
         arrays["label"] = np.ascontiguousarray(flat.label, np.uint8)
         counted = flat.label[flat.label != source.entries.get("ignore", -1)]
-        facts["label_voxels"] = np.bincount(counted, minlength=max(source.label_values) + 1).tolist()
+        facts["label_voxels"] = np.bincount(
+            counted, minlength=max(source.label_values) + 1
+        ).tolist()
     if flat.instances is not None:
         arrays["instances"] = np.ascontiguousarray(flat.instances, np.int32)
         facts["objects"] = int(np.count_nonzero(np.unique(flat.instances)))
@@ -466,7 +553,9 @@ def flat_case(source: Source, case: Case, report: Report) -> tuple[dict[str, np.
 def prepare_case(source: Source, case: Case, recipe: dict, folder: Path) -> Report:
     """Second pass: write cases/ID with the arrays and case.json; the folder appears whole or not at all."""
     report = Report(case.id)
-    sources = file_facts(case)  # before reading, so that a file that changes meanwhile counts as changed
+    sources = file_facts(
+        case
+    )  # before reading, so that a file that changes meanwhile counts as changed
     if source.read:
         made = flat_case(source, case, report)
     else:
@@ -486,7 +575,9 @@ def prepare_case(source: Source, case: Case, recipe: dict, folder: Path) -> Repo
         shutil.rmtree(folder / case.id, ignore_errors=True)
         temporary.rename(folder / case.id)
     except OSError as e:
-        raise InputError(f"{folder / case.id}: cannot be written ({e.strerror or e}); free space and run again") from e
+        raise InputError(
+            f"{folder / case.id}: cannot be written ({e.strerror or e}); free space and run again"
+        ) from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return report
@@ -509,7 +600,13 @@ def file_facts(case: Case) -> list[dict]:
     facts = []
     for path in case.files:
         if (where := in_archive(path)) is None:
-            facts.append({"path": str(path.absolute()), "bytes": (s := path.stat()).st_size, "mtime_ns": s.st_mtime_ns})
+            facts.append(
+                {
+                    "path": str(path.absolute()),
+                    "bytes": (s := path.stat()).st_size,
+                    "mtime_ns": s.st_mtime_ns,
+                }
+            )
         else:
             with _unzip(where[0]) as packed:
                 info = packed.getinfo(where[1])
@@ -524,7 +621,9 @@ def finished(case: Case, folder: Path) -> dict | None:
         facts = record["facts"]
         names = ["image"] + ["label"] * facts["labelled"] + ["instances"] * ("objects" in facts)
         for name in names:
-            np.load(folder / case.id / f"{name}.npy", mmap_mode="r", allow_pickle=False)  # refuses a file cut short
+            np.load(
+                folder / case.id / f"{name}.npy", mmap_mode="r", allow_pickle=False
+            )  # refuses a file cut short
         return record if facts["sources"] == file_facts(case) else None
     except (OSError, ValueError, KeyError, TypeError, EOFError, SyntaxError, tokenize.TokenError):
         return None
@@ -563,9 +662,13 @@ def check_slices(source: Source, case: Case, allow: bool, report: Report) -> Non
     attempt(report, check_intensities, first, source.ct[0])
     if not report.faults:
         raises = source.ct[0] and source.slices["fov_pad"] == "raise"
-        report.facts["histogram"], report.facts["raised"] = histogram(image[0], FOV_FLOOR if raises else -32768)
+        report.facts["histogram"], report.facts["raised"] = histogram(
+            image[0], FOV_FLOOR if raises else -32768
+        )
         if first.data.dtype.kind == "f" and (image != np.rint(image)).any():
-            report.notes.append("some intensities are no whole numbers; they are rounded before they are counted")
+            report.notes.append(
+                "some intensities are no whole numbers; they are rounded before they are counted"
+            )
 
 
 def histogram(volume: np.ndarray, floor: int) -> tuple[np.ndarray, int]:
@@ -624,7 +727,12 @@ class Corpus:
         if self.window is None:
             assert not self.lacks
             low, high = (percentile_of(self.counts, q) for q in CORPUS_PERCENTILES)
-            self.window = {"low": low, "high": high, "voxels": int(self.counts.sum()), "raised": self.raised}
+            self.window = {
+                "low": low,
+                "high": high,
+                "voxels": int(self.counts.sum()),
+                "raised": self.raised,
+            }
         low, high = self.window["low"], self.window["high"]
         if high <= low:
             raise InputError(f"{self.file.parent}: percentiles 0.5 and 99.5 of all voxels are both {low:g}, expected "
@@ -655,13 +763,19 @@ def corpus_of(source: Source, splits: dict[str, list[str]], dst: Path) -> Corpus
     file = dst / "window.json"
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
-        window = {name: saved[name] for name in ("low", "high", "voxels", "raised")} if saved["key"] == key else None
+        window = (
+            {name: saved[name] for name in ("low", "high", "voxels", "raised")}
+            if saved["key"] == key
+            else None
+        )
     except (OSError, ValueError, KeyError, TypeError):
         window = None
     return Corpus(rule, ids, file, key, window)
 
 
-def target_spacing(shapes: Sequence[Sequence[int]], spacings: Sequence[Sequence[float]]) -> list[float]:
+def target_spacing(
+    shapes: Sequence[Sequence[int]], spacings: Sequence[Sequence[float]]
+) -> list[float]:
     """nnU-Net's rule, mm, RAS order: the median of each axis over the cases; of one that is much coarser, less.
 
     Where the largest median is more than 3 times the next, and that axis has less than a third of the voxels of the
@@ -675,13 +789,17 @@ def target_spacing(shapes: Sequence[Sequence[int]], spacings: Sequence[Sequence[
     return [round(float(s), 6) for s in target]
 
 
-def slice_spacing(source: Source, reports: dict[str, Report], done: dict[str, dict]) -> dict[str, list[float] | None]:
+def slice_spacing(
+    source: Source, reports: dict[str, Report], done: dict[str, dict]
+) -> dict[str, list[float] | None]:
     """Spacing of the labelled and of the other cases, by --spacing; None: each keeps its own."""
     assert source.slices
     wanted, out = source.slices["spacing"], {}
     for part, labelled in (("labelled", True), ("unlabelled", False)):
         cases = [case.id for case in source.cases if (case.label is not None) == labelled]
-        found = [(reports[c].facts if c in reports else done[c]["facts"])["original"] for c in cases]
+        found = [
+            (reports[c].facts if c in reports else done[c]["facts"])["original"] for c in cases
+        ]
         out[part] = None if wanted == "native" or not cases else wanted
         if wanted == "rule" and cases:
             shapes, spacings = zip(*map(_ras_geometry, found))
@@ -691,7 +809,10 @@ def slice_spacing(source: Source, reports: dict[str, Report], done: dict[str, di
 
 def _ras_geometry(original: dict) -> tuple[list[int], list[float]]:
     """Shape and spacing of a file, in RAS order."""
-    order = [next(i for i, way in enumerate(original["orientation"]) if way in ends) for ends in ("LR", "PA", "IS")]
+    order = [
+        next(i for i, way in enumerate(original["orientation"]) if way in ends)
+        for ends in ("LR", "PA", "IS")
+    ]
     return [original["shape"][i] for i in order], [original["spacing_mm"][i] for i in order]
 
 
@@ -719,17 +840,25 @@ def slice_entries(source: Source, recipe: dict) -> dict[str, Any]:
     spacing = recipe["spacing"]
     return {
         "slices": {"side": recipe["slices"]["side"]},
-        "spacing": spacing["labelled" if any(case.label for case in source.cases) else "unlabelled"],
+        "spacing": spacing[
+            "labelled" if any(case.label for case in source.cases) else "unlabelled"
+        ],
         **({"published_slices": source.published_slices} if source.published_slices else {}),
     }
 
 
 def slice_statistics(recipe: dict, splits: dict, records: dict, corpus: Corpus) -> dict[str, Any]:
     """More of the statistics: slices of each split, the spacing asked for, and what the window was made from."""
-    slices = {split: sum(records[case]["shape"][2] for case in ids) for split, ids in splits.items()}
+    slices = {
+        split: sum(records[case]["shape"][2] for case in ids) for split, ids in splits.items()
+    }
     out: dict[str, Any] = {"slices": slices, "target_spacing_mm": recipe["spacing"]}
     if corpus.window:
-        out |= {"window_cases": len(corpus.ids), "voxels": corpus.window["voxels"], "raised": corpus.window["raised"]}
+        out |= {
+            "window_cases": len(corpus.ids),
+            "voxels": corpus.window["voxels"],
+            "raised": corpus.window["raised"],
+        }
     return out
 
 
@@ -741,12 +870,19 @@ def slices_text(meta: dict) -> list[str]:
     beside = {split: f" (paper {n:,})" for split, n in published.items()}
     parts = [f"{split} {n:,}{beside.get(split, '')}" for split, n in s["slices"].items()]
     targets = [f"{part} {v[2]:g} mm" for part, v in s["target_spacing_mm"].items() if v]
-    lines = [f"  slices       {', '.join(parts)}", f"  distance     {', '.join(targets) or 'of each file'}"]
+    lines = [
+        f"  slices       {', '.join(parts)}",
+        f"  distance     {', '.join(targets) or 'of each file'}",
+    ]
     rule = meta["normalisation"]
     if "voxels" in s:
         unit = " HU" if rule["kind"] == "hu" else ""
         what = f"{rule['low']:g} to {rule['high']:g}{unit}, percentiles 0.5 and 99.5 of {s['voxels']:,} voxels"
-        raised = f"; {s['raised']:,} of them raised to {FOV_FLOOR}" if rule.get("fov_pad") == "raise" else ""
+        raised = (
+            f"; {s['raised']:,} of them raised to {FOV_FLOOR}"
+            if rule.get("fov_pad") == "raise"
+            else ""
+        )
         lines.append(f"  window       {what} of {s['window_cases']} cases{raised}")
     return lines
 
@@ -765,7 +901,9 @@ def _start_worker(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def over_cases(function: Callable, jobs: list[tuple], workers: int, title: str, quiet: bool) -> Iterator[Report]:
+def over_cases(
+    function: Callable, jobs: list[tuple], workers: int, title: str, quiet: bool
+) -> Iterator[Report]:
     """Call function(*job) for each job, in this process or in `workers`, with a progress bar; yields in any order."""
     with tqdm(total=len(jobs), desc=title, unit="case", file=sys.stderr, disable=quiet) as bar:
         if workers <= 1:
@@ -782,7 +920,10 @@ def over_cases(function: Callable, jobs: list[tuple], workers: int, title: str, 
                 # a short queue, so that a stop does not wait for many cases; the range comes first in zip, which
                 # would else take a job and drop it
                 with _sigint_blocked():
-                    waiting |= {pool.submit(function, *job) for _, job in zip(range(2 * workers - len(waiting)), queue)}
+                    waiting |= {
+                        pool.submit(function, *job)
+                        for _, job in zip(range(2 * workers - len(waiting)), queue)
+                    }
                 if not waiting:
                     break
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
@@ -790,7 +931,9 @@ def over_cases(function: Callable, jobs: list[tuple], workers: int, title: str, 
                     yield future.result()
                     bar.update()
         except BrokenProcessPool as e:
-            raise InputError("a worker process was killed (out of memory?); run again with fewer --workers") from e
+            raise InputError(
+                "a worker process was killed (out of memory?); run again with fewer --workers"
+            ) from e
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -856,7 +999,10 @@ def statistics_of(cases: dict[str, dict], classes: dict[str, int]) -> dict:
 
 def counts_of(source: Source) -> dict[str, dict[str, int]]:
     """The entry `counts` of dataset.json."""
-    return {name: {"found": found, "published": published} for name, (found, published) in source.counts.items()}
+    return {
+        name: {"found": found, "published": published}
+        for name, (found, published) in source.counts.items()
+    }
 
 
 def counts_text(counts: dict[str, dict[str, int]]) -> list[str]:
@@ -882,7 +1028,9 @@ def crop_text(meta: dict) -> list[str]:
 def objects_text(meta: dict) -> list[str]:
     """A line of the manifest: how many objects each split has, where the set tells them apart."""
     parts = []
-    for split, ids in meta["splits"].items() if len(meta["splits"]) <= MANY else [("all", meta["cases"])]:
+    for split, ids in (
+        meta["splits"].items() if len(meta["splits"]) <= MANY else [("all", meta["cases"])]
+    ):
         numbers = [n for case in ids if (n := meta["cases"][case].get("objects")) is not None]
         parts += [f"{split} {sum(numbers):,} in {len(numbers)} images"] if numbers else []
     return [f"  objects      {', '.join(parts)}"] if parts else []
@@ -913,7 +1061,12 @@ def manifest(meta: dict, root: Path) -> str:
             f"max {row(s['spacing_max_mm'])}",
             f"  orientation  {', '.join(orientations)} -> {meta['orientation']}",
         ]
-    lines += [*objects_text(meta), *crop_text(meta), *counts_text(meta.get("counts", {})), *slices_text(meta)]
+    lines += [
+        *objects_text(meta),
+        *crop_text(meta),
+        *counts_text(meta.get("counts", {})),
+        *slices_text(meta),
+    ]
     for name, value in [("background", 0), *meta["classes"].items()]:
         n = s["label_voxels"][name]
         published = meta["label_values"][str(value)]
@@ -954,7 +1107,10 @@ def check_all(
     if len(faults) == 1:
         raise InputError(f"{faults[0]}; nothing was written")
     if faults:
-        raise Faults(faults, f"{len(faults)} faults, in {bad} cases and the list; correct them; nothing was written")
+        raise Faults(
+            faults,
+            f"{len(faults)} faults, in {bad} cases and the list; correct them; nothing was written",
+        )
     return reports
 
 
@@ -971,7 +1127,11 @@ def setup_of(source: Source, options: argparse.Namespace, tool: str) -> dict:
         **({"crop": source.crop} if source.crop else {}),
         **({"settings": source.settings} if source.settings else {}),
         **({"slices": source.slices} if source.slices else {}),
-        **({"unlabelled": str(Path(more).resolve())} if (more := getattr(options, "unlabelled", None)) else {}),
+        **(
+            {"unlabelled": str(Path(more).resolve())}
+            if (more := getattr(options, "unlabelled", None))
+            else {}
+        ),
     }
 
 
@@ -993,12 +1153,19 @@ def check_destination(dst: Path, setup: dict, splits: dict[str, list[str]]) -> N
                 else {}
             )
     except (OSError, ValueError, TypeError, KeyError):
-        raise InputError(f"{dst}: holds other files, expected an empty or new folder; choose another --dst") from None
+        raise InputError(
+            f"{dst}: holds other files, expected an empty or new folder; choose another --dst"
+        ) from None
     for key in {**earlier, **setup}:
         was, now = earlier.get(key), setup.get(key)
         if was != now:
-            raise InputError(f"{dst}: was prepared with {key} {was}, now {now}; remove it or choose another --dst")
-    old, new = ({c: part for part, ids in s.items() if part != "pretrain" for c in ids} for s in (before, splits))
+            raise InputError(
+                f"{dst}: was prepared with {key} {was}, now {now}; remove it or choose another --dst"
+            )
+    old, new = (
+        {c: part for part, ids in s.items() if part != "pretrain" for c in ids}
+        for s in (before, splits)
+    )
     if moved := [case for case in old if case in new and old[case] != new[case]]:
         case = moved[0]
         raise InputError(f"{dst}: {len(moved)} cases would go to another split, such as {case} from {old[case]} to "
@@ -1011,7 +1178,9 @@ def alone_in(dst: Path) -> Iterator[None]:
     dst.mkdir(parents=True, exist_ok=True)
     handle = lock_folder(dst)
     if handle is None:
-        raise InputError(f"{dst}: another run is preparing it; wait for it, or choose another --dst")
+        raise InputError(
+            f"{dst}: another run is preparing it; wait for it, or choose another --dst"
+        )
     try:
         yield
     finally:
@@ -1026,14 +1195,18 @@ def splits_of(source: Source, sizes: tuple[int, ...] | None) -> dict[str, list[s
     order = [case for part in ("train", "val", "test") for case in splits[part]]
     if sum(sizes) != len(order):
         text = ",".join(map(str, sizes))
-        raise InputError(f"--split-sizes {text} are {sum(sizes)} cases, {len(order)} have a label; make the sums equal")
+        raise InputError(
+            f"--split-sizes {text} are {sum(sizes)} cases, {len(order)} have a label; make the sums equal"
+        )
     ends = np.cumsum(sizes).tolist()
     for end in ends:
         if 0 < end < len(order) and source.patient(order[end - 1]) == source.patient(order[end]):
             raise InputError(
                 f"--split-sizes divides {order[end - 1]} from {order[end]}, the same patient; change by one"
             )
-    return {part: order[end - n : end] for part, n, end in zip(("train", "val", "test"), sizes, ends)}
+    return {
+        part: order[end - n : end] for part, n, end in zip(("train", "val", "test"), sizes, ends)
+    }
 
 
 def prepare(source: Source, options: argparse.Namespace, tool: str) -> str:
@@ -1041,7 +1214,9 @@ def prepare(source: Source, options: argparse.Namespace, tool: str) -> str:
     dst, setup = Path(options.dst), setup_of(source, options, tool)
     # where cases are at fault, or only checked, their number may be another: faults come first
     splits = splits_of(source, None if source.faults or options.check else options.split_sizes)
-    splits["unlabelled"] = sorted((case.id for case in source.cases if not case.label), key=natural_key)
+    splits["unlabelled"] = sorted(
+        (case.id for case in source.cases if not case.label), key=natural_key
+    )
     if not options.check:
         check_destination(dst, setup, splits if not source.faults else {})
     folder = dst / "cases"
@@ -1058,12 +1233,17 @@ def prepare(source: Source, options: argparse.Namespace, tool: str) -> str:
     # finished cases are read again where a window is made from all of them
     fitted = set(splits["train"]) if source.fits_window else corpus.lacks if corpus else set()
     if fitted & done.keys():
-        reports |= check_all(source, [c for c in source.cases if c.id in done and c.id in fitted], options, corpus)
+        reports |= check_all(
+            source, [c for c in source.cases if c.id in done and c.id in fitted], options, corpus
+        )
     if corpus:
         normalisation, spacing = corpus.normalisation(), slice_spacing(source, reports, done)
     else:
         quantiles = {r.id: r.facts.get("quantiles") for r in reports.values()}
-        normalisation, spacing = normalisation_of(source, splits.get("train", []), quantiles), setup["spacing"]
+        normalisation, spacing = (
+            normalisation_of(source, splits.get("train", []), quantiles),
+            setup["spacing"],
+        )
     recipe = {
         "normalisation": normalisation,
         "spacing": spacing,
@@ -1076,27 +1256,44 @@ def prepare(source: Source, options: argparse.Namespace, tool: str) -> str:
     records = {case: record["facts"] for case, record in done.items() if record["recipe"] == recipe}
     todo = [case for case in source.cases if case.id not in records]
     if records:
-        print(f"{tool}: {len(records)} cases are there from an earlier run, {len(todo)} to do", file=sys.stderr)
+        print(
+            f"{tool}: {len(records)} cases are there from an earlier run, {len(todo)} to do",
+            file=sys.stderr,
+        )
     with alone_in(dst):
         check_destination(dst, setup, splits)  # another run may have ended since it was looked at
         if todo:
-            (dst / "dataset.json").unlink(missing_ok=True)  # it would describe cases that are about to change
-        atomic_write(dst / "prepare.json", json.dumps({**setup, "splits": splits}, indent=1).encode())
+            (dst / "dataset.json").unlink(
+                missing_ok=True
+            )  # it would describe cases that are about to change
+        atomic_write(
+            dst / "prepare.json", json.dumps({**setup, "splits": splits}, indent=1).encode()
+        )
         if corpus:
             corpus.save()
         jobs = [(replace(source, cases=()), case, recipe, folder) for case in todo]
         for report in over_cases(prepare_case, jobs, options.workers, "prepare", options.quiet):
             if report.faults:
-                raise Faults(report.faults, f"{report.id} could be read before: has it changed? run again")
+                raise Faults(
+                    report.faults, f"{report.id} could be read before: has it changed? run again"
+                )
             records[report.id] = report.facts
         return _finish(source, dst, setup, recipe, splits, records, corpus)
 
 
 def _finish(
-    source: Source, dst: Path, setup: dict, recipe: dict, splits: dict, records: dict, corpus: "Corpus | None"
+    source: Source,
+    dst: Path,
+    setup: dict,
+    recipe: dict,
+    splits: dict,
+    records: dict,
+    corpus: "Corpus | None",
 ) -> str:
     """Write dataset.json, after which the folder counts as prepared. Returns the manifest."""
-    records = {case.id: records[case.id] for case in source.cases}  # the same bytes whatever the order of work
+    records = {
+        case.id: records[case.id] for case in source.cases
+    }  # the same bytes whatever the order of work
     shapes = {tuple(facts["shape"]) for facts in records.values()}
     grid = source.grids.get(min(shapes)) if len(shapes) == 1 else None
     if source.crop and source.crop["kind"] != "none":
@@ -1142,7 +1339,9 @@ def parse_spacing(text: str) -> tuple[float, ...]:
     numbers = [float(part) for part in text.split(",")]
     numbers = numbers * 3 if len(numbers) == 1 else numbers
     if len(numbers) != 3 or not all(0.01 <= n <= 100 for n in numbers):
-        raise argparse.ArgumentTypeError(f"{text!r} is not one or three numbers of 0.01 to 100 mm, such as 1,1,2.5")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not one or three numbers of 0.01 to 100 mm, such as 1,1,2.5"
+        )
     return tuple(numbers)
 
 
@@ -1150,7 +1349,9 @@ def parse_sizes(text: str) -> tuple[int, ...]:
     """`9,0,4`: cases of train, val and test."""
     numbers = text.split(",")
     if len(numbers) != 3 or not all(n.isdigit() for n in numbers) or int(numbers[0]) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not three counts of train, val and test cases, such as 9,0,4")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not three counts of train, val and test cases, such as 9,0,4"
+        )
     return tuple(map(int, numbers))
 
 
@@ -1165,16 +1366,23 @@ def add_window_flags(parser: Parser, spacing: tuple[float, ...]) -> None:
     """The flags of a set whose publisher or paper gives a spacing, a window and counts."""
     parser.set_defaults(spacing=spacing)
     parser.add_argument(
-        "--crop", choices=("label", "centre", "none"), default="label", help="longer axes are cut, see above"
+        "--crop",
+        choices=("label", "centre", "none"),
+        default="label",
+        help="longer axes are cut, see above",
     )
     parser.add_argument(
-        "--subset", action="store_true", help="accept fewer cases than published; absent ones are left out"
+        "--subset",
+        action="store_true",
+        help="accept fewer cases than published; absent ones are left out",
     )
 
 
 def add_slice_flags(parser: Parser, norm: bool = True) -> None:
     """The flags of sets that become slices; norm: where they may be MR."""
-    parser.add_argument("--side", type=parse_side, metavar="N", help="pixels of a slice's side (default 256)")
+    parser.add_argument(
+        "--side", type=parse_side, metavar="N", help="pixels of a slice's side (default 256)"
+    )
     parser.add_argument(
         "--spacing",
         type=parse_slice_spacing,
@@ -1189,7 +1397,9 @@ def add_slice_flags(parser: Parser, norm: bool = True) -> None:
     )
     if norm:
         parser.add_argument(
-            "--norm", choices=("case", "corpus"), help="MR: percentiles of each case (default), or the same for all"
+            "--norm",
+            choices=("case", "corpus"),
+            help="MR: percentiles of each case (default), or the same for all",
         )
 
 
@@ -1205,16 +1415,25 @@ def parse_slice_spacing(text: str) -> str | tuple[float, ...]:
     return text if text in ("rule", "native") else parse_spacing(text)
 
 
-def window_of(spacing: Sequence[float], published: Sequence[float], size: Sequence[int]) -> list[int]:
+def window_of(
+    spacing: Sequence[float], published: Sequence[float], size: Sequence[int]
+) -> list[int]:
     """`size` voxels of the published spacing, in voxels of another: the nearest multiple of 16, at least 16."""
-    return [max(16, 16 * round(n * old / new / 16)) for n, old, new in zip(size, published, spacing)]
+    return [
+        max(16, 16 * round(n * old / new / 16)) for n, old, new in zip(size, published, spacing)
+    ]
 
 
 def add_volume_flags(p: Parser) -> None:
     """The flags that make no sense for 2D images."""
-    p.add_argument("--spacing", type=parse_spacing, metavar="X,Y,Z", help="resample to this, mm, RAS order")
     p.add_argument(
-        "--split-sizes", type=parse_sizes, metavar="N,N,N", help="cases of train, val, test (default: 80/10/10 %%)"
+        "--spacing", type=parse_spacing, metavar="X,Y,Z", help="resample to this, mm, RAS order"
+    )
+    p.add_argument(
+        "--split-sizes",
+        type=parse_sizes,
+        metavar="N,N,N",
+        help="cases of train, val, test (default: 80/10/10 %%)",
     )
     p.add_argument(
         "--allow-affine-mismatch",
@@ -1233,13 +1452,23 @@ def parser_of(tool: str, description: str, layouts: tuple[str, ...], flat: bool 
     )
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument("--src", metavar="DIR", help="the publisher's folder")
-    p.add_argument("--dst", metavar="DIR", help="the prepared folder, data/NAME; the same command again continues")
-    p.add_argument("--check", action="store_true", help="read all files, list all faults, write nothing")
+    p.add_argument(
+        "--dst",
+        metavar="DIR",
+        help="the prepared folder, data/NAME; the same command again continues",
+    )
+    p.add_argument(
+        "--check", action="store_true", help="read all files, list all faults, write nothing"
+    )
     p.add_argument("--workers", type=positive, default=1, metavar="N", help="processes (default 1)")
     p.set_defaults(spacing=None, split_sizes=None, allow_affine_mismatch=False)
     if not flat:
         add_volume_flags(p)
-    p.add_argument("--make-fake", metavar="DIR", help="write a tiny legal copy of the publisher's layout and stop")
+    p.add_argument(
+        "--make-fake",
+        metavar="DIR",
+        help="write a tiny legal copy of the publisher's layout and stop",
+    )
     if layouts:
         p.add_argument("--layout", choices=layouts, default=layouts[0], help="of --make-fake")
     p.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -1270,12 +1499,16 @@ def main(
             if options.make_fake:
                 target = Path(options.make_fake)
                 if target.exists() and (not target.is_dir() or any(target.iterdir())):
-                    raise InputError(f"{target}: is not empty, expected a new folder; choose another")
+                    raise InputError(
+                        f"{target}: is not empty, expected a new folder; choose another"
+                    )
                 make_fake(target, getattr(options, "layout", ""))
                 print(f"{tool}: wrote {target}")
                 return 0
             if not options.src or not (options.dst or options.check):
-                raise InputError("--src and --dst are needed (or --src and --check, or --make-fake); see --help")
+                raise InputError(
+                    "--src and --dst are needed (or --src and --check, or --make-fake); see --help"
+                )
             options.dst = options.dst or ""
             source = read_source(Path(options.src), *([options] if add_flags else []))
             text = prepare(source, options, tool)
@@ -1289,7 +1522,10 @@ def main(
             print(f"{tool}: {line}", file=sys.stderr)
         return 2
     except OSError as e:
-        print(f"{tool}: {e.filename or 'a file'}: {e.strerror or e}; check path, rights and space", file=sys.stderr)
+        print(
+            f"{tool}: {e.filename or 'a file'}: {e.strerror or e}; check path, rights and space",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         return 130

@@ -95,16 +95,25 @@ def read_source(src: Path, options: argparse.Namespace) -> Source:
     cases, absent, missing = look_for_files(file.parent, lists, options.subset)
     faults += missing
     if absent:
-        notes.append(f"{file}: listed cases without files, left out: {len(absent)} ({some(absent)})")
+        notes.append(
+            f"{file}: listed cases without files, left out: {len(absent)} ({some(absent)})"
+        )
     there = {case.id for case in cases}
     if not there and not faults:
         raise InputError(
             f"{file}: lists no CT that is here, expected files such as imagesTr/amos_0001.nii.gz; check --src"
         )
-    wrong = [f"{len(lists[part])} CT of {part}, expected {n}" for part, n in LISTED.items() if len(lists[part]) != n]
+    wrong = [
+        f"{len(lists[part])} CT of {part}, expected {n}"
+        for part, n in LISTED.items()
+        if len(lists[part]) != n
+    ]
     if wrong and not options.subset:
         faults.append(f"{file}: lists {' and '.join(wrong)}; {REMEDY}")
-    splits = {part: [e.case for e in entries if e.case in there] for part, entries in split_lists(lists).items()}
+    splits = {
+        part: [e.case for e in entries if e.case in there]
+        for part, entries in split_lists(lists).items()
+    }
     return Source(
         name="amos",
         channels=("CT",),
@@ -133,7 +142,9 @@ def find_list(src: Path) -> Path:
     if found and (len(found) == 1 or found[0].parent == src):
         return found[0]
     if found:
-        raise InputError(f"{src}: holds {len(found)} folders with a dataset.json, expected one; check --src")
+        raise InputError(
+            f"{src}: holds {len(found)} folders with a dataset.json, expected one; check --src"
+        )
     if older := [*src.glob("task?_dataset.json"), *src.glob("*/task?_dataset.json")]:
         what = f"of a release that gave no labels of validation cases ({older[0].name}), expected dataset.json"
         raise InputError(f"{src}: {what}; get amos22.zip of Zenodo 7262581")
@@ -148,10 +159,14 @@ def read_list(file: Path) -> dict[str, Any]:
     except ValueError as e:
         raise InputError(f"{file}: not JSON ({e}); get it again") from e
     lacks = [
-        key for key in ("training", "validation") if not isinstance(meta, dict) or not isinstance(meta.get(key), list)
+        key
+        for key in ("training", "validation")
+        if not isinstance(meta, dict) or not isinstance(meta.get(key), list)
     ]
     if lacks:
-        raise InputError(f"{file}: has no list {' and no list '.join(lacks)}, expected both; get it again")
+        raise InputError(
+            f"{file}: has no list {' and no list '.join(lacks)}, expected both; get it again"
+        )
     return meta
 
 
@@ -165,7 +180,9 @@ def label_faults(file: Path, labels: Any) -> list[str]:
     for value, wanted in enumerate(CLASSES, 1):
         name = labels.get(str(value))
         if name is None or letters(name) != letters(wanted):
-            faults.append(f"{file}: label {value} is {name!r}, expected {wanted}; is it another data set?")
+            faults.append(
+                f"{file}: label {value} is {name!r}, expected {wanted}; is it another data set?"
+            )
     return faults
 
 
@@ -191,10 +208,18 @@ def read_part(file: Path, meta: dict, part: str, faults: list[str]) -> tuple[lis
         elif int(number[1]) > LAST_CT:
             mr += 1
         elif label and nifti_stem(Path(label)) != case:
-            faults.append(f"{file}: {part} pairs {image} with {label}, expected the same name; correct it")
+            faults.append(
+                f"{file}: {part} pairs {image} with {label}, expected the same name; correct it"
+            )
         else:
             folder = "labelsTr" if part == "training" else "labelsVa"
-            entries.append(Entry(case, file.parent / image, file.parent / (label or f"{folder}/{Path(image).name}")))
+            entries.append(
+                Entry(
+                    case,
+                    file.parent / image,
+                    file.parent / (label or f"{folder}/{Path(image).name}"),
+                )
+            )
     return entries, mr
 
 
@@ -205,22 +230,36 @@ def repeated(file: Path, lists: dict[str, list[Entry]]) -> list[str]:
     for part, entries in lists.items():
         for entry in entries:
             if entry.case in seen:
-                where = f"in {part}" if seen[entry.case] == part else f"in {seen[entry.case]} and {part}"
-                faults.append(f"{file}: {entry.case} is there twice, {where}, expected once; remove one")
+                where = (
+                    f"in {part}"
+                    if seen[entry.case] == part
+                    else f"in {seen[entry.case]} and {part}"
+                )
+                faults.append(
+                    f"{file}: {entry.case} is there twice, {where}, expected once; remove one"
+                )
             seen[entry.case] = part
     return faults
 
 
-def look_for_files(root: Path, lists: dict[str, list[Entry]], subset: bool) -> tuple[list[Case], list[str], list[str]]:
+def look_for_files(
+    root: Path, lists: dict[str, list[Entry]], subset: bool
+) -> tuple[list[Case], list[str], list[str]]:
     """Cases with both files; names of those with none, where a subset is allowed; and faults."""
     cases: dict[str, Case] = {}
     absent, faults = [], []
     for part, entries in lists.items():
         files = {entry: (on_disk(entry.image), on_disk(entry.label)) for entry in entries}
-        if len(entries) > 1 and not any(label for _, label in files.values()) and any(i for i, _ in files.values()):
+        if (
+            len(entries) > 1
+            and not any(label for _, label in files.values())
+            and any(i for i, _ in files.values())
+        ):
             folder = entries[0].label.parent
             what = f"holds none of the labels of {len(entries)} CT of {part}, and an early release has none"
-            faults.append(f"{folder}: {what}; get amos22.zip of Zenodo 7262581, which has {folder.name}")
+            faults.append(
+                f"{folder}: {what}; get amos22.zip of Zenodo 7262581, which has {folder.name}"
+            )
             continue
         for entry, (image, label) in files.items():
             if image and label:
@@ -231,7 +270,9 @@ def look_for_files(root: Path, lists: dict[str, list[Entry]], subset: bool) -> t
                 hint = "" if image or label else ", or pass --subset"
                 for path, there in ((entry.image, image), (entry.label, label)):
                     if not there:
-                        faults.append(f"{path}: missing, {entry.case} of {part} needs it; copy it{hint}")
+                        faults.append(
+                            f"{path}: missing, {entry.case} of {part} needs it; copy it{hint}"
+                        )
     return list(cases.values()), absent, faults
 
 
@@ -244,7 +285,11 @@ def on_disk(path: Path) -> Path | None:
 def split_lists(lists: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
     """train, val and test of the lists training and validation, see Splits above."""
     tenth = len(lists["validation"]) // 10
-    return {"train": lists["training"], "val": lists["validation"][:tenth], "test": lists["validation"][tenth:]}
+    return {
+        "train": lists["training"],
+        "val": lists["validation"][:tenth],
+        "test": lists["validation"][tenth:],
+    }
 
 
 # --- a tiny copy of the layout ---------------------------------------------------------------------------------------
@@ -262,26 +307,42 @@ def make_fake(root: Path, layout: str) -> None:
     drawn = [phantom(0, index, (24, 20, 16), (1.5, 1.5, 2.5), classes=13) for index in range(4)]
     for _, label in drawn:
         label[2:6, 2:6, 2:5], label[-6:-2, 2:6, 2:5] = 14, 15
-    meta: dict[str, Any] = {"name": "AMOS", "description": "phantoms, made by a program", "licence": "none needed"}
-    meta |= {"modality": {"0": "CT"}, "labels": {"0": "background"} | {str(v): c for v, c in enumerate(CLASSES, 1)}}
+    meta: dict[str, Any] = {
+        "name": "AMOS",
+        "description": "phantoms, made by a program",
+        "licence": "none needed",
+    }
+    meta |= {
+        "modality": {"0": "CT"},
+        "labels": {"0": "background"} | {str(v): c for v, c in enumerate(CLASSES, 1)},
+    }
     meta["labels"]["8"] = "arota"
     ct, others = iter(range(1, n + m + 1)), iter(range(LAST_CT + 1, LAST_CT + sum(mr) + 1))
-    for part, folder, count, extra in (("training", "Tr", n, mr[0]), ("validation", "Va", m, mr[1])):
+    for part, folder, count, extra in (
+        ("training", "Tr", n, mr[0]),
+        ("validation", "Va", m, mr[1]),
+    ):
         numbers = [next(ct) for _ in range(count)]
         numbers[1:1] = [next(others) for _ in range(extra)]
         names = [f"amos_{number:04d}.nii.gz" for number in numbers]
-        meta[part] = [{"image": f"./images{folder}/{x}", "label": f"./labels{folder}/{x}"} for x in names]
+        meta[part] = [
+            {"image": f"./images{folder}/{x}", "label": f"./labels{folder}/{x}"} for x in names
+        ]
         meta[f"num{part.capitalize()}"] = len(names)
         for number, name in zip(numbers, names):
             write_fake(root, folder, name, number, drawn)
     meta["test"] = [{"image": "./imagesTs/amos_0499.nii.gz"}]
     (root / "imagesTs").mkdir()
     shutil.copy(root / "imagesTr" / "amos_0001.nii.gz", root / "imagesTs" / "amos_0499.nii.gz")
-    (root / "imagesTr" / "._amos_0001.nii.gz").write_bytes(b"\x00\x05\x16\x07 a Mac's resource fork")
+    (root / "imagesTr" / "._amos_0001.nii.gz").write_bytes(
+        b"\x00\x05\x16\x07 a Mac's resource fork"
+    )
     (root / "dataset.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
-def write_fake(root: Path, folder: str, name: str, number: int, drawn: list[tuple[np.ndarray, np.ndarray]]) -> None:
+def write_fake(
+    root: Path, folder: str, name: str, number: int, drawn: list[tuple[np.ndarray, np.ndarray]]
+) -> None:
     """Image and label of one case."""
     image, label = drawn[number % len(drawn)]
     affine = np.diag([1.5, 1.5, 2.5, 1.0])

@@ -46,8 +46,16 @@ LAYOUTS = ("2020", "2018", "2021", "2023")
 CHANNELS = ("t1", "t1ce", "t2", "flair")
 SUFFIXES = {"t1n": "t1", "t1c": "t1ce", "t2w": "t2", "t2f": "flair"}  # names from 2023 on -> ours
 NAME = re.compile(r"(.+)(?:_(t1|t1ce|t2|flair|seg)|-(t1n|t1c|t2w|t2f|seg))")
-CLASSES = {"necrotic core": 1, "oedema": 2, "enhancing tumour": 3}  # prepared values of `all` and `regions`
-REGIONS = {"whole tumour": [1, 2, 3], "tumour core": [1, 3], "enhancing tumour": [3]}  # unions of these
+CLASSES = {
+    "necrotic core": 1,
+    "oedema": 2,
+    "enhancing tumour": 3,
+}  # prepared values of `all` and `regions`
+REGIONS = {
+    "whole tumour": [1, 2, 3],
+    "tumour core": [1, 3],
+    "enhancing tumour": [3],
+}  # unions of these
 # The paper pads 8, 8, 50 voxels in front and 8, 8, 51 behind.
 GRIDS: dict[tuple[int, ...], tuple[int, ...]] = {(240, 240, 155): (256, 256, 256)}
 AUTHORS = {f"BraTS20_Training_{number:03d}" for number in range(1, 370)}
@@ -58,9 +66,13 @@ class Found:
     """The files of one case, as its names tell."""
 
     id: str
-    files: dict[str, list[Path]] = field(default_factory=dict)  # a channel, or seg -> one file, if all is well
+    files: dict[str, list[Path]] = field(
+        default_factory=dict
+    )  # a channel, or seg -> one file, if all is well
     folders: set[Path] = field(default_factory=set)
-    odd: list[Path] = field(default_factory=list)  # NIfTI files of other names, in a folder that is this case's alone
+    odd: list[Path] = field(
+        default_factory=list
+    )  # NIfTI files of other names, in a folder that is this case's alone
     hyphens: bool = False  # named as from 2023 on
 
 
@@ -75,7 +87,9 @@ def read_source(src: Path, options: argparse.Namespace) -> Source:
     if not found and not faults:
         archives = [f.name for f in sorted(src.rglob("*")) if f.suffix in (".tar", ".zip", ".tgz")]
         remedy = f"unpack {archives[0]} first" if archives else "check --src"
-        raise InputError(f"{src}: no BraTS case found, expected files such as CASE_flair.nii.gz; {remedy}")
+        raise InputError(
+            f"{src}: no BraTS case found, expected files such as CASE_flair.nii.gz; {remedy}"
+        )
     faults += family_faults(src, found)
     cases, notes = [], names_told(found)
     for case in found:
@@ -86,16 +100,24 @@ def read_source(src: Path, options: argparse.Namespace) -> Source:
         label = case.files.get("seg", [None])[0]
         if label is None and case.odd and not is_validation(case, src):
             label = case.odd[0]
-            notes.append(f"{label}: taken as the label of case {case.id}, which has no seg and no other file left")
+            notes.append(
+                f"{label}: taken as the label of case {case.id}, which has no seg and no other file left"
+            )
         cases.append(Case(case.id, tuple(case.files[channel][0] for channel in CHANNELS), label))
     used = {case.label for case in cases}
     left = [file for file in spare if file not in used]
     if left:
-        notes.append(f"{src}: other NIfTI files, left out: {len(left)} ({some([f.name for f in left])})")
+        notes.append(
+            f"{src}: other NIfTI files, left out: {len(left)} ({some([f.name for f in left])})"
+        )
     bare = [case.id for case in cases if not case.label]
     if bare:
-        notes.append(f"{src}: cases without label, prepared as unlabelled: {len(bare)} ({some(bare)})")
-    highest, fault, said_label = enhancing_value(cases, any(case.hyphens for case in found), options)
+        notes.append(
+            f"{src}: cases without label, prepared as unlabelled: {len(bare)} ({some(bare)})"
+        )
+    highest, fault, said_label = enhancing_value(
+        cases, any(case.hyphens for case in found), options
+    )
     labelled = [case.id for case in cases if case.label]
     if set(labelled) == AUTHORS:
         notes.append("all 369 cases of 2020 are here: split as by PatchDDM's authors, 295/37/37")
@@ -138,14 +160,22 @@ def find_cases(src: Path) -> tuple[list[Found], list[Path], list[str]]:
         case.hyphens |= match[3] is not None
     shared = Counter(folder for case in cases.values() for folder in case.folders)
     for case in cases.values():
-        case.odd = [f for folder in sorted(case.folders) if shared[folder] == 1 for f in spare.get(folder, [])]
+        case.odd = [
+            f
+            for folder in sorted(case.folders)
+            if shared[folder] == 1
+            for f in spare.get(folder, [])
+        ]
     found = sorted(cases.values(), key=lambda case: natural_key(case.id))
     return found, [file for files in spare.values() for file in files], faults
 
 
 def channel_suffixes() -> dict[str, list[str]]:
     """Channel -> the words that end the names of its files, of all years."""
-    return {channel: [channel, *(new for new, ours in SUFFIXES.items() if ours == channel)] for channel in CHANNELS}
+    return {
+        channel: [channel, *(new for new, ours in SUFFIXES.items() if ours == channel)]
+        for channel in CHANNELS
+    }
 
 
 def is_validation(case: Found, src: Path) -> bool:
@@ -157,10 +187,16 @@ def is_validation(case: Found, src: Path) -> bool:
 def case_faults(case: Found, src: Path) -> list[str]:
     """What is wrong with a case's list of files, each fault with its folder."""
     where, mark = min(case.folders), "-" if case.hyphens else "_"
-    published = {ours: name for name, ours in SUFFIXES.items()} if case.hyphens else {name: name for name in CHANNELS}
+    published = (
+        {ours: name for name, ours in SUFFIXES.items()}
+        if case.hyphens
+        else {name: name for name in CHANNELS}
+    )
     faults = []
     if not _prepare.is_case_name(case.id):
-        faults.append(f"{where}: case name {case.id!r}, expected letters, digits, - and _; rename it")
+        faults.append(
+            f"{where}: case name {case.id!r}, expected letters, digits, - and _; rename it"
+        )
     for role, files in case.files.items():
         if len(files) > 1:
             listed = ", ".join(map(str, files))
@@ -207,7 +243,9 @@ def family_faults(src: Path, found: list[Found]) -> list[str]:
         return []
     listed = ", ".join(f"{n} of {name}" for name, n in counts.items())
     what = f"{src}: cases of several years or tasks ({listed}), expected one"
-    return [f"{what}: they share patients, who would be in train and in test; prepare each by itself"]
+    return [
+        f"{what}: they share patients, who would be in train and in test; prepare each by itself"
+    ]
 
 
 def split_patients(cases: Iterable[str]) -> dict[str, list[str]]:
@@ -215,17 +253,30 @@ def split_patients(cases: Iterable[str]) -> dict[str, list[str]]:
     patients: dict[str, list[str]] = {}
     for case in cases:
         patients.setdefault(patient_of(case), []).append(case)
-    return {part: [case for name in names for case in patients[name]] for part, names in make_splits(patients).items()}
+    return {
+        part: [case for name in names for case in patients[name]]
+        for part, names in make_splits(patients).items()
+    }
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------
 
 
-def label_tables(classes: str, highest: tuple[int, ...]) -> tuple[dict[str, int], dict[int, int], dict[int, int]]:
+def label_tables(
+    classes: str, highest: tuple[int, ...]
+) -> tuple[dict[str, int], dict[int, int], dict[int, int]]:
     """classes, label_values and label_map of a Source. highest: published values of the enhancing tumour."""
     if classes == "whole":
-        return {"whole tumour": 1}, {0: 0, 1: 1}, {value: min(value, 1) for value in (0, 1, 2, *highest)}
-    return CLASSES, {0: 0, 1: 1, 2: 2, 3: highest[0]}, {0: 0, 1: 1, 2: 2} | dict.fromkeys(highest, 3)
+        return (
+            {"whole tumour": 1},
+            {0: 0, 1: 1},
+            {value: min(value, 1) for value in (0, 1, 2, *highest)},
+        )
+    return (
+        CLASSES,
+        {0: 0, 1: 1, 2: 2, 3: highest[0]},
+        {0: 0, 1: 1, 2: 2} | dict.fromkeys(highest, 3),
+    )
 
 
 def values_of(case: Case) -> Report:
@@ -236,7 +287,9 @@ def values_of(case: Case) -> Report:
         return Report(case.id, facts={"values": []})
     data = data if data.dtype.kind in "iu" else np.rint(data)
     if data.dtype == np.uint8:  # a count is ten times as fast as a sort
-        return Report(case.id, facts={"values": np.flatnonzero(np.bincount(data.ravel(order="K"))).tolist()})
+        return Report(
+            case.id, facts={"values": np.flatnonzero(np.bincount(data.ravel(order="K"))).tolist()}
+        )
     return Report(case.id, facts={"values": np.unique(data).tolist()})
 
 
@@ -252,14 +305,20 @@ def enhancing_value(
         return ((3,) if hyphens else (4,)), [], []
     found: dict[int, list[str]] = {3: [], 4: []}
     jobs = [(case,) for case in labelled]
-    for report in _prepare.over_cases(values_of, jobs, options.workers, "label values", options.quiet):
+    for report in _prepare.over_cases(
+        values_of, jobs, options.workers, "label values", options.quiet
+    ):
         for value in found.keys() & set(report.facts["values"]):
             found[value].append(report.id)
     three, four = (sorted(found[value], key=natural_key) for value in (3, 4))
     meaning = "4 is the enhancing tumour until 2021 and the cavity left by surgery in 2024"
     if three and four:
         what = f"label value 3 in {len(three)} cases (first {three[0]}) and 4 in {len(four)} (first {four[0]})"
-        return (4, 3), [f"{what}, expected only one of them, {meaning}; prepare one year by itself"], []
+        return (
+            (4, 3),
+            [f"{what}, expected only one of them, {meaning}; prepare one year by itself"],
+            [],
+        )
     if four and hyphens:
         what = f"label value 4 in {len(four)} cases (first {four[0]}) whose files are named as from 2023 on"
         return (4,), [f"{what}, expected 0, 1, 2, 3: {meaning}; prepare 2017-2021 or 2023"], []
@@ -268,7 +327,11 @@ def enhancing_value(
         return (value,), [], [f"labels are 0, 1, 2, {value}: {value} is the enhancing tumour, in "
                               f"{len(found[value])} of {len(labelled)} cases"]  # fmt: skip
     value = 3 if hyphens else 4
-    return (value,), [], [f"no label holds a 3 or 4; by the files' names the enhancing tumour would be {value}"]
+    return (
+        (value,),
+        [],
+        [f"no label holds a 3 or 4; by the files' names the enhancing tumour would be {value}"],
+    )
 
 
 # --- a tiny copy of the layout ---------------------------------------------------------------------------------------
@@ -277,7 +340,15 @@ def enhancing_value(
 def fake_names(layout: str) -> dict[str, str]:
     """Case -> folder below the root, as that year's archive or its common copy has them."""
     if layout == "2018":
-        sites = ["2013_2", "2013_10", "CBICA_AAB", "CBICA_ABE", "TCIA01_131", "TCIA02_151", "TCIA05_277"]
+        sites = [
+            "2013_2",
+            "2013_10",
+            "CBICA_AAB",
+            "CBICA_ABE",
+            "TCIA01_131",
+            "TCIA02_151",
+            "TCIA05_277",
+        ]
         root = "MICCAI_BraTS_2018_Data_Training"
         names = {f"Brats18_{site}_1": f"{root}/HGG" for site in sites}
         names |= {f"Brats18_TCIA10_{number}_1": f"{root}/LGG" for number in (103, 109, 130)}
@@ -288,7 +359,10 @@ def fake_names(layout: str) -> dict[str, str]:
         inner = "BraTS2020_ValidationData/MICCAI_BraTS2020_ValidationData"
         return names | {"BraTS20_Validation_001": inner}
     if layout == "2021":
-        names = {f"BraTS2021_{n:05d}": "BraTS2021_Training_Data" for n in (0, 2, 3, 5, 6, 8, 9, 11, 12, 14)}
+        names = {
+            f"BraTS2021_{n:05d}": "BraTS2021_Training_Data"
+            for n in (0, 2, 3, 5, 6, 8, 9, 11, 12, 14)
+        }
         return names | {"BraTS2021_00001": "BraTS2021_ValidationData"}
     dates = [(n, 0) for n in (0, 2, 3, 5, 6, 8, 9)] + [(n, 1) for n in (2, 5, 9)]
     root = "ASNR-MICCAI-BraTS2023-GLI-Challenge"
@@ -308,12 +382,16 @@ def make_fake(root: Path, layout: str) -> None:
     affine = np.diag([-1.0, -1.0, 1.0, 1.0])  # LPS
     affine[1, 3] = shape[1] - 1
     axes = np.ix_(*[2 * (np.arange(n) + 0.5) / n - 1 for n in shape])
-    brain = sum(np.abs(u) ** 4 for u in axes) < 0.85  # [X, Y, Z], a rounded box; all else is exactly 0
+    brain = (
+        sum(np.abs(u) ** 4 for u in axes) < 0.85
+    )  # [X, Y, Z], a rounded box; all else is exactly 0
     hyphens, ending = layout == "2023", ".nii" if layout == "2020" else ".nii.gz"
     suffixes = [*(SUFFIXES if hyphens else CHANNELS), "seg"]
     for index, (case, folder) in enumerate(fake_names(layout).items()):
         image, label = phantom(0, index, shape, (1.0, 1.0, 1.0), channels=4, classes=3)
-        volumes = [np.where(brain, np.round(300 * (1 + index) * np.maximum(v, 0.01)), 0) for v in image]
+        volumes = [
+            np.where(brain, np.round(300 * (1 + index) * np.maximum(v, 0.01)), 0) for v in image
+        ]
         published = np.array([0, 1, 2, 3 if hyphens else 4], np.uint8)[label * brain]
         for name, values in zip(suffixes, [*volumes, published]):
             if name == "seg" and "alidation" in folder:
@@ -331,12 +409,19 @@ def make_fake(root: Path, layout: str) -> None:
             nib.save(file, path)
     first = sorted(root.rglob("*flair*" if not hyphens else "*t2f*"))[0]
     first.with_name(f"._{first.name}").write_bytes(b"\x00\x05\x16\x07 a Mac's resource fork")
-    (root / next(iter(fake_names(layout).values())) / "name_mapping.csv").write_text("Grade,BraTS_ID\n")
+    (root / next(iter(fake_names(layout).values())) / "name_mapping.csv").write_text(
+        "Grade,BraTS_ID\n"
+    )
 
 
 def add_flags(parser: _prepare.Parser) -> None:
     choices = ("whole", "regions", "all")
-    parser.add_argument("--classes", choices=choices, default="whole", help="what to segment, see above; default whole")
+    parser.add_argument(
+        "--classes",
+        choices=choices,
+        default="whole",
+        help="what to segment, see above; default whole",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -90,19 +90,29 @@ def disk(radius: float, sigma: float) -> np.ndarray:
     return kernel / np.count_nonzero(x**2 + y**2 <= radius**2)
 
 
-def defocus_blur(x: np.ndarray, rng: np.random.Generator, radius: float, sigma: float) -> np.ndarray:
+def defocus_blur(
+    x: np.ndarray, rng: np.random.Generator, radius: float, sigma: float
+) -> np.ndarray:
     return ndimage.correlate(x, disk(radius, sigma)[..., None], mode="mirror")
 
 
-def glass_blur(x: np.ndarray, rng: np.random.Generator, sigma: float, reach: int, rounds: int) -> np.ndarray:
+def glass_blur(
+    x: np.ndarray, rng: np.random.Generator, sigma: float, reach: int, rounds: int
+) -> np.ndarray:
     """Pixels copied from a random neighbour, from the last row and column to the first, so that copies are copied."""
     height, width = x.shape[:2]
     pixels = to_bytes(blur(x, sigma)).reshape(-1, 3)
     inner = max(height - 2 * reach, 0), max(width - 2 * reach, 0)
     moves = rng.integers(-reach, reach, (rounds, *inner, 2))  # dx, dy
-    steps = (moves[..., 1] * width + moves[..., 0])[:, ::-1, ::-1]  # [rounds, rows, columns], in the order of work
-    source = list(range(height * width))  # plain numbers: what is copied depends on what was copied before
-    at = np.arange(height * width).reshape(height, width)[reach : height - reach, reach : width - reach][::-1, ::-1]
+    steps = (moves[..., 1] * width + moves[..., 0])[
+        :, ::-1, ::-1
+    ]  # [rounds, rows, columns], in the order of work
+    source = list(
+        range(height * width)
+    )  # plain numbers: what is copied depends on what was copied before
+    at = np.arange(height * width).reshape(height, width)[
+        reach : height - reach, reach : width - reach
+    ][::-1, ::-1]
     places = at.ravel().tolist()
     for step in steps.reshape(rounds, -1).tolist():
         for place, move in zip(places, step):
@@ -129,8 +139,17 @@ def to_rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.nda
     rest = hue * 6 - sector
     low = value * (1 - saturation)
     down, up = value * (1 - rest * saturation), value * (1 - (1 - rest) * saturation)
-    order = [(value, up, low), (down, value, low), (low, value, up), (low, down, value), (up, low, value)]
-    return np.choose(sector.astype(int)[..., None] % 6, [np.stack(c, axis=2) for c in [*order, (value, low, down)]])
+    order = [
+        (value, up, low),
+        (down, value, low),
+        (low, value, up),
+        (low, down, value),
+        (up, low, value),
+    ]
+    return np.choose(
+        sector.astype(int)[..., None] % 6,
+        [np.stack(c, axis=2) for c in [*order, (value, low, down)]],
+    )
 
 
 def contrast(x: np.ndarray, rng: np.random.Generator, c: float) -> np.ndarray:
@@ -156,7 +175,9 @@ def jpeg(x: np.ndarray, rng: np.random.Generator, quality: int) -> np.ndarray:
 
 def pixelate(x: np.ndarray, rng: np.random.Generator, c: float) -> np.ndarray:
     height, width = x.shape[:2]
-    small = stored(x).resize((max(int(c * width), 1), max(int(c * height), 1)), Image.Resampling.BOX)
+    small = stored(x).resize(
+        (max(int(c * width), 1), max(int(c * height), 1)), Image.Resampling.BOX
+    )
     return np.asarray(small.resize((width, height), Image.Resampling.BOX)) / 255 + 1e-9
 
 
@@ -176,14 +197,24 @@ def elastic_field(
     ]  # [3, 2]: output -> input
     grid = np.indices(shape).astype(np.float64)  # [2, Y, X]
     affine = np.einsum("ayx,ab->byx", grid, back[:2]) + back[2][:, None, None]
-    push = [strength * blur(rng.uniform(-1, 1, shape), sigma, "reflect", 3) for _ in range(2)]  # columns first
+    push = [
+        strength * blur(rng.uniform(-1, 1, shape), sigma, "reflect", 3) for _ in range(2)
+    ]  # columns first
     return affine, grid + np.stack(push[::-1])
 
 
-def elastic(x: np.ndarray, rng: np.random.Generator, strength: float, sigma: float, jitter: float) -> np.ndarray:
+def elastic(
+    x: np.ndarray, rng: np.random.Generator, strength: float, sigma: float, jitter: float
+) -> np.ndarray:
     affine, displaced = elastic_field(x.shape[:2], rng, strength, sigma, jitter)
-    parts = [ndimage.map_coordinates(part, affine, order=1, mode="mirror") for part in np.moveaxis(x, 2, 0)]
-    return np.stack([ndimage.map_coordinates(part, displaced, order=1, mode="reflect") for part in parts], axis=2)
+    parts = [
+        ndimage.map_coordinates(part, affine, order=1, mode="mirror")
+        for part in np.moveaxis(x, 2, 0)
+    ]
+    return np.stack(
+        [ndimage.map_coordinates(part, displaced, order=1, mode="reflect") for part in parts],
+        axis=2,
+    )
 
 
 def elastic_label(
@@ -232,11 +263,21 @@ def equalise(values: np.ndarray) -> np.ndarray:
     first = counts[values.min()]
     if first == values.size:
         return values
-    return np.rint((counts - first) * (255 / (values.size - first))).clip(0, 255).astype(np.uint8)[values]
+    return (
+        np.rint((counts - first) * (255 / (values.size - first)))
+        .clip(0, 255)
+        .astype(np.uint8)[values]
+    )
 
 
 def spatter(
-    x: np.ndarray, rng: np.random.Generator, mean: float, sd: float, sigma: float, level: float, water: float
+    x: np.ndarray,
+    rng: np.random.Generator,
+    mean: float,
+    sd: float,
+    sigma: float,
+    level: float,
+    water: float,
 ) -> np.ndarray:
     """Drops of water with a shaded rim (water > 0: how bright), or mud."""
     liquid = blur(rng.normal(mean, sd, x.shape[:2]), sigma)
@@ -247,9 +288,17 @@ def spatter(
         return x * (1 - mask) + mask * MUD
     drops = to_bytes(liquid)
     edges = (drops > 0) & ~ndimage.binary_erosion(drops > 0, border_value=1)
-    distance = np.minimum(ndimage.distance_transform_edt(~edges), 20) if edges.any() else np.full(drops.shape, 20.0)
-    shade = equalise(ndimage.uniform_filter(distance, 3, mode="mirror").astype(np.uint8)).astype(np.float64)
-    shade = ndimage.correlate(shade, np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]]), mode="mirror").clip(0, 255)
+    distance = (
+        np.minimum(ndimage.distance_transform_edt(~edges), 20)
+        if edges.any()
+        else np.full(drops.shape, 20.0)
+    )
+    shade = equalise(ndimage.uniform_filter(distance, 3, mode="mirror").astype(np.uint8)).astype(
+        np.float64
+    )
+    shade = ndimage.correlate(
+        shade, np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]]), mode="mirror"
+    ).clip(0, 255)
     mask = drops * np.rint(ndimage.uniform_filter(shade, 3, mode="mirror"))
     mask = water * mask / max(mask.max(), 1)
     return x + mask[..., None] * WATER
@@ -257,7 +306,9 @@ def spatter(
 
 # --- all of them -----------------------------------------------------------------------------------------------------
 
-CORRUPTIONS: dict[str, tuple[Callable[..., np.ndarray], list[tuple]]] = {  # name -> function, parameters by severity
+CORRUPTIONS: dict[
+    str, tuple[Callable[..., np.ndarray], list[tuple]]
+] = {  # name -> function, parameters by severity
     "gaussian_noise": (gaussian_noise, [(0.08,), (0.12,), (0.18,), (0.26,), (0.38,)]),
     "shot_noise": (shot_noise, [(60,), (25,), (12,), (5,), (3,)]),
     "impulse_noise": (impulse_noise, [(0.03,), (0.06,), (0.09,), (0.17,), (0.27,)]),
@@ -272,7 +323,13 @@ CORRUPTIONS: dict[str, tuple[Callable[..., np.ndarray], list[tuple]]] = {  # nam
     "pixelate": (pixelate, [(0.6,), (0.5,), (0.4,), (0.3,), (0.25,)]),
     "elastic": (
         elastic,
-        [(488, 170.8, 24.4), (488, 19.52, 48.8), (12.2, 2.44, 4.88), (17.08, 2.44, 4.88), (29.28, 2.44, 4.88)],
+        [
+            (488, 170.8, 24.4),
+            (488, 19.52, 48.8),
+            (12.2, 2.44, 4.88),
+            (17.08, 2.44, 4.88),
+            (29.28, 2.44, 4.88),
+        ],
     ),
     "frost": (frost, [(1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)]),
     "spatter": (
@@ -290,14 +347,18 @@ CORRUPTIONS: dict[str, tuple[Callable[..., np.ndarray], list[tuple]]] = {  # nam
 
 def generator(seed: int, case: str, name: str, severity: int) -> np.random.Generator:
     """The generator of one copy, the same whatever else is made."""
-    return np.random.default_rng([seed, zlib.crc32(case.encode()), [*CORRUPTIONS].index(name), severity])
+    return np.random.default_rng(
+        [seed, zlib.crc32(case.encode()), [*CORRUPTIONS].index(name), severity]
+    )
 
 
 def corrupt(image: np.ndarray, name: str, severity: int, rng: np.random.Generator) -> np.ndarray:
     """uint8 [3, Y, X] -> uint8 [3, Y, X]. severity: 1 to 5."""
     function, parameters = CORRUPTIONS[name]
     x = image.transpose(1, 2, 0) / 255.0  # [Y, X, 3]
-    return np.ascontiguousarray(to_bytes(function(x, rng, *parameters[severity - 1])).transpose(2, 0, 1))
+    return np.ascontiguousarray(
+        to_bytes(function(x, rng, *parameters[severity - 1])).transpose(2, 0, 1)
+    )
 
 
 # --- the prepared folder ---------------------------------------------------------------------------------------------
@@ -319,7 +380,9 @@ def read_source(src: Path, options: argparse.Namespace) -> Source:
     clean = data.cases(options.split, options.limit)
     labelled = [case for case in clean if data.has_label(case)]
     if not labelled:
-        raise InputError(f"{src}: split {options.split} has no labelled image, expected some; choose another --split")
+        raise InputError(
+            f"{src}: split {options.split} has no labelled image, expected some; choose another --split"
+        )
     splits = {
         f"{name}-{severity}": [f"{case}-{name}-{severity}" for case in labelled]
         for name in options.corruptions
@@ -341,7 +404,8 @@ def read_source(src: Path, options: argparse.Namespace) -> Source:
         entries={"ignore": data.ignore} if data.ignore is not None else {},
         read=functools.partial(read_case, options.seed, options.warp_label == "on"),
         check=check_case,
-        settings={"seed": options.seed, "warp_label": options.warp_label} | ({"reduce": reduce} if reduce > 1 else {}),
+        settings={"seed": options.seed, "warp_label": options.warp_label}
+        | ({"reduce": reduce} if reduce > 1 else {}),
     )
 
 
@@ -363,7 +427,9 @@ def load(case: Case) -> list[np.ndarray]:
         files = [case.images[0], case.label, *case.images[1:]]
         return [np.load(file, allow_pickle=False) for file in files if file]
     except (OSError, ValueError, EOFError) as e:
-        raise InputError(f"{case.images[0].parent}: not readable arrays ({e}); prepare this set again") from e
+        raise InputError(
+            f"{case.images[0].parent}: not readable arrays ({e}); prepare this set again"
+        ) from e
 
 
 def read_case(seed: int, warp: bool, case: Case, report: Report) -> Flat:
@@ -373,7 +439,10 @@ def read_case(seed: int, warp: bool, case: Case, report: Report) -> Flat:
     number = int(severity)
     if name == "elastic" and warp:
         parameters = CORRUPTIONS[name][1][number - 1]
-        moved = [elastic_label(a, generator(seed, clean, name, number), *parameters) for a in (label, *objects)]
+        moved = [
+            elastic_label(a, generator(seed, clean, name, number), *parameters)
+            for a in (label, *objects)
+        ]
         label, objects = moved[0], moved[1:]
     facts = {"clean": clean, "corruption": name, "severity": number}
     made = corrupt(image, name, number, generator(seed, clean, name, number))
@@ -390,23 +459,42 @@ def make_fake(root: Path, layout: str) -> None:
 
 
 def add_flags(parser: _prepare.Parser) -> None:
-    parser.add_argument("--split", default="test", metavar="NAME", help="whose images (default test)")
-    parser.add_argument("--limit", type=_prepare.positive, metavar="N", help="at most N images (default: all)")
     parser.add_argument(
-        "--corruptions", nargs="+", choices=[*CORRUPTIONS], default=[*CORRUPTIONS], metavar="NAME", help="default: all"
+        "--split", default="test", metavar="NAME", help="whose images (default test)"
     )
     parser.add_argument(
-        "--severities", nargs="+", type=int, choices=range(1, 6), default=[1, 2, 3, 4, 5], metavar="1..5"
+        "--limit", type=_prepare.positive, metavar="N", help="at most N images (default: all)"
+    )
+    parser.add_argument(
+        "--corruptions",
+        nargs="+",
+        choices=[*CORRUPTIONS],
+        default=[*CORRUPTIONS],
+        metavar="NAME",
+        help="default: all",
+    )
+    parser.add_argument(
+        "--severities",
+        nargs="+",
+        type=int,
+        choices=range(1, 6),
+        default=[1, 2, 3, 4, 5],
+        metavar="1..5",
     )
     parser.add_argument("--seed", type=seed, default=0, help="of all that is random (default 0)")
     parser.add_argument(
-        "--warp-label", choices=("on", "off"), default="on", help="whether elastic moves the labels too"
+        "--warp-label",
+        choices=("on", "off"),
+        default="on",
+        help="whether elastic moves the labels too",
     )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns: the exit code."""
-    return _prepare.main(argv, "corrupt", __doc__ or "", read_source, make_fake, (), add_flags, flat=True)
+    return _prepare.main(
+        argv, "corrupt", __doc__ or "", read_source, make_fake, (), add_flags, flat=True
+    )
 
 
 if __name__ == "__main__":

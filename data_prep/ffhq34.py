@@ -53,7 +53,9 @@ def read_source(src: Path, options: argparse.Namespace) -> Source:
         cases += found
         splits[part] = [case.id for case in found]
         if len(found) != number and not options.subset:
-            faults.append(f"{root / 'real' / part}: {len(found)} pairs, expected {number}; get all, or pass --subset")
+            faults.append(
+                f"{root / 'real' / part}: {len(found)} pairs, expected {number}; get all, or pass --subset"
+            )
     photographs = list_photographs(options.photographs, faults) if options.photographs else []
     values = {value: value for value in range(classes)}
     return Source(
@@ -66,7 +68,11 @@ def read_source(src: Path, options: argparse.Namespace) -> Source:
         cases=tuple(cases + photographs),
         faults=tuple(faults),
         rules=({"kind": "none"},) * 3,
-        splits={**splits, "pretrain": splits["train"] + [case.id for case in photographs], "val": []},
+        splits={
+            **splits,
+            "pretrain": splits["train"] + [case.id for case in photographs],
+            "val": [],
+        },
         counts={part: (len(splits[part]), number) for part, number in published.items()},
         entries={"ignore": IGNORE},
         read=functools.partial(read_case, options.size, classes),
@@ -78,40 +84,61 @@ def find_set(src: Path) -> Path:
     """The folder ffhq_34 or celeba_19: src itself, or the only one below it. Raises: InputError."""
     if not src.is_dir():
         packed = "unpack it first" if src.is_file() else "check --src"
-        raise InputError(f"{src}: no such folder, expected datasets/ffhq_34 or datasets/celeba_19; {packed}")
+        raise InputError(
+            f"{src}: no such folder, expected datasets/ffhq_34 or datasets/celeba_19; {packed}"
+        )
     src = src.resolve()  # --src . has a name too
-    found = [f for f in (src, *(src / name for name in CLASSES)) if f.name in CLASSES and (f / "real").is_dir()]
+    found = [
+        f
+        for f in (src, *(src / name for name in CLASSES))
+        if f.name in CLASSES and (f / "real").is_dir()
+    ]
     if len(found) > 1:
-        raise InputError(f"{src}: holds both {' and '.join(f.name for f in found)}; give one of them as --src")
+        raise InputError(
+            f"{src}: holds both {' and '.join(f.name for f in found)}; give one of them as --src"
+        )
     if not found:
-        raise InputError(f"{src}: no ffhq_34/real or celeba_19/real here, expected the unpacked set; check --src")
+        raise InputError(
+            f"{src}: no ffhq_34/real or celeba_19/real here, expected the unpacked set; check --src"
+        )
     return found[0]
 
 
 def images_in(folder: Path) -> list[Path]:
     """The images of a folder in the order of text, without what a Mac leaves."""
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_ENDINGS and f.name[0] not in "._")
+    return sorted(
+        f for f in folder.iterdir() if f.suffix.lower() in IMAGE_ENDINGS and f.name[0] not in "._"
+    )
 
 
 def list_pairs(folder: Path, part: str, faults: list[str]) -> list[Case]:
     """Images with a class map of the same stem; a fault for each image or map without its other half."""
     if not folder.is_dir():
-        faults.append(f"{folder}: no such folder, expected images and .npy files; unpack the set again")
+        faults.append(
+            f"{folder}: no such folder, expected images and .npy files; unpack the set again"
+        )
         return []
     cases: dict[str, Case] = {}
     maps = {f.stem: f for f in sorted(folder.glob("*.npy")) if f.name[0] not in "._"}
     for file in images_in(folder):
         case = f"{part}_{file.stem}"
         if case in cases:
-            faults.append(f"{file}: {cases[case].images[0].name} has the same stem, expected one image; remove one")
+            faults.append(
+                f"{file}: {cases[case].images[0].name} has the same stem, expected one image; remove one"
+            )
         elif file.stem not in maps:
             faults.append(f"{file}: has no class map, expected {file.stem}.npy beside it; copy it")
         elif not _prepare.is_case_name(case):
-            faults.append(f"{file}: a name with other signs than letters, digits, - and _; rename it and its map")
+            faults.append(
+                f"{file}: a name with other signs than letters, digits, - and _; rename it and its map"
+            )
         else:
             cases[case] = Case(case, (file,), maps[file.stem])
     alone = sorted(set(maps) - {file.stem for file in images_in(folder)})
-    faults += [f"{maps[stem]}: a class map without image, expected {stem}.png or .jpg; copy it" for stem in alone]
+    faults += [
+        f"{maps[stem]}: a class map without image, expected {stem}.png or .jpg; copy it"
+        for stem in alone
+    ]
     return [*cases.values()]
 
 
@@ -132,18 +159,28 @@ def read_case(size: int, classes: int, case: Case, report: Report) -> Flat | Non
     labels = _prepare.read_flat(report, read_map, case.label) if case.label else None
     for path, array in ((case.images[0], image), (case.label, labels)):
         if array is not None and array.shape[-1] != array.shape[-2]:
-            report.faults.append(f"{path}: {_prepare.size(array)} pixels, expected a square; get it again")
+            report.faults.append(
+                f"{path}: {_prepare.size(array)} pixels, expected a square; get it again"
+            )
     if labels is not None and case.label:
-        labels, wrong = _prepare.clean_label(labels, {v: v for v in (*range(classes), IGNORE)}, case.label)
+        labels, wrong = _prepare.clean_label(
+            labels, {v: v for v in (*range(classes), IGNORE)}, case.label
+        )
         report.faults += wrong
     if image is None or (case.label and labels is None) or report.faults:
         return None
     if len(image) == 1:
         report.notes.append(f"{case.images[0]}: a grey photograph, its three colours are the same")
     if labels is not None and labels.shape != image.shape[1:]:
-        report.notes.append(f"{case.label}: {_prepare.size(labels)} pixels, the image has {_prepare.size(image)}")
-    colours = Image.fromarray(np.ascontiguousarray(np.broadcast_to(image, (3, *image.shape[1:])).transpose(1, 2, 0)))
-    small = np.asarray(colours.resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)  # [3, Y, X]
+        report.notes.append(
+            f"{case.label}: {_prepare.size(labels)} pixels, the image has {_prepare.size(image)}"
+        )
+    colours = Image.fromarray(
+        np.ascontiguousarray(np.broadcast_to(image, (3, *image.shape[1:])).transpose(1, 2, 0))
+    )
+    small = np.asarray(colours.resize((size, size), Image.Resampling.BILINEAR)).transpose(
+        2, 0, 1
+    )  # [3, Y, X]
     if labels is not None:
         labels = np.asarray(Image.fromarray(labels).resize((size, size), Image.Resampling.NEAREST))
     return Flat(small, labels)
@@ -156,8 +193,17 @@ def read_map(path: Path, blob: bytes) -> np.ndarray:
     except (ValueError, OSError, EOFError, SyntaxError) as e:
         text = " ".join(str(e).split())
         raise InputError(f"{path}: not a readable array of numbers ({text}); get it again") from e
-    if not isinstance(labels, np.ndarray) or labels.ndim != 2 or labels.dtype.kind not in "uif" or not labels.size:
-        found = f"{labels.dtype} {labels.shape}" if isinstance(labels, np.ndarray) else type(labels).__name__
+    if (
+        not isinstance(labels, np.ndarray)
+        or labels.ndim != 2
+        or labels.dtype.kind not in "uif"
+        or not labels.size
+    ):
+        found = (
+            f"{labels.dtype} {labels.shape}"
+            if isinstance(labels, np.ndarray)
+            else type(labels).__name__
+        )
         raise InputError(f"{path}: {found}, expected a class map [Y, X] of integers; get it again")
     if labels.dtype.kind == "f" and not np.isfinite(labels).all():
         raise InputError(f"{path}: holds NaN or Inf, expected classes; get it again")
@@ -175,25 +221,41 @@ def make_fake(root: Path, layout: str) -> None:
         for number in range(count):
             rng = np.random.default_rng([number, part == "test"])
             side = 32 + 4 * (number % 2)
-            labels = (np.add.outer(np.arange(side), 2 * np.arange(side)) // 3 + number) % CLASSES[layout]
+            labels = (np.add.outer(np.arange(side), 2 * np.arange(side)) // 3 + number) % CLASSES[
+                layout
+            ]
             if number == 1:
                 labels[:5] = IGNORE
             image = 7 * labels[..., None] % 256 + rng.integers(0, 9, (side, side, 3))
             end = "jpg" if number % 2 else "png"
-            Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / f"{number:05d}.{end}")
+            Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(
+                folder / f"{number:05d}.{end}"
+            )
             np.save(folder / f"{number:05d}.npy", labels.astype(np.int64))
     (root / layout / "ddpm").mkdir()
 
 
 def add_flags(parser: _prepare.Parser) -> None:
-    parser.add_argument("--size", type=_prepare.positive, default=256, metavar="N", help="pixels a side (default 256)")
-    parser.add_argument("--photographs", type=Path, metavar="DIR", help="images without labels, for pre-training")
-    parser.add_argument("--subset", action="store_true", help="accept other numbers of pairs than published")
+    parser.add_argument(
+        "--size",
+        type=_prepare.positive,
+        default=256,
+        metavar="N",
+        help="pixels a side (default 256)",
+    )
+    parser.add_argument(
+        "--photographs", type=Path, metavar="DIR", help="images without labels, for pre-training"
+    )
+    parser.add_argument(
+        "--subset", action="store_true", help="accept other numbers of pairs than published"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns: the exit code."""
-    return _prepare.main(argv, "ffhq34", __doc__ or "", read_source, make_fake, LAYOUTS, add_flags, flat=True)
+    return _prepare.main(
+        argv, "ffhq34", __doc__ or "", read_source, make_fake, LAYOUTS, add_flags, flat=True
+    )
 
 
 if __name__ == "__main__":

@@ -75,16 +75,25 @@ def read_source(src: Path, options: argparse.Namespace) -> Source:
     for case, file in images.items():
         label = labels.pop(case, None)
         if case.startswith("FLARE22_Tr_") and label is None:
-            faults.append(f"{file}: has no label, expected {case}.nii.gz in labels; copy it, or take the image away")
+            faults.append(
+                f"{file}: has no label, expected {case}.nii.gz in labels; copy it, or take the image away"
+            )
         else:
             cases.append(Case(case, (file,), label))
-    faults += [f"{f}: a label without image, expected {c}_0000.nii.gz in images; copy it" for c, f in labels.items()]
+    faults += [
+        f"{f}: a label without image, expected {c}_0000.nii.gz in images; copy it"
+        for c, f in labels.items()
+    ]
     cases.sort(key=lambda case: natural_key(case.id))
-    pretrain = [case.id for case in cases if not case.label and int(case.id.split("_")[1]) <= PRETRAIN]
+    pretrain = [
+        case.id for case in cases if not case.label and int(case.id.split("_")[1]) <= PRETRAIN
+    ]
     if not pretrain:
         later = any(not case.label for case in cases)
         what = "later unlabelled cases, pre-training train too" if later else "train"
-        notes.append(f"{src}: no unlabelled case 1-1000: pre-training and the window will use {what}")
+        notes.append(
+            f"{src}: no unlabelled case 1-1000: pre-training and the window will use {what}"
+        )
     labelled = [case.id for case in cases if case.label]
     return Source(
         name="flare22",
@@ -116,9 +125,15 @@ def find_files(src: Path, faults: list[str]) -> tuple[dict[str, Path], dict[str,
             continue
         found = images if match[2] else labels
         if match[1] in found:
-            faults.append(f"{file}: is there twice, also {found[match[1]]}, expected one; remove the other")
+            faults.append(
+                f"{file}: is there twice, also {found[match[1]]}, expected one; remove the other"
+            )
         found[match[1]] = file
-    return images, labels, [f"{src}: {len(others)} other files, left out: {some(others)}"] if others else []
+    return (
+        images,
+        labels,
+        [f"{src}: {len(others)} other files, left out: {some(others)}"] if others else [],
+    )
 
 
 def split(labelled: list[str]) -> dict[str, list[str]]:
@@ -152,10 +167,19 @@ def make_fake(root: Path, _: str) -> None:
         if number == 1:
             x, y = np.ogrid[-19.5:20, -19.5:20]
             hu[np.hypot(x, y) > 19.5] = -2000
-        values = {2: hu[:, 4:-4], 3: np.repeat(hu, 2, axis=2), 4: hu + np.float32(0.25)}.get(number, hu)
+        values = {2: hu[:, 4:-4], 3: np.repeat(hu, 2, axis=2), 4: hu + np.float32(0.25)}.get(
+            number, hu
+        )
         folder = f"FLARE22_UnlabeledCase{'1-1000' if number <= PRETRAIN else '1001-2000'}"
-        _write(root / folder / f"Case_{number:05d}_0000.nii.gz", values, False, 4.0 if number == 3 else 8.0)
-    (root / "FLARE22_UnlabeledCase1-1000" / "._Case_00001_0000.nii.gz").write_bytes(b"\x00 a Mac's resource fork")
+        _write(
+            root / folder / f"Case_{number:05d}_0000.nii.gz",
+            values,
+            False,
+            4.0 if number == 3 else 8.0,
+        )
+    (root / "FLARE22_UnlabeledCase1-1000" / "._Case_00001_0000.nii.gz").write_bytes(
+        b"\x00 a Mac's resource fork"
+    )
 
 
 def _write(path: Path, values: np.ndarray, las: bool, distance: float = 8.0) -> None:
@@ -163,7 +187,10 @@ def _write(path: Path, values: np.ndarray, las: bool, distance: float = 8.0) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     affine = np.diag([8.0, 8.0, distance, 1.0])
     if las:
-        values, affine = values[::-1], affine @ np.array([[-1, 0, 0, 39], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+        values, affine = (
+            values[::-1],
+            affine @ np.array([[-1, 0, 0, 39], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]]),
+        )
     nib.save(nib.Nifti1Image(values, affine), path)
 
 
@@ -173,7 +200,9 @@ def main(argv: list[str] | None = None) -> int:
     def add_flags(parser: _prepare.Parser) -> None:
         _prepare.add_slice_flags(parser, norm=False)
 
-    return _prepare.main(argv, "flare22", __doc__ or "", read_source, make_fake, add_flags=add_flags)
+    return _prepare.main(
+        argv, "flare22", __doc__ or "", read_source, make_fake, add_flags=add_flags
+    )
 
 
 if __name__ == "__main__":

@@ -37,7 +37,9 @@ from data_prep._prepare import Case, Flat, Report, Source, some
 
 LAYOUTS = ("full", "few")
 PUBLISHED = {"train": 85, "testA": 60, "testB": 20}
-NAME = re.compile(r"((train|testA|testB)_([1-9]\d*))(_anno)?\.(bmp|png|jpg|jpeg|tif|tiff)", re.IGNORECASE)
+NAME = re.compile(
+    r"((train|testA|testB)_([1-9]\d*))(_anno)?\.(bmp|png|jpg|jpeg|tif|tiff)", re.IGNORECASE
+)
 ONE_ID = ("testB_3", "testB_11", "testB_18", "testB_19")
 FOLDER = "Warwick QU Dataset (Released 2016_07_08)"
 
@@ -52,14 +54,20 @@ def read_source(src: Path, options: argparse.Namespace) -> Source:
     notes, other = [], 0
     for file in _prepare.plain_files(src):
         if match := NAME.fullmatch(file.name):
-            case = f"{match[2].lower().replace('testa', 'testA').replace('testb', 'testB')}_{match[3]}"
-            files.setdefault(case, {}).setdefault("annotation" if match[4] else "image", []).append(file)
+            case = (
+                f"{match[2].lower().replace('testa', 'testA').replace('testb', 'testB')}_{match[3]}"
+            )
+            files.setdefault(case, {}).setdefault("annotation" if match[4] else "image", []).append(
+                file
+            )
         elif file.name.lower() == "grade.csv":
             tables.append(file)
         else:
             other += 1
     if not files:
-        raise InputError(f"{src}: no train_1.bmp, testA_1.bmp or the like below it, expected {FOLDER}; check --src")
+        raise InputError(
+            f"{src}: no train_1.bmp, testA_1.bmp or the like below it, expected {FOLDER}; check --src"
+        )
     grades = read_grades(tables[0]) if tables else {}
     notes += [] if grades else [f"{src}: no Grade.csv, patients and grades are not known"]
     notes += [f"{src}: {other} files of other names, left out"] if other else []
@@ -67,11 +75,19 @@ def read_source(src: Path, options: argparse.Namespace) -> Source:
     names = {part: sorted(c.id for c in cases if c.id.startswith(f"{part}_")) for part in PUBLISHED}
     for part, published in PUBLISHED.items():
         here = sum(case.startswith(f"{part}_") for case in files)
-        beyond = [case for case in files if case.startswith(f"{part}_") and int(case.split("_")[1]) > published]
+        beyond = [
+            case
+            for case in files
+            if case.startswith(f"{part}_") and int(case.split("_")[1]) > published
+        ]
         if beyond:
-            faults.append(f"{src}: {some(sorted(beyond))}, expected {part}_1 to {part}_{published}; is it GlaS?")
+            faults.append(
+                f"{src}: {some(sorted(beyond))}, expected {part}_1 to {part}_{published}; is it GlaS?"
+            )
         elif 0 < here < published and not options.subset:
-            faults.append(f"{src}: {here} images of {part}, expected {published}; get all, or pass --subset")
+            faults.append(
+                f"{src}: {here} images of {part}, expected {published}; get all, or pass --subset"
+            )
         elif not here:
             notes.append(f"{src}: no image of {part}")
     test = sorted(names["testA"] + names["testB"])
@@ -93,7 +109,9 @@ def read_source(src: Path, options: argparse.Namespace) -> Source:
     )
 
 
-def pair_files(files: dict[str, dict[str, list[Path]]], tables: list[Path]) -> tuple[list[Case], list[str]]:
+def pair_files(
+    files: dict[str, dict[str, list[Path]]], tables: list[Path]
+) -> tuple[list[Case], list[str]]:
     """Cases with one image and one annotation; and a fault for each file that is missing or there twice.
 
     tables: Grade.csv, a file of every case: what is stored depends on it.
@@ -101,11 +119,18 @@ def pair_files(files: dict[str, dict[str, list[Path]]], tables: list[Path]) -> t
     cases, faults = [], []
     for case, found in sorted(files.items()):
         double = {kind: paths for kind, paths in found.items() if len(paths) > 1}
-        faults += [f"{p[0]}: {p[1]} is of the same name, expected one {kind}; remove one" for kind, p in double.items()]
+        faults += [
+            f"{p[0]}: {p[1]} is of the same name, expected one {kind}; remove one"
+            for kind, p in double.items()
+        ]
         if "image" not in found:
-            faults.append(f"{found['annotation'][0]}: an annotation without image, expected {case}.bmp; copy it")
+            faults.append(
+                f"{found['annotation'][0]}: an annotation without image, expected {case}.bmp; copy it"
+            )
         elif "annotation" not in found:
-            faults.append(f"{found['image'][0]}: has no annotation, expected {case}_anno.bmp; copy it")
+            faults.append(
+                f"{found['image'][0]}: has no annotation, expected {case}_anno.bmp; copy it"
+            )
         elif not double:
             cases.append(Case(case, (found["image"][0], *tables), found["annotation"][0]))
     return cases, faults
@@ -116,11 +141,15 @@ def read_grades(file: Path) -> dict[str, dict[str, str]]:
     text = _prepare.read_bytes(file).decode("utf-8-sig", errors="replace")
     rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text)) if row]
     if not rows or rows[0][:3] != ["name", "patient ID", "grade (GlaS)"]:
-        raise InputError(f"{file}: begins {rows[:1]}, expected name, patient ID, grade (GlaS); get it again")
+        raise InputError(
+            f"{file}: begins {rows[:1]}, expected name, patient ID, grade (GlaS); get it again"
+        )
     return {row[0]: {"patient": row[1], "grade": row[2]} for row in rows[1:] if len(row) >= 3}
 
 
-def read_case(grades: dict[str, dict[str, str]], reduce: int, case: Case, report: Report) -> Flat | None:
+def read_case(
+    grades: dict[str, dict[str, str]], reduce: int, case: Case, report: Report
+) -> Flat | None:
     """Image, gland or not, and objects of one case, `reduce` times smaller; faults and notes go into the report."""
     assert case.label
     image = _prepare.read_flat(report, read_image, case.images[0])
@@ -128,7 +157,9 @@ def read_case(grades: dict[str, dict[str, str]], reduce: int, case: Case, report
     if image is None or objects is None:
         return None
     if len(image) != 3:
-        report.faults.append(f"{case.images[0]}: a grey image, expected colours; is it the annotation?")
+        report.faults.append(
+            f"{case.images[0]}: a grey image, expected colours; is it the annotation?"
+        )
     if image.shape[1:] != objects.shape:
         report.faults.append(f"{case.label}: {_prepare.size(objects)} pixels, the image has {_prepare.size(image)}, "
                              "expected the same; get both again")  # fmt: skip
@@ -139,7 +170,11 @@ def read_case(grades: dict[str, dict[str, str]], reduce: int, case: Case, report
     if len(ids) == 1 and pieces.max() > 1:
         if case.id in ONE_ID:
             objects = pieces
-        what = "which are numbered here" if case.id in ONE_ID else "taken as one object; is it a binary copy?"
+        what = (
+            "which are numbered here"
+            if case.id in ONE_ID
+            else "taken as one object; is it a binary copy?"
+        )
         report.notes.append(f"{case.label}: one number for {pieces.max()} separate pieces, {what}")
     if report.faults:
         return None
@@ -167,7 +202,9 @@ def make_fake(root: Path, layout: str) -> None:
                 objects = (objects > 0).astype(np.uint8)
             Image.fromarray(image).save(folder / f"{part}_{number}.bmp")
             Image.fromarray(objects).save(folder / f"{part}_{number}_anno.bmp")
-    for name in sorted(f"{part}_{number}" for part, count in counts.items() for number in range(1, count + 1)):
+    for name in sorted(
+        f"{part}_{number}" for part, count in counts.items() for number in range(1, count + 1)
+    ):
         rows.append(f"{name}, {len(name)}, benign, healthy")
     (folder / "Grade.csv").write_bytes("\r\n".join([*rows, ""]).encode())
     (folder / "._train_1.bmp").write_bytes(b"\x00\x05\x16\x07 a Mac's resource fork")
@@ -179,7 +216,11 @@ def draw_glands(rng: np.random.Generator, shape: tuple[int, int]) -> tuple[np.nd
     objects = np.zeros(shape, np.uint8)
     for k, centre in enumerate((8, 24, 40)):
         radius = rng.uniform(3, 6)
-        objects[(y - rng.uniform(8, shape[0] - 8)) ** 2 + (x - centre) ** 2 < radius**2] = (1, 2, 5)[k]
+        objects[(y - rng.uniform(8, shape[0] - 8)) ** 2 + (x - centre) ** 2 < radius**2] = (
+            1,
+            2,
+            5,
+        )[k]
     colour = np.where(objects[..., None] > 0, (150, 90, 160), (225, 170, 200))  # [Y, X, 3]
     return np.clip(colour + rng.normal(0, 12, (*shape, 3)), 0, 255).astype(np.uint8), objects
 
@@ -191,7 +232,9 @@ def add_flags(parser: _prepare.Parser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns: the exit code."""
-    return _prepare.main(argv, "glas", __doc__ or "", read_source, make_fake, LAYOUTS, add_flags, flat=True)
+    return _prepare.main(
+        argv, "glas", __doc__ or "", read_source, make_fake, LAYOUTS, add_flags, flat=True
+    )
 
 
 if __name__ == "__main__":

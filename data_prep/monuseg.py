@@ -62,7 +62,9 @@ def read_source(src: Path, options: argparse.Namespace) -> Source:
         else:
             other += 1
     if not files:
-        raise InputError(f"{src}: no TCGA-….tif below it or in an archive, expected {TRAINING}.zip; check --src")
+        raise InputError(
+            f"{src}: no TCGA-….tif below it or in an archive, expected {TRAINING}.zip; check --src"
+        )
     cases, faults = pair_files(files)
     labelled = {case.id for case in cases if case.label}
     for part, published in PUBLISHED.items():
@@ -71,9 +73,15 @@ def read_source(src: Path, options: argparse.Namespace) -> Source:
                           "get both archives, or pass --subset")  # fmt: skip
     notes = [f"{src}: {other} files of other names, left out"] if other else []
     if not labelled & set(parts["train"]):
-        notes += [f"{src}: no training image has an XML beside it: nothing to learn from, nothing to choose by"]
+        notes += [
+            f"{src}: no training image has an XML beside it: nothing to learn from, nothing to choose by"
+        ]
     bare = sorted({case.id for case in cases} - labelled)
-    notes += [f"{src}: images without XML, for pre-training only: {len(bare)} ({some(bare)})"] if bare else []
+    notes += (
+        [f"{src}: images without XML, for pre-training only: {len(bare)} ({some(bare)})"]
+        if bare
+        else []
+    )
     return Source(
         name="monuseg",
         channels=("red", "green", "blue"),
@@ -92,7 +100,8 @@ def read_source(src: Path, options: argparse.Namespace) -> Source:
         },
         counts={part: (len(parts[part]), published) for part, published in PUBLISHED.items()},
         read=functools.partial(read_case, options.offset, options.reduce),
-        settings={"offset": options.offset} | ({"reduce": options.reduce} if options.reduce > 1 else {}),
+        settings={"offset": options.offset}
+        | ({"reduce": options.reduce} if options.reduce > 1 else {}),
     )
 
 
@@ -109,9 +118,14 @@ def pair_files(files: dict[str, dict[str, list[Path]]]) -> tuple[list[Case], lis
     cases, faults = [], []
     for case, found in sorted(files.items()):
         double = {kind: paths for kind, paths in found.items() if len(paths) > 1}
-        faults += [f"{p[0]}: {p[1]} is of the same name, expected one {kind}; remove one" for kind, p in double.items()]
+        faults += [
+            f"{p[0]}: {p[1]} is of the same name, expected one {kind}; remove one"
+            for kind, p in double.items()
+        ]
         if "image" not in found:
-            faults.append(f"{found['outlines'][0]}: outlines without image, expected {case}.tif; copy it")
+            faults.append(
+                f"{found['outlines'][0]}: outlines without image, expected {case}.tif; copy it"
+            )
         elif not double:
             cases.append(Case(case, (found["image"][0],), found.get("outlines", [None])[0]))
     return cases, faults
@@ -123,7 +137,9 @@ def pair_files(files: dict[str, dict[str, list[Path]]]) -> tuple[list[Case], lis
 def read_outlines(path: Path, blob: bytes) -> tuple[list[np.ndarray], float | None]:
     """Vertices (x, y) float64 [V, 2] of each region in file order, and micrometres a pixel. Raises: InputError."""
     if b"<!DOCTYPE" in blob or b"<!ENTITY" in blob:  # of no use here, and made to blow up in memory
-        raise InputError(f"{path}: XML with a document type of its own, expected ImageScope's plain one; get it again")
+        raise InputError(
+            f"{path}: XML with a document type of its own, expected ImageScope's plain one; get it again"
+        )
     try:
         root = ET.fromstring(blob)
     except (ET.ParseError, ValueError) as e:  # ValueError: an encoding that Python does not know
@@ -133,12 +149,18 @@ def read_outlines(path: Path, blob: bytes) -> tuple[list[np.ndarray], float | No
         try:
             points = [(float(v.attrib["X"]), float(v.attrib["Y"])) for v in region.iter("Vertex")]
         except (KeyError, ValueError) as e:
-            raise InputError(f"{path}: region {number} has a vertex without number ({e}), expected X and Y") from e
+            raise InputError(
+                f"{path}: region {number} has a vertex without number ({e}), expected X and Y"
+            ) from e
         regions.append(np.array(points, np.float64).reshape(-1, 2))
         if not np.isfinite(regions[-1]).all():
-            raise InputError(f"{path}: region {number} has a vertex at NaN or Inf, expected pixels; correct it")
+            raise InputError(
+                f"{path}: region {number} has a vertex at NaN or Inf, expected pixels; correct it"
+            )
     if not regions:
-        raise InputError(f"{path}: holds no Region, expected one for each nucleus; is it another XML?")
+        raise InputError(
+            f"{path}: holds no Region, expected one for each nucleus; is it another XML?"
+        )
     try:
         micrometres = float(root.attrib["MicronsPerPixel"])
     except (KeyError, ValueError):  # one published file has none
@@ -146,15 +168,25 @@ def read_outlines(path: Path, blob: bytes) -> tuple[list[np.ndarray], float | No
     return regions, micrometres
 
 
-def inside_polygon(points: np.ndarray, shape: tuple[int, int], offset: float) -> tuple[slice, slice, np.ndarray]:
+def inside_polygon(
+    points: np.ndarray, shape: tuple[int, int], offset: float
+) -> tuple[slice, slice, np.ndarray]:
     """Rows, columns and the mask [rows, columns] of a polygon's pixels in an image of `shape` (Y, X).
 
     points: vertices (x, y) [V, 2]; the last is joined to the first. Pixel (i, j) is inside where a ray from the point
     (j + offset, i + offset) to the right crosses an odd number of edges, each without its upper end.
     """
     (left, top), (right, bottom) = points.min(axis=0), points.max(axis=0)
-    rows = slice(*np.clip([np.ceil(top - offset), np.ceil(bottom - offset)], 0, shape[0]).astype(int).tolist())
-    columns = slice(*np.clip([np.ceil(left - offset), np.ceil(right - offset)], 0, shape[1]).astype(int).tolist())
+    rows = slice(
+        *np.clip([np.ceil(top - offset), np.ceil(bottom - offset)], 0, shape[0])
+        .astype(int)
+        .tolist()
+    )
+    columns = slice(
+        *np.clip([np.ceil(left - offset), np.ceil(right - offset)], 0, shape[1])
+        .astype(int)
+        .tolist()
+    )
     height, width = rows.stop - rows.start, columns.stop - columns.start
     y = np.arange(rows.start, rows.stop)[:, None] + offset  # [rows, 1]
     (x1, y1), (x2, y2) = points.T, np.roll(points, -1, axis=0).T  # [V] each
@@ -162,8 +194,12 @@ def inside_polygon(points: np.ndarray, shape: tuple[int, int], offset: float) ->
     cross = x1[edge] + (y[row, 0] - y1[edge]) / (y2 - y1)[edge] * (x2 - x1)[edge]
     # A crossing at x counts for every pixel to its left: those before column ceil(x - offset).
     before = np.clip(np.ceil(cross - offset) - columns.start, 0, width).astype(int)
-    counts = np.bincount(row * (width + 1) + before, minlength=height * (width + 1)).reshape(height, width + 1)
-    behind = counts[:, ::-1].cumsum(axis=1)[:, ::-1]  # [rows, columns + 1]: crossings at this column or farther right
+    counts = np.bincount(row * (width + 1) + before, minlength=height * (width + 1)).reshape(
+        height, width + 1
+    )
+    behind = counts[:, ::-1].cumsum(axis=1)[
+        :, ::-1
+    ]  # [rows, columns + 1]: crossings at this column or farther right
     return rows, columns, behind[:, 1:] % 2 == 1
 
 
@@ -172,7 +208,13 @@ def draw_instances(
 ) -> tuple[np.ndarray, dict[str, int]]:
     """Numbers int32 [Y, X] of the regions, from 1 in their order; and how many regions and pixels are special."""
     instances = np.zeros(shape, np.int32)
-    counts = {"regions": len(regions), "few_vertices": 0, "no_pixel": 0, "clipped": 0, "contested_pixels": 0}
+    counts = {
+        "regions": len(regions),
+        "few_vertices": 0,
+        "no_pixel": 0,
+        "clipped": 0,
+        "contested_pixels": 0,
+    }
     for number, points in enumerate(regions, 1):
         if len(points) < 3:
             counts["few_vertices"] += 1
@@ -180,7 +222,9 @@ def draw_instances(
         rows, columns, mask = inside_polygon(points, shape, offset)
         own = instances[rows, columns]
         counts["no_pixel"] += not mask.any()
-        counts["clipped"] += bool(mask.any() and ((points < 0) | (points > (shape[1], shape[0]))).any())
+        counts["clipped"] += bool(
+            mask.any() and ((points < 0) | (points > (shape[1], shape[0]))).any()
+        )
         counts["contested_pixels"] += int(np.count_nonzero(mask & (own > 0)))
         own[mask & (own == 0)] = number
     return instances, counts
@@ -217,13 +261,19 @@ def make_fake(root: Path, layout: str) -> None:
 
     Polygons have fractions, gaps in their Id, overlaps and points outside; one region has two vertices.
     """
-    names = [f"TCGA-F{i % 6}-{5000 + i}-01Z-00-DX1" for i in range(30)] + [f"TCGA-{x}-01Z-00-DX1" for x in EXTRA]
+    names = [f"TCGA-F{i % 6}-{5000 + i}-01Z-00-DX1" for i in range(30)] + [
+        f"TCGA-{x}-01Z-00-DX1" for x in EXTRA
+    ]
     files: dict[str, bytes] = {}
     for i, name in enumerate(names + [f"TCGA-T{i % 7}-A{100 + i}-01A-01-TS1" for i in range(14)]):
         image, outlines = draw_nuclei(np.random.default_rng(i), two_vertices=i == 1)
         memory = io.BytesIO()
-        Image.fromarray(image).save(memory, "TIFF", compression="tiff_lzw" if i < 37 else "packbits")
-        folders = (f"{TRAINING}/Tissue Images", f"{TRAINING}/Annotations") if i < 37 else (TEST, TEST)
+        Image.fromarray(image).save(
+            memory, "TIFF", compression="tiff_lzw" if i < 37 else "packbits"
+        )
+        folders = (
+            (f"{TRAINING}/Tissue Images", f"{TRAINING}/Annotations") if i < 37 else (TEST, TEST)
+        )
         files[f"{folders[0]}/{name}.tif"] = memory.getvalue()
         if i != 3:
             files[f"{folders[1]}/{name}.xml"] = outlines.encode()
@@ -237,10 +287,14 @@ def make_fake(root: Path, layout: str) -> None:
             (root / name).write_bytes(blob)
 
 
-def draw_nuclei(rng: np.random.Generator, two_vertices: bool, side: int = 40) -> tuple[np.ndarray, str]:
+def draw_nuclei(
+    rng: np.random.Generator, two_vertices: bool, side: int = 40
+) -> tuple[np.ndarray, str]:
     """(image uint8 [Y, X, 3], XML) of five dark octagons, the first two overlapping, the last beyond the edge."""
     angles = np.arange(8) * np.pi / 4
-    centres = np.array([(10, 10), (14, 12), (28, 9), (12, 30), (side - 1, 28)]) + rng.uniform(-1, 1, (5, 2))
+    centres = np.array([(10, 10), (14, 12), (28, 9), (12, 30), (side - 1, 28)]) + rng.uniform(
+        -1, 1, (5, 2)
+    )
     regions = [c + 4.4 * np.stack([np.cos(angles), np.sin(angles)], axis=1) for c in centres]
     dark = draw_instances(regions, (side, side), 0.5)[0][..., None] > 0  # [Y, X, 1]
     image = np.where(dark, (90, 50, 130), (230, 190, 215)) + rng.normal(0, 12, (side, side, 3))
@@ -264,7 +318,11 @@ def parse_offset(text: str) -> float:
 
 def add_flags(parser: _prepare.Parser) -> None:
     parser.add_argument(
-        "--offset", type=parse_offset, default=0.5, metavar="O", help="where a pixel is tested, see above"
+        "--offset",
+        type=parse_offset,
+        default=0.5,
+        metavar="O",
+        help="where a pixel is tested, see above",
     )
     _prepare.add_reduce(parser)
     parser.add_argument("--subset", action="store_true", help="accept fewer images than published")
@@ -272,7 +330,9 @@ def add_flags(parser: _prepare.Parser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns: the exit code."""
-    return _prepare.main(argv, "monuseg", __doc__ or "", read_source, make_fake, LAYOUTS, add_flags, flat=True)
+    return _prepare.main(
+        argv, "monuseg", __doc__ or "", read_source, make_fake, LAYOUTS, add_flags, flat=True
+    )
 
 
 if __name__ == "__main__":

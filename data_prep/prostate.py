@@ -78,24 +78,39 @@ def read_source(src: Path, options: argparse.Namespace) -> Source:
             absent.append(case)
         elif name is None:
             remedy = f"copy both files, take the line out of {table.name}, or pass --subset"
-            faults.append(f"{table}: case {case} has no files, expected {case}_img.nii and {case}_mask.nii; {remedy}")
+            faults.append(
+                f"{table}: case {case} has no files, expected {case}_img.nii and {case}_mask.nii; {remedy}"
+            )
         elif wrong := case_faults(name, found[name]):
             faults += wrong
         else:
             cases.append(Case(name, (found[name].img[0],), found[name].mask[0]))
     for name in sorted(found.keys() - set(names.values()), key=natural_key):
         where = (found[name].img + found[name].mask)[0]
-        faults.append(f"{where}: case {name} is not in {table}, expected a line with its institution; complete it")
+        faults.append(
+            f"{where}: case {name} is not in {table}, expected a line with its institution; complete it"
+        )
     if spare:
-        notes.append(f"{src}: other NIfTI files, left out: {len(spare)} ({some([f.name for f in spare])})")
+        notes.append(
+            f"{src}: other NIfTI files, left out: {len(spare)} ({some([f.name for f in spare])})"
+        )
     if absent:
-        notes.append(f"{table}: listed cases without files, left out: {len(absent)} ({some(absent)})")
+        notes.append(
+            f"{table}: listed cases without files, left out: {len(absent)} ({some(absent)})"
+        )
     there = {case.id for case in cases}
     whole = split_institutions(listed)
-    splits = {part: [names[case] for case in ids if names.get(case) in there] for part, ids in whole.items()}
+    splits = {
+        part: [names[case] for case in ids if names.get(case) in there]
+        for part, ids in whole.items()
+    }
     rest = {"cases": len(listed), "institutions": len(set(listed.values()))}
-    faults += count_faults(table, rest | {part: len(ids) for part, ids in whole.items()}, options.subset)
-    where_from = {names[case]: institution for case, institution in listed.items() if names.get(case) in there}
+    faults += count_faults(
+        table, rest | {part: len(ids) for part, ids in whole.items()}, options.subset
+    )
+    where_from = {
+        names[case]: institution for case, institution in listed.items() if names.get(case) in there
+    }
     counts = {"cases": len(cases), "institutions": len(set(where_from.values()))}
     counts |= {part: len(ids) for part, ids in splits.items()}
     size = _prepare.window_of(options.spacing, SPACING, SIZE)
@@ -135,7 +150,11 @@ def find_files(src: Path, faults: list[str]) -> tuple[dict[str, Found], list[Pat
 
 def find_table(src: Path) -> Path:
     """institution.txt in the folder, beside it or below it. Raises: InputError where there is none."""
-    for folder in (src, *sorted(f.parent for f in src.rglob("institution.txt")), src.resolve().parent):
+    for folder in (
+        src,
+        *sorted(f.parent for f in src.rglob("institution.txt")),
+        src.resolve().parent,
+    ):
         if (folder / "institution.txt").is_file():
             return folder / "institution.txt"
     what = "holds no institution.txt, expected the list of cases and institutions, a file of its own in the record"
@@ -147,7 +166,9 @@ def read_table(file: Path, subset: bool, faults: list[str]) -> dict[str, str]:
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{file}: cannot be read as text ({e}), expected lines such as 001 UCL; get it again") from e
+        raise InputError(
+            f"{file}: cannot be read as text ({e}), expected lines such as 001 UCL; get it again"
+        ) from e
     listed: dict[str, tuple[str, int]] = {}  # id -> institution, line
     for number, line in enumerate(lines, 1):
         words = line.split()
@@ -155,7 +176,9 @@ def read_table(file: Path, subset: bool, faults: list[str]) -> dict[str, str]:
             continue
         where = f"{file}: line {number}"
         if len(words) != 2:
-            faults.append(f"{where} is {line.strip()!r}, expected an id and an institution; correct it")
+            faults.append(
+                f"{where} is {line.strip()!r}, expected an id and an institution; correct it"
+            )
             continue
         case, institution = words
         if case in listed:
@@ -164,11 +187,15 @@ def read_table(file: Path, subset: bool, faults: list[str]) -> dict[str, str]:
             both = f"gives {case} to {institution}, line {earlier} to {other}, expected one line for each id"
             faults.append(f"{where} {both}; {remedy}")
         elif institution not in INSTITUTIONS and not subset:
-            faults.append(f"{where}: institution {institution!r}, expected {', '.join(INSTITUTIONS)}; correct it")
+            faults.append(
+                f"{where}: institution {institution!r}, expected {', '.join(INSTITUTIONS)}; correct it"
+            )
         listed.setdefault(case, (institution, number))
     if not listed:
         first = f"begins with {lines[0].strip()!r}" if lines else "is empty"
-        raise InputError(f"{file}: {first}, expected lines of an id and an institution such as 001 UCL; get it again")
+        raise InputError(
+            f"{file}: {first}, expected lines of an id and an institution such as 001 UCL; get it again"
+        )
     return {case: institution for case, (institution, _) in listed.items()}
 
 
@@ -184,7 +211,11 @@ def match_ids(listed: Iterable[str], found: Iterable[str]) -> tuple[dict[str, st
         if case not in exact and len(left) == 1 and left[0] not in loose.values():
             loose[case] = left[0]
     listing = some([f"{case} = {name}" for case, name in loose.items()])
-    notes = [f"ids that agree only without the zeros in front: {len(loose)} ({listing})"] if loose else []
+    notes = (
+        [f"ids that agree only without the zeros in front: {len(loose)} ({listing})"]
+        if loose
+        else []
+    )
     return exact | loose, notes
 
 
@@ -202,7 +233,9 @@ def case_faults(case: str, files: Found) -> list[str]:
             )
         elif len(own) > 1:
             listing = ", ".join(map(str, own))
-            faults.append(f"{where}: case {case} has {len(own)} files for {kind}, expected 1: {listing}; remove one")
+            faults.append(
+                f"{where}: case {case} has {len(own)} files for {kind}, expected 1: {listing}; remove one"
+            )
     return faults
 
 
@@ -213,7 +246,9 @@ def split_institutions(listed: dict[str, str]) -> dict[str, list[str]]:
         groups.setdefault(institution, []).append(case)
     splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for ids in groups.values():
-        end = max(3 * len(ids) // 4 - 2, 2)  # never in front of val, which in the public code are tested as well
+        end = max(
+            3 * len(ids) // 4 - 2, 2
+        )  # never in front of val, which in the public code are tested as well
         splits["train"] += ids[2:end]
         splits["val"] += ids[:2]
         splits["test"] += ids[end:]
@@ -224,8 +259,14 @@ def count_faults(table: Path, counts: dict[str, int], subset: bool) -> list[str]
     """A fault where the list is not the published one."""
     if subset or counts == PUBLISHED:
         return []
-    wrong = [f"{name} {n}, expected {PUBLISHED[name]}" for name, n in counts.items() if n != PUBLISHED[name]]
-    return [f"{table}: {'; '.join(wrong)}, as published; get it again, or pass --subset to prepare what is there"]
+    wrong = [
+        f"{name} {n}, expected {PUBLISHED[name]}"
+        for name, n in counts.items()
+        if n != PUBLISHED[name]
+    ]
+    return [
+        f"{table}: {'; '.join(wrong)}, as published; get it again, or pass --subset to prepare what is there"
+    ]
 
 
 # --- a tiny copy of the layout ---------------------------------------------------------------------------------------
@@ -239,12 +280,19 @@ def make_fake(root: Path, layout: str) -> None:
     """
     from common.old.loaders import phantom
 
-    sizes = (185, 33, 57, 50, 60, 104, 100) if layout == "full" else (8, 8)  # 589, with 411/14/164 in the splits
+    sizes = (
+        (185, 33, 57, 50, 60, 104, 100) if layout == "full" else (8, 8)
+    )  # 589, with 411/14/164 in the splits
     turns = [(turn, name) for name, n in zip(INSTITUTIONS, sizes) for turn in range(n)]
-    lines = [f"{index:04d} {name}" for index, (_, name) in enumerate(sorted(turns, key=lambda t: t[0]), 1)]
+    lines = [
+        f"{index:04d} {name}"
+        for index, (_, name) in enumerate(sorted(turns, key=lambda t: t[0]), 1)
+    ]
     (root / "data").mkdir(parents=True)
     (root / "institution.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    drawn = [phantom(0, index, (24, 20, 12), (1.0, 1.0, 3.0), classes=len(CLASSES)) for index in range(8)]
+    drawn = [
+        phantom(0, index, (24, 20, 12), (1.0, 1.0, 3.0), classes=len(CLASSES)) for index in range(8)
+    ]
     for index, line in enumerate(lines):
         image, label = drawn[index % 8]
         affine = np.diag([1.0, 1.0, 3.0, 1.0])
@@ -258,7 +306,10 @@ def make_fake(root: Path, layout: str) -> None:
         stored = np.round(image[0] * 400 * (1 + index % 5) + 7).astype(np.int16)
         case = root / "data" / line.split()[0]
         nib.save(nib.Nifti1Image(stored, affine), f"{case}_img.nii")
-        nib.save(nib.Nifti1Image(label.astype(np.float32 if index == 5 else np.uint8), affine), f"{case}_mask.nii")
+        nib.save(
+            nib.Nifti1Image(label.astype(np.float32 if index == 5 else np.uint8), affine),
+            f"{case}_mask.nii",
+        )
     (root / "data" / "._0001_img.nii").write_bytes(b"\x00\x05\x16\x07 a Mac's resource fork")
 
 
@@ -268,7 +319,9 @@ def add_flags(parser: _prepare.Parser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns: the exit code."""
-    return _prepare.main(argv, "prostate", __doc__ or "", read_source, make_fake, LAYOUTS, add_flags)
+    return _prepare.main(
+        argv, "prostate", __doc__ or "", read_source, make_fake, LAYOUTS, add_flags
+    )
 
 
 if __name__ == "__main__":

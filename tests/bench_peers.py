@@ -18,7 +18,11 @@ import scipy.linalg
 import surface_distance
 import torch
 from medpy.metric import binary
-from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance, compute_surface_dice
+from monai.metrics import (
+    compute_average_surface_distance,
+    compute_hausdorff_distance,
+    compute_surface_dice,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import blobs, interleaved
@@ -59,12 +63,18 @@ def surface_variants(
         hd95, mean = (f(pred, true, voxelspacing=spacing) for f in (binary.hd95, binary.assd))
         return {"hd95_pooled_mm": float(hd95), "assd_mm": float(mean)}
 
-    def deepmind() -> dict[str, float]:  # surface elements weighted by their area: other values are expected
+    def deepmind() -> dict[
+        str, float
+    ]:  # surface elements weighted by their area: other values are expected
         d = surface_distance.compute_surface_distances(true, pred, spacing)
         a, b = surface_distance.compute_average_surface_distance(d)
         hd95, nsd = (f(d, v) for f, v in ((surface_distance.compute_robust_hausdorff, 95),
                                           (surface_distance.compute_surface_dice_at_tolerance, 1.0)))  # fmt: skip
-        return {"hd95 by area": float(hd95), "nsd by area": float(nsd), "assd by area": float((a + b) / 2)}
+        return {
+            "hd95 by area": float(hd95),
+            "nsd by area": float(nsd),
+            "assd by area": float((a + b) / 2),
+        }
 
     return {"here": ours, "MONAI": monai, "MedPy": medpy, "DeepMind": deepmind}
 
@@ -72,12 +82,19 @@ def surface_variants(
 def frechet_variants(n: int = 2000, width: int = 768) -> dict[str, Callable[[], dict[str, float]]]:
     a, b = np.random.default_rng(0).standard_normal((2, n, width))
 
-    def with_root() -> dict[str, float]:  # the usual way: a square root of the product of both covariances
+    def with_root() -> dict[
+        str, float
+    ]:  # the usual way: a square root of the product of both covariances
         ca, cb = np.cov(a.T), np.cov(b.T)
         root = scipy.linalg.sqrtm(ca @ cb).real
-        return {"distance": float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca + cb - 2 * root))}
+        return {
+            "distance": float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca + cb - 2 * root))
+        }
 
-    return {"here": lambda: {"distance": float(metrics.frechet_distance(a, b))}, "scipy.linalg.sqrtm": with_root}
+    return {
+        "here": lambda: {"distance": float(metrics.frechet_distance(a, b))},
+        "scipy.linalg.sqrtm": with_root,
+    }
 
 
 def main() -> None:
@@ -97,7 +114,9 @@ def main() -> None:
             found: dict[str, float] = {}
             memory = runtime.measure(lambda call=call, found=found: found.update(call()), CPU)[1]
             values = "  ".join(f"{k} {v:.6g}" for k, v in found.items())
-            print(f"{title:<40}{name:<22}{1000 * seconds[name]:>9.1f} ms{1000 * memory:>8.0f} MB  {values}")
+            print(
+                f"{title:<40}{name:<22}{1000 * seconds[name]:>9.1f} ms{1000 * memory:>8.0f} MB  {values}"
+            )
 
 
 if __name__ == "__main__":

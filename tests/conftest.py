@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy is there: its threads wait for each other by spinning
+os.environ.setdefault(
+    "OPENBLAS_NUM_THREADS", "1"
+)  # before numpy is there: its threads wait for each other by spinning
 
 import pytest
 import torch
@@ -27,14 +29,21 @@ from data_prep import msd  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--part", default="1/1", metavar="I/N", help="every Nth of the test files, beginning with the Ith")
+    parser.addoption(
+        "--part",
+        default="1/1",
+        metavar="I/N",
+        help="every Nth of the test files, beginning with the Ith",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """--part I/N: two of them at once take two cores. Files stay whole, since their tests share trained networks."""
     part, parts = (int(n) for n in config.getoption("--part").split("/"))
     # Tests that run scripts take longest, so these files are dealt out first.
-    files = sorted({item.path for item in items}, key=lambda path: (not path.stem.endswith("_runs"), path.name))
+    files = sorted(
+        {item.path for item in items}, key=lambda path: (not path.stem.endswith("_runs"), path.name)
+    )
     mine = set(files[part - 1 :: parts])
     config.hook.pytest_deselected(items=[item for item in items if item.path not in mine])
     items[:] = [item for item in items if item.path in mine]
@@ -52,12 +61,22 @@ class CommandLine:
         if processes == 1:
             return [sys.executable, f"{self.name}.py", *argv]
         # It finds itself a free port. One looked up here could be taken by another test before it starts.
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--local-addr=127.0.0.1",
+        ]
         return [*launcher, f"--nproc_per_node={processes}", f"{self.name}.py", *argv]
 
-    def run(self, *argv: str, processes: int = 1, timeout: float = 180) -> subprocess.CompletedProcess:
+    def run(
+        self, *argv: str, processes: int = 1, timeout: float = 180
+    ) -> subprocess.CompletedProcess:
         words = self.words(*argv, processes=processes)
-        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=self.environment)
+        return subprocess.run(
+            words, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=self.environment
+        )
 
     def refused(self, capsys, *argv: str) -> str:
         """The one line that this command line is refused with."""
@@ -68,7 +87,12 @@ class CommandLine:
         return error
 
     def stop_and_continue(
-        self, *argv: str, out: Path, signals: Sequence[signal.Signals], processes: int = 1, group: bool = False
+        self,
+        *argv: str,
+        out: Path,
+        signals: Sequence[signal.Signals],
+        processes: int = 1,
+        group: bool = False,
     ) -> None:
         """Run into `out`, sending one of `signals` at a random moment after a save, and again until it ends by itself.
 
@@ -97,7 +121,9 @@ class CommandLine:
                 break
             stops += 1
             if processes == 1:
-                assert how and process.returncode == (-how if how == signal.SIGKILL else 128 + how), error
+                assert how and process.returncode == (
+                    -how if how == signal.SIGKILL else 128 + how
+                ), error
         assert stops == len(signals) and process.returncode == 0, error
 
     def refuses_full_disk(self, *argv: str, out: Path) -> None:
@@ -105,7 +131,9 @@ class CommandLine:
         size = (out / "last.pt").stat().st_size
         limited = f"ulimit -f {size // 2048}; exec {' '.join(self.words(*argv))}"
         words = ["bash", "-c", limited]
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, env=self.environment)
+        done = subprocess.run(
+            words, cwd=ROOT, capture_output=True, text=True, timeout=120, env=self.environment
+        )
         assert done.returncode == 2 and "last.pt cannot be written" in done.stderr, done.stderr
 
     def step_of(self, out: Path) -> int:

@@ -14,7 +14,16 @@ from data_prep import corrupt
 from data_prep.corrupt import CORRUPTIONS
 
 NAMES = [*CORRUPTIONS]
-RANDOM = ["gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise", "glass_blur", "elastic", "frost", "spatter"]
+RANDOM = [
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "speckle_noise",
+    "glass_blur",
+    "elastic",
+    "frost",
+    "spatter",
+]
 
 
 def waves() -> np.ndarray:
@@ -25,7 +34,9 @@ def waves() -> np.ndarray:
 
 
 def made(name: str, severity: int, image: np.ndarray | None = None, seed: int = 0) -> np.ndarray:
-    return corrupt.corrupt(waves() if image is None else image, name, severity, np.random.default_rng(seed))
+    return corrupt.corrupt(
+        waves() if image is None else image, name, severity, np.random.default_rng(seed)
+    )
 
 
 def grey(value: int, shape=(64, 64)) -> np.ndarray:
@@ -33,7 +44,11 @@ def grey(value: int, shape=(64, 64)) -> np.ndarray:
 
 
 def test_picture_is_that_of_the_specification():
-    assert waves().mean() == pytest.approx(125.13835, abs=1e-5) and waves()[:, 10, 20].tolist() == [73, 93, 139]
+    assert waves().mean() == pytest.approx(125.13835, abs=1e-5) and waves()[:, 10, 20].tolist() == [
+        73,
+        93,
+        139,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +93,11 @@ def test_corruption_is_random_only_where_it_should_be(name):
 @pytest.mark.parametrize("name", ["gaussian_noise", "shot_noise", "speckle_noise"])
 @pytest.mark.parametrize("severity", [1, 2, 3])
 def test_noise_has_its_standard_deviation(name, severity):
-    c = {"gaussian_noise": (0.08, 0.12, 0.18), "shot_noise": (60, 25, 12), "speckle_noise": (0.15, 0.2, 0.35)}[name]
+    c = {
+        "gaussian_noise": (0.08, 0.12, 0.18),
+        "shot_noise": (60, 25, 12),
+        "speckle_noise": (0.15, 0.2, 0.35),
+    }[name]
     x = 100 / 255  # far from both ends
     expected = {"gaussian_noise": c[severity - 1], "speckle_noise": x * c[severity - 1]}
     sd = expected.get(name, (x / c[severity - 1]) ** 0.5)
@@ -88,7 +107,11 @@ def test_noise_has_its_standard_deviation(name, severity):
 def test_impulse_noise_hits_single_values_with_black_and_white_evenly():
     result = made("impulse_noise", 5, grey(100, (200, 200)))
     assert set(np.unique(result)) == {0, 100, 255}
-    assert (result == 0).mean() == pytest.approx(0.135, abs=0.005) == pytest.approx((result == 255).mean(), abs=0.01)
+    assert (
+        (result == 0).mean()
+        == pytest.approx(0.135, abs=0.005)
+        == pytest.approx((result == 255).mean(), abs=0.01)
+    )
     assert ((result != 100).all(0)).mean() < 0.05  # not whole pixels
 
 
@@ -104,7 +127,9 @@ def test_disk_of_radius_10_sums_to_more_than_one_and_is_kept():
 def test_glass_blur_equals_the_definition_by_loops():
     sigma, reach, rounds = CORRUPTIONS["glass_blur"][1][2]
     x = waves()[:, :20, :24].transpose(1, 2, 0) / 255
-    moves = np.random.default_rng(0).integers(-reach, reach, (rounds, 20 - 2 * reach, 24 - 2 * reach, 2))
+    moves = np.random.default_rng(0).integers(
+        -reach, reach, (rounds, 20 - 2 * reach, 24 - 2 * reach, 2)
+    )
     z = (255 * ndimage.gaussian_filter(x, (sigma, sigma, 0), mode="nearest")).astype(np.uint8)
     for n in range(rounds):
         for i in range(20 - reach - 1, reach - 1, -1):
@@ -141,7 +166,9 @@ def test_hsv_and_back_is_the_identity():
 def test_jpeg_gives_the_bytes_that_pillow_decodes():
     memory = io.BytesIO()
     Image.fromarray(waves().transpose(1, 2, 0)).save(memory, "JPEG", quality=15)
-    np.testing.assert_array_equal(made("jpeg", 3).transpose(1, 2, 0), np.asarray(Image.open(memory)))
+    np.testing.assert_array_equal(
+        made("jpeg", 3).transpose(1, 2, 0), np.asarray(Image.open(memory))
+    )
 
 
 def test_frost_texture_has_the_mean_and_the_spread_of_a_photograph():
@@ -152,10 +179,16 @@ def test_frost_texture_has_the_mean_and_the_spread_of_a_photograph():
 
 def test_spatter_is_water_that_brightens_up_to_severity_3_and_mud_from_4_on():
     image = grey(100, (96, 96))
-    assert all(made("spatter", s, image).min() >= 99 and made("spatter", s, image).max() > 120 for s in (1, 2, 3))
+    assert all(
+        made("spatter", s, image).min() >= 99 and made("spatter", s, image).max() > 120
+        for s in (1, 2, 3)
+    )
     for severity in (4, 5):
         result = made("spatter", severity, image)
-        assert result.max() <= 100 and (abs(result.astype(int) - [[[63]], [[42]], [[20]]]).max(0) < 12).mean() > 0.02
+        assert (
+            result.max() <= 100
+            and (abs(result.astype(int) - [[[63]], [[42]], [[20]]]).max(0) < 12).mean() > 0.02
+        )
 
 
 def test_equalise_spreads_bytes_evenly_and_leaves_one_value_alone():
@@ -172,7 +205,9 @@ def test_elastic_moves_the_label_with_the_image(severity):
     y, x = np.indices((96, 120))
     label = ((y - 50) ** 2 + (x - 60) ** 2 < 30**2).astype(np.uint8)
     image = np.repeat((200 * label)[None], 3, axis=0)
-    moved = corrupt.elastic_label(label, np.random.default_rng(4), *CORRUPTIONS["elastic"][1][severity - 1])
+    moved = corrupt.elastic_label(
+        label, np.random.default_rng(4), *CORRUPTIONS["elastic"][1][severity - 1]
+    )
     result = made("elastic", severity, image, seed=4)[0] >= 100
     assert (moved != result).mean() < 0.004 and (moved != label).mean() > 0.01
 
@@ -188,7 +223,10 @@ def test_elastic_sends_the_three_points_where_they_were_drawn():
     affine, displaced = corrupt.elastic_field((60, 80), np.random.default_rng(2), 0, 2.44, jitter)
     points = np.array([30, 40]) + 20 * np.array([(1, 1), (1, -1), (-1, -1)])
     moved = points + np.random.default_rng(2).uniform(-jitter, jitter, (3, 2))
-    back = [[ndimage.map_coordinates(part, point[:, None], order=1)[0] for part in affine] for point in moved]
+    back = [
+        [ndimage.map_coordinates(part, point[:, None], order=1)[0] for part in affine]
+        for point in moved
+    ]
     np.testing.assert_allclose(back, points, atol=1e-9)
     np.testing.assert_array_equal(displaced, np.indices((60, 80)))  # strength 0
 
@@ -212,13 +250,29 @@ def test_corrupt_makes_75_splits_of_the_test_images(clean, tmp_path, capsys):
     data, test = open_prepared(tmp_path / "p"), open_prepared(clean).cases("test", 1)
     names = [f"{name}-{severity}" for name in NAMES for severity in range(1, 6)]
     assert [s for s in data.meta["splits"] if s != "unlabelled"] == names
-    assert data.cases("jpeg-2") == [f"{test[0]}-jpeg-2"] and "75 cases (75 splits)" in capsys.readouterr().out
+    assert (
+        data.cases("jpeg-2") == [f"{test[0]}-jpeg-2"]
+        and "75 cases (75 splits)" in capsys.readouterr().out
+    )
     facts = data.meta["cases"][f"{test[0]}-jpeg-2"]
     assert (facts["clean"], facts["corruption"], facts["severity"]) == (test[0], "jpeg", 2)
 
 
 def test_corrupt_leaves_labels_and_objects_alone_but_for_elastic(clean, tmp_path):
-    assert run(clean, tmp_path / "p", "--corruptions", "jpeg", "elastic", "--severities", 5, "--limit", 1) == 0
+    assert (
+        run(
+            clean,
+            tmp_path / "p",
+            "--corruptions",
+            "jpeg",
+            "elastic",
+            "--severities",
+            5,
+            "--limit",
+            1,
+        )
+        == 0
+    )
     data, before = open_prepared(tmp_path / "p"), open_prepared(clean)
     (case,) = before.cases("test", 1)
     for read, old in ((data.label, before.label(case)), (data.instances, before.instances(case))):
@@ -237,7 +291,12 @@ def test_corrupt_keeps_elastic_labels_where_they_were_if_asked(clean, tmp_path):
 def test_copy_depends_on_seed_case_corruption_and_severity_alone(clean, tmp_path):
     assert run(clean, tmp_path / "a", "--corruptions", "gaussian_noise", "--severities", 2) == 0
     assert run(clean, tmp_path / "b", "--corruptions", "frost", "gaussian_noise", "--limit", 2) == 0
-    assert run(clean, tmp_path / "c", "--corruptions", "gaussian_noise", "--severities", 2, "--seed", 1) == 0
+    assert (
+        run(
+            clean, tmp_path / "c", "--corruptions", "gaussian_noise", "--severities", 2, "--seed", 1
+        )
+        == 0
+    )
     a, b, c = (open_prepared(tmp_path / name) for name in "abc")
     copy = b.cases("gaussian_noise-2")[1]
     np.testing.assert_array_equal(a.image(copy), b.image(copy))
@@ -250,7 +309,10 @@ def test_copies_of_reduced_images_say_so(clean, tmp_path):
     meta = json.loads(file.read_text())
     file.write_text(json.dumps(meta | {"settings": meta.get("settings", {}) | {"reduce": 2}}))
     flags = ("--corruptions", "jpeg", "--severities", 1, "--limit", 1)
-    assert run(tmp_path / "half", tmp_path / "p", *flags) == 0 and run(clean, tmp_path / "q", *flags) == 0
+    assert (
+        run(tmp_path / "half", tmp_path / "p", *flags) == 0
+        and run(clean, tmp_path / "q", *flags) == 0
+    )
     assert data_record(open_prepared(tmp_path / "p"))["reduce"] == 2
     assert "reduce" not in open_prepared(tmp_path / "q").meta["settings"]
 
@@ -268,8 +330,13 @@ def test_corrupt_check_writes_nothing(clean, tmp_path, capsys):
     assert "75 cases checked, no faults" in capsys.readouterr().out
 
 
-def test_corrupt_refuses_a_folder_that_is_not_prepared_and_an_unknown_split(clean, tmp_path, capsys):
-    assert run(tmp_path / "none", tmp_path / "p") == 2 and run(clean, tmp_path / "p", "--split", "dev") == 2
+def test_corrupt_refuses_a_folder_that_is_not_prepared_and_an_unknown_split(
+    clean, tmp_path, capsys
+):
+    assert (
+        run(tmp_path / "none", tmp_path / "p") == 2
+        and run(clean, tmp_path / "p", "--split", "dev") == 2
+    )
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and "no split 'dev', expected one of train, testA" in lines[1]
     assert (
@@ -279,5 +346,11 @@ def test_corrupt_refuses_a_folder_that_is_not_prepared_and_an_unknown_split(clea
 
 
 def test_generator_differs_by_each_of_its_four_arguments():
-    keys = [(0, "a", "frost", 1), (1, "a", "frost", 1), (0, "b", "frost", 1), (0, "a", "jpeg", 1), (0, "a", "frost", 2)]
+    keys = [
+        (0, "a", "frost", 1),
+        (1, "a", "frost", 1),
+        (0, "b", "frost", 1),
+        (0, "a", "jpeg", 1),
+        (0, "a", "frost", 2),
+    ]
     assert len({corrupt.generator(*key).random() for key in keys}) == 5

@@ -59,7 +59,9 @@ def change(file: Path, function, affine=None, dtype=None) -> Path:
     """Rewrite a NIfTI file with function(array)."""
     image = nib.load(file)
     array = function(np.asarray(image.dataobj).copy())
-    new = nib.Nifti1Image(array.astype(dtype or array.dtype), image.affine if affine is None else affine)
+    new = nib.Nifti1Image(
+        array.astype(dtype or array.dtype), image.affine if affine is None else affine
+    )
     del image
     nib.save(new, file)
     return file
@@ -72,7 +74,9 @@ def edit(src: Path, **entries) -> None:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(root)): f.read_bytes() for f in sorted(root.rglob("*")) if f.is_file()}
+    return {
+        str(f.relative_to(root)): f.read_bytes() for f in sorted(root.rglob("*")) if f.is_file()
+    }
 
 
 def at(index: int, value: float):
@@ -101,7 +105,10 @@ def test_msd_prepares_both_layouts(fakes, tmp_path, capsys, layout, channels):
     image, label = np.array(data.image("fake_002")), np.array(data.label("fake_002"))
     assert image.dtype == np.float16 and image.min() >= 0 and image.max() <= 1
     assert image.shape == (len(channels), *label.shape) and set(np.unique(label)) == {0, 1, 2}
-    assert "11 cases (8 train, 1 val, 1 test, 1 unlabelled)" in out and "orientation  LAS, RAS -> RAS" in out
+    assert (
+        "11 cases (8 train, 1 val, 1 test, 1 unlabelled)" in out
+        and "orientation  LAS, RAS -> RAS" in out
+    )
     assert data.meta["cases"]["fake_002"]["original"]["orientation"] == "LAS"
 
 
@@ -118,7 +125,11 @@ def test_msd_turns_voxels_to_ras_with_image_and_label_together(fakes, tmp_path):
 
 def test_msd_manifest_counts_every_voxel(fakes, tmp_path, capsys):
     _, out, _ = run("--src", fakes / "msd", "--dst", tmp_path / "p", capsys=capsys)
-    labels = [np.asarray(nib.load(f).dataobj) for f in (fakes / "msd" / "labelsTr").iterdir() if f.name[0] != "."]
+    labels = [
+        np.asarray(nib.load(f).dataobj)
+        for f in (fakes / "msd" / "labelsTr").iterdir()
+        if f.name[0] != "."
+    ]
     count = sum(int((label == 2).sum()) for label in labels)
     assert f"label 2 (published 2) shell: {count:,} voxels" in out
     meta = json.loads((tmp_path / "p" / "dataset.json").read_text())
@@ -137,7 +148,9 @@ def test_msd_resamples_to_the_spacing_asked_for(fakes, tmp_path):
 def test_msd_gives_prediction_the_very_image_that_it_stored(fakes, tmp_path):
     run("--src", fakes / "msd", "--dst", tmp_path / "p", "--spacing", "1,1,1.5")
     data = open_prepared(tmp_path / "p")
-    image, _ = load_for_prediction([fakes / "msd" / "imagesTr" / "fake_002.nii.gz"], loaders.data_record(data))
+    image, _ = load_for_prediction(
+        [fakes / "msd" / "imagesTr" / "fake_002.nii.gz"], loaders.data_record(data)
+    )
     np.testing.assert_array_equal(image, np.array(data.image("fake_002"), np.float32))
 
 
@@ -152,9 +165,13 @@ def test_msd_maps_labels_to_consecutive_values_and_prediction_maps_them_back(src
     file = src / "imagesTr" / "fake_002.nii.gz"
     _, restore = load_for_prediction([file], loaders.data_record(data))
     mask = restore.mask(np.array(data.label("fake_002")))
-    np.testing.assert_array_equal(mask, np.asarray(nib.load(src / "labelsTr" / "fake_002.nii.gz").dataobj))
+    np.testing.assert_array_equal(
+        mask, np.asarray(nib.load(src / "labelsTr" / "fake_002.nii.gz").dataobj)
+    )
     write_nifti(tmp_path / "mask.nii.gz", mask, restore.like, np.uint8)
-    np.testing.assert_array_equal(read_nifti(tmp_path / "mask.nii.gz").affine, read_nifti(file).affine)
+    np.testing.assert_array_equal(
+        read_nifti(tmp_path / "mask.nii.gz").affine, read_nifti(file).affine
+    )
 
 
 def test_msd_splits_a_4d_image_with_channels_last(fakes, tmp_path):
@@ -202,19 +219,25 @@ def test_msd_takes_one_ct_window_from_the_training_foreground(src, tmp_path):
     rule = data.meta["normalisation"]["channels"][0]
     pooled = []
     for case in data.cases("train"):
-        image, label = (np.asarray(nib.load(src / d / f"{case}.nii.gz").dataobj) for d in ("imagesTr", "labelsTr"))
+        image, label = (
+            np.asarray(nib.load(src / d / f"{case}.nii.gz").dataobj)
+            for d in ("imagesTr", "labelsTr")
+        )
         pooled.append(np.quantile(image[label > 0], np.linspace(0, 1, 1001)))
     low, high = np.percentile(np.concatenate(pooled), [0.5, 99.5])
     assert rule == {"kind": "window", "low": round(low, 3), "high": round(high, 3)}
     raw = np.asarray(nib.load(src / "imagesTr" / "fake_001.nii.gz").dataobj).astype(float)
-    np.testing.assert_allclose(data.image("fake_001")[0], np.clip((raw - low) / (high - low), 0, 1), atol=1e-3)
+    np.testing.assert_allclose(
+        data.image("fake_001")[0], np.clip((raw - low) / (high - low), 0, 1), atol=1e-3
+    )
     before = contents(tmp_path / "p")
     assert run("--src", src, "--dst", tmp_path / "p")[0] == 0
     assert contents(tmp_path / "p") == before
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("CT", "window"), ("ct", "window"), ("CTA phase", "percentile"), ("T1ct", "percentile")]
+    ("name", "kind"),
+    [("CT", "window"), ("ct", "window"), ("CTA phase", "percentile"), ("T1ct", "percentile")],
 )
 def test_msd_tells_ct_by_the_channels_name(src, tmp_path, name, kind):
     edit(src, modality={"0": name})
@@ -225,17 +248,25 @@ def test_msd_tells_ct_by_the_channels_name(src, tmp_path, name, kind):
 @pytest.mark.parametrize("offset", [0.0, 0.0009])
 def test_msd_accepts_float_labels_that_are_integers_and_trailing_axes(src, tmp_path, offset):
     published = np.asarray(nib.load(src / "labelsTr" / "fake_004.nii.gz").dataobj)
-    change(src / "labelsTr" / "fake_004.nii.gz", lambda a: (a - offset)[..., None], dtype=np.float64)
+    change(
+        src / "labelsTr" / "fake_004.nii.gz", lambda a: (a - offset)[..., None], dtype=np.float64
+    )
     change(src / "imagesTr" / "fake_004.nii.gz", lambda a: a[..., None])
     assert run("--src", src, "--dst", tmp_path / "p")[0] == 0
     np.testing.assert_array_equal(open_prepared(tmp_path / "p").label("fake_004"), published)
 
 
 def test_msd_uses_the_images_affine_where_a_mismatch_is_allowed(src, tmp_path, capsys):
-    file = change(src / "labelsTr" / "fake_002.nii.gz", lambda a: a, affine=np.eye(4))  # the image is LAS
-    code, _, lines = run("--src", src, "--dst", tmp_path / "p", "--allow-affine-mismatch", capsys=capsys)
+    file = change(
+        src / "labelsTr" / "fake_002.nii.gz", lambda a: a, affine=np.eye(4)
+    )  # the image is LAS
+    code, _, lines = run(
+        "--src", src, "--dst", tmp_path / "p", "--allow-affine-mismatch", capsys=capsys
+    )
     assert code == 0 and len(lines) == 1
-    assert lines[0].startswith(f"msd: note: {file}: ") and lines[0].endswith("the image's affine is used for both")
+    assert lines[0].startswith(f"msd: note: {file}: ") and lines[0].endswith(
+        "the image's affine is used for both"
+    )
     published = np.asarray(nib.load(file).dataobj)
     np.testing.assert_array_equal(open_prepared(tmp_path / "p").label("fake_002"), published[::-1])
 
@@ -269,8 +300,14 @@ def claim_huge(file: Path) -> None:
 FILE_FAULTS = {
     "truncated": (truncate, "the gzip stream is damaged or cut off"),
     "checksum": (flip_checksum, "the gzip stream is damaged or cut off (CRC check failed"),
-    "empty": (lambda f: f.write_bytes(b""), "the file is empty (0 bytes), expected a NIfTI volume; copy it again"),
-    "page": (lambda f: f.write_text("<html>404</html>"), "holds an HTML or XML page, not a NIfTI volume"),
+    "empty": (
+        lambda f: f.write_bytes(b""),
+        "the file is empty (0 bytes), expected a NIfTI volume; copy it again",
+    ),
+    "page": (
+        lambda f: f.write_text("<html>404</html>"),
+        "holds an HTML or XML page, not a NIfTI volume",
+    ),
     "huge": (claim_huge, "the header promises 32767 x 32767 x 32767 voxels"),
     "missing": (lambda f: f.unlink(), "missing, case fake_005 of dataset.json needs it"),
 }
@@ -301,8 +338,16 @@ CONTENT_FAULTS = {  # folder, damage, text
         lambda f: change(f, lambda a: a, affine=np.diag([-1.0, 1, 3, 1])),
         "spacing 1 x 1 x 3 mm, while fake_005.nii.gz has 1 x 1 x 2 mm",
     ),
-    "2D image": ("imagesTr", lambda f: change(f, lambda a: a[:, :, 0]), "the volume is 2D, 25 x 28, expected 3D"),
-    "2D label": ("labelsTr", lambda f: change(f, lambda a: a[:, :, 0]), "the volume is 2D, 25 x 28, expected one 3D"),
+    "2D image": (
+        "imagesTr",
+        lambda f: change(f, lambda a: a[:, :, 0]),
+        "the volume is 2D, 25 x 28, expected 3D",
+    ),
+    "2D label": (
+        "labelsTr",
+        lambda f: change(f, lambda a: a[:, :, 0]),
+        "the volume is 2D, 25 x 28, expected one 3D",
+    ),
     "4D image": (
         "imagesTr",
         lambda f: change(f, lambda a: np.stack([a] * 3, -1)),
@@ -313,7 +358,11 @@ CONTENT_FAULTS = {  # folder, damage, text
         lambda f: change(f, lambda a: np.stack([a] * 3, -1)),
         "the volume is 4D, 25 x 28 x 16 x 3, expected one 3D volume",
     ),
-    "unknown": ("labelsTr", lambda f: change(f, at(0, 7)), "unknown label value 7 in 5 voxels, expected 0, 1, 2"),
+    "unknown": (
+        "labelsTr",
+        lambda f: change(f, at(0, 7)),
+        "unknown label value 7 in 5 voxels, expected 0, 1, 2",
+    ),
     "negative": (
         "labelsTr",
         lambda f: change(f, lambda a: at(0, -1)(a.astype(np.int8))),
@@ -353,7 +402,9 @@ def test_msd_names_channel_files_on_different_grids(fakes, tmp_path, capsys):
     src = shutil.copytree(fakes / "nnunet", tmp_path / "src")
     file = change(src / "imagesTr" / "fake_003_0001.nii.gz", lambda a: a[1:])
     line = refused(src, tmp_path / "p", capsys)
-    assert line.startswith(f"{file}: shape 25 x 28 x 16, while fake_003_0000.nii.gz has 26 x 28 x 16")
+    assert line.startswith(
+        f"{file}: shape 25 x 28 x 16, while fake_003_0000.nii.gz has 26 x 28 x 16"
+    )
 
 
 @pytest.mark.parametrize(("removed", "text"), [
@@ -370,7 +421,9 @@ def test_msd_names_a_label_without_image(fakes, tmp_path, capsys):
     src = shutil.copytree(fakes / "nnunet", tmp_path / "src")
     for file in (src / "imagesTr").glob("fake_003_*"):
         file.unlink()
-    assert refused(src, tmp_path / "p", capsys).startswith(f"{src}/labelsTr/fake_003.nii.gz: a label without image")
+    assert refused(src, tmp_path / "p", capsys).startswith(
+        f"{src}/labelsTr/fake_003.nii.gz: a label without image"
+    )
 
 
 @pytest.mark.parametrize(("entries", "text"), [
@@ -394,21 +447,30 @@ def test_msd_names_what_is_wrong_in_dataset_json(src, tmp_path, capsys, entries,
 def test_msd_names_a_case_listed_twice(src, tmp_path, capsys):
     training = json.loads((src / "dataset.json").read_text())["training"]
     edit(src, training=[*training, training[3]])
-    assert refused(src, tmp_path / "p", capsys).startswith(f"{src}: case fake_004 is there twice; remove one")
+    assert refused(src, tmp_path / "p", capsys).startswith(
+        f"{src}: case fake_004 is there twice; remove one"
+    )
 
 
 def test_msd_names_a_folder_that_is_none(tmp_path, capsys):
     line = refused(tmp_path / "none", tmp_path / "p", capsys)
-    assert line == f"{tmp_path / 'none'}: no such folder, expected a Decathlon or nnU-Net raw folder; check --src"
+    assert (
+        line
+        == f"{tmp_path / 'none'}: no such folder, expected a Decathlon or nnU-Net raw folder; check --src"
+    )
     (tmp_path / "none").mkdir()
-    assert refused(tmp_path / "none", tmp_path / "p", capsys).startswith(f"{tmp_path / 'none'}: holds no dataset.json")
+    assert refused(tmp_path / "none", tmp_path / "p", capsys).startswith(
+        f"{tmp_path / 'none'}: holds no dataset.json"
+    )
 
 
 def test_msd_says_which_files_it_leaves_out(src, tmp_path, capsys):
     edit(src, training=json.loads((src / "dataset.json").read_text())["training"][1:])
     code, _, lines = run("--src", src, "--dst", tmp_path / "p", capsys=capsys)
     assert code == 0 and len(lines) == 2
-    assert lines[0].endswith("2 files are not in dataset.json and left out: fake_001.nii.gz, fake_001.nii.gz")
+    assert lines[0].endswith(
+        "2 files are not in dataset.json and left out: fake_001.nii.gz, fake_001.nii.gz"
+    )
     assert lines[1].endswith("numTraining is 10, labelled cases are 9")
 
 
@@ -441,7 +503,11 @@ def test_msd_lists_all_faults_of_all_files_in_one_run(src, tmp_path, capsys, che
 def test_msd_check_of_a_sound_folder_writes_nothing(src, tmp_path, capsys):
     before = contents(tmp_path)
     code, out, lines = run("--src", src, "--check", "--dst", tmp_path / "p", capsys=capsys)
-    assert (code, lines) == (0, []) and "11 cases checked, no faults" in out and contents(tmp_path) == before
+    assert (
+        (code, lines) == (0, [])
+        and "11 cases checked, no faults" in out
+        and contents(tmp_path) == before
+    )
 
 
 @pytest.mark.parametrize(("flags", "text"), [
@@ -455,7 +521,9 @@ def test_msd_check_of_a_sound_folder_writes_nothing(src, tmp_path, capsys):
 ])  # fmt: skip
 def test_msd_answers_a_wrong_flag_with_one_line(capsys, flags, text):
     code, out, lines = run(*flags, capsys=capsys)
-    assert (code, out, len(lines)) == (2, "", 1) and text in lines[0] and lines[0].startswith("msd: ")
+    assert (
+        (code, out, len(lines)) == (2, "", 1) and text in lines[0] and lines[0].startswith("msd: ")
+    )
 
 
 # --- the destination, stops and continuations ------------------------------------------------------------------------
@@ -474,7 +542,9 @@ def test_msd_refuses_a_destination_with_other_files(fakes, tmp_path, capsys):
 def test_msd_refuses_another_setup_in_the_same_destination(fakes, tmp_path, capsys):
     run("--src", fakes / "msd", "--dst", tmp_path / "p")
     before = contents(tmp_path / "p")
-    code, _, lines = run("--src", fakes / "msd", "--dst", tmp_path / "p", "--spacing", "1", capsys=capsys)
+    code, _, lines = run(
+        "--src", fakes / "msd", "--dst", tmp_path / "p", "--spacing", "1", capsys=capsys
+    )
     assert code == 2 and "was prepared with spacing None, now [1.0, 1.0, 1.0]" in lines[0]
     code, _, lines = run("--src", fakes / "nnunet", "--dst", tmp_path / "p", capsys=capsys)
     assert code == 2 and "was prepared with source" in lines[0]
@@ -486,7 +556,9 @@ def test_msd_refuses_to_make_volumes_where_slices_are(fakes, tmp_path, capsys):
     assert run(*flags, "--as-slices", "--side", 32)[0] == 0
     before = contents(tmp_path / "p")
     code, _, lines = run(*flags, capsys=capsys)
-    assert code == 2 and "was prepared with slices" in lines[0] and contents(tmp_path / "p") == before
+    assert (
+        code == 2 and "was prepared with slices" in lines[0] and contents(tmp_path / "p") == before
+    )
 
 
 @pytest.mark.parametrize("harm", ["missing", "cut"])
@@ -502,7 +574,11 @@ def test_msd_makes_a_case_again_whose_arrays_are_not_whole(src, tmp_path, harm):
 def test_msd_refuses_a_destination_in_which_another_run_is_at_work(fakes, tmp_path, capsys):
     with _prepare.alone_in(tmp_path / "p"):
         code, _, lines = run("--src", fakes / "msd", "--dst", tmp_path / "p", capsys=capsys)
-    assert code == 2 and "another run is preparing it" in lines[0] and not list((tmp_path / "p").iterdir())
+    assert (
+        code == 2
+        and "another run is preparing it" in lines[0]
+        and not list((tmp_path / "p").iterdir())
+    )
     assert run("--src", fakes / "msd", "--dst", tmp_path / "p")[0] == 0  # once the other has ended
 
 
@@ -542,15 +618,23 @@ def start_slow(src: Path, dst: Path, code: str = SLOW) -> subprocess.Popen:
     # a shell that starts the tests in the background makes all processes below it ignore SIGINT
     code = f"import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n{code}"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", code, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     deadline = time.time() + 30
-    while len(list(dst.glob("cases/fake*"))) < 3 and process.poll() is None and time.time() < deadline:
+    while (
+        len(list(dst.glob("cases/fake*"))) < 3 and process.poll() is None and time.time() < deadline
+    ):
         time.sleep(0.005)
     return process
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)]
+)
 def test_msd_continues_after_a_stop_and_gives_the_same_bytes(fakes, tmp_path, capsys, number, code):
     process = start_slow(fakes / "msd", tmp_path / "p")
     process.send_signal(number)
@@ -564,18 +648,27 @@ def test_msd_continues_after_a_stop_and_gives_the_same_bytes(fakes, tmp_path, ca
     times = {n: (tmp_path / "p" / "cases" / n / "image.npy").stat().st_mtime_ns for n in there}
 
     result, _, lines = run("--src", fakes / "msd", "--dst", tmp_path / "p", capsys=capsys)
-    assert result == 0 and lines == [f"msd: {len(there)} cases are there from an earlier run, {11 - len(there)} to do"]
-    assert all((tmp_path / "p" / "cases" / n / "image.npy").stat().st_mtime_ns == t for n, t in times.items())
+    assert result == 0 and lines == [
+        f"msd: {len(there)} cases are there from an earlier run, {11 - len(there)} to do"
+    ]
+    assert all(
+        (tmp_path / "p" / "cases" / n / "image.npy").stat().st_mtime_ns == t
+        for n, t in times.items()
+    )
     run("--src", fakes / "msd", "--dst", tmp_path / "whole")
     assert contents(tmp_path / "p") == contents(tmp_path / "whole")
 
 
 def test_msd_leaves_nothing_half_done_on_a_full_disk(fakes, tmp_path, capsys):
     limited = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (22600, 22600))\n" + SLOW
-    process = start_slow(fakes / "msd", tmp_path / "p", limited)  # the third case's image has 23.4 kB
+    process = start_slow(
+        fakes / "msd", tmp_path / "p", limited
+    )  # the third case's image has 23.4 kB
     out, err = process.communicate(timeout=30)
     assert process.returncode == 2 and out == "" and len(err.splitlines()) == 1
-    assert re.match(rf"msd: {tmp_path}/p/cases/fake_\d+: cannot be written \(File too large\); free space", err)
+    assert re.match(
+        rf"msd: {tmp_path}/p/cases/fake_\d+: cannot be written \(File too large\); free space", err
+    )
     names = sorted(f.name for f in (tmp_path / "p" / "cases").iterdir())
     assert names == ["fake_001", "fake_002"] and not (tmp_path / "p" / "dataset.json").exists()
     assert run("--src", fakes / "msd", "--dst", tmp_path / "p")[0] == 0
@@ -587,7 +680,9 @@ def test_msd_loses_nothing_when_stdout_is_closed(fakes, tmp_path):
     os.close(read)
     flags = ["--src", str(fakes / "msd"), "--dst", str(tmp_path / "p"), "--quiet"]
     command = [sys.executable, "-m", "data_prep.msd", *flags]
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, check=False)
+    done = subprocess.run(
+        command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, check=False
+    )
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(open_prepared(tmp_path / "p").meta["cases"]) == 11
@@ -607,7 +702,10 @@ def test_make_fake_writes_what_the_check_passes(fakes):
     for layout in ("msd", "nnunet"):
         assert run("--src", fakes / layout, "--check")[0] == 0
         assert any(f.name.startswith("._") for f in (fakes / layout / "imagesTr").iterdir())
-    orientations = {loaders.orientation_name(nib.load(f).affine) for f in (fakes / "msd" / "labelsTr").glob("f*")}
+    orientations = {
+        loaders.orientation_name(nib.load(f).affine)
+        for f in (fakes / "msd" / "labelsTr").glob("f*")
+    }
     types = {nib.load(f).get_data_dtype() for f in (fakes / "msd" / "labelsTr").glob("f*")}
     assert orientations == {"RAS", "LAS"} and types == {np.dtype(np.uint8), np.dtype(np.float32)}
 
@@ -629,11 +727,15 @@ def test_msd_takes_labelled_test_cases_as_the_test_set(src, tmp_path, capsys):
     edit(src, training=meta["training"][3:], test=meta["training"][:3], numTraining=None)
     code, _, lines = run("--src", src, "--dst", tmp_path / "p", capsys=capsys)
     assert code == 0 and any(
-        "3 labelled cases that dataset.json lists as test are the test set (with" in s for s in lines
+        "3 labelled cases that dataset.json lists as test are the test set (with" in s
+        for s in lines
     )
     splits = open_prepared(tmp_path / "p").meta["splits"]
     assert splits["test"] == ["fake_001", "fake_002", "fake_003"]
-    assert sorted(splits["train"] + splits["val"]) == [f"fake_{i:03d}" for i in range(4, 11)] and splits["val"]
+    assert (
+        sorted(splits["train"] + splits["val"]) == [f"fake_{i:03d}" for i in range(4, 11)]
+        and splits["val"]
+    )
 
 
 @pytest.mark.parametrize(("entries", "text"), [
@@ -661,7 +763,9 @@ def test_an_image_as_label_is_a_dozen_lines(src, tmp_path, capsys):
     shutil.copy(src / "imagesTr/fake_005.nii.gz", src / "labelsTr/fake_005.nii.gz")
     code, _, lines = run("--src", src, "--dst", tmp_path / "p", capsys=capsys)
     assert (
-        code == 2 and len(lines) <= _prepare.MANY + 2 and any("more such values; is this an image?" in s for s in lines)
+        code == 2
+        and len(lines) <= _prepare.MANY + 2
+        and any("more such values; is this an image?" in s for s in lines)
     )
 
 
@@ -678,7 +782,9 @@ def test_a_case_that_does_not_fit_the_memory_is_one_line(src, tmp_path, capsys, 
         return None
 
     monkeypatch.setattr(_prepare, "load_case", full)
-    assert refused(src, tmp_path / "p", capsys).startswith("fake_004: does not fit the memory; use fewer --workers")
+    assert refused(src, tmp_path / "p", capsys).startswith(
+        "fake_004: does not fit the memory; use fewer --workers"
+    )
 
 
 def test_what_a_killed_write_left_does_not_stop_the_next_run(src, tmp_path):

@@ -15,7 +15,12 @@ from data_prep import _prepare, amos
 
 NAMES = ["spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver", "stomach", "aorta", "postcava",
          "pancreas", "right adrenal gland", "left adrenal gland", "duodenum", "bladder", "prostate/uterus"]  # fmt: skip
-WIDE, LAS, FLOAT, AIR = "amos_0001", "amos_0002", "amos_0003", "amos_0004"  # what is odd about cases of the fake
+WIDE, LAS, FLOAT, AIR = (
+    "amos_0001",
+    "amos_0002",
+    "amos_0003",
+    "amos_0004",
+)  # what is odd about cases of the fake
 NATIVE = ("--spacing", "1.5,1.5,2.5")  # of the fake, so that nothing is resampled
 
 
@@ -39,7 +44,16 @@ def done(fakes, tmp_path_factory) -> Path:
     """The small fake prepared with each --crop; not to be changed."""
     root = tmp_path_factory.mktemp("prepared")
     for crop in ("label", "centre", "none"):
-        flags = ["--src", str(fakes / "few"), "--dst", str(root / crop), "--crop", crop, "--subset", "--quiet"]
+        flags = [
+            "--src",
+            str(fakes / "few"),
+            "--dst",
+            str(root / crop),
+            "--crop",
+            crop,
+            "--subset",
+            "--quiet",
+        ]
         assert amos.main(flags) == 0
     return root
 
@@ -69,7 +83,9 @@ def edit(src: Path, **entries) -> dict:
     """Replace entries of dataset.json; a function gets the old value, None takes one out."""
     meta = json.loads((src / "dataset.json").read_text())
     new = {key: value(meta[key]) if callable(value) else value for key, value in entries.items()}
-    (src / "dataset.json").write_text(json.dumps({k: v for k, v in (meta | new).items() if v is not None}))
+    (src / "dataset.json").write_text(
+        json.dumps({k: v for k, v in (meta | new).items() if v is not None})
+    )
     return meta
 
 
@@ -100,10 +116,16 @@ def test_amos_with_the_published_counts_passes_and_prints_them(fakes, capsys):
 def test_amos_split_is_the_papers_in_the_order_of_dataset_json(fakes, src):
     source = listed(fakes / "full", subset=False)
     meta = json.loads((fakes / "full" / "dataset.json").read_text())
-    names = {part: [Path(e["image"]).name[:9] for e in meta[part]] for part in ("training", "validation")}
+    names = {
+        part: [Path(e["image"]).name[:9] for e in meta[part]] for part in ("training", "validation")
+    }
     ct = {part: [name for name in ids if name <= "amos_0500"] for part, ids in names.items()}
     assert len(names["training"]) == 240 and len(names["validation"]) == 120
-    assert source.splits == {"train": ct["training"], "val": ct["validation"][:10], "test": ct["validation"][10:]}
+    assert source.splits == {
+        "train": ct["training"],
+        "val": ct["validation"][:10],
+        "test": ct["validation"][10:],
+    }
     assert listed(src).splits["val"] == ["amos_0007", "amos_0008"]
     edit(src, validation=lambda entries: entries[::-1])
     after = listed(src).splits
@@ -121,7 +143,10 @@ def test_amos_takes_a_tenth_of_validation_for_val(n, val):
 def test_amos_tells_ct_from_mr_by_the_number_alone(src, tmp_path, capsys):
     for kind in ("images", "labels"):
         for number in (500, 501):
-            shutil.copy(src / f"{kind}Tr" / "amos_0005.nii.gz", src / f"{kind}Tr" / f"amos_{number:04d}.nii.gz")
+            shutil.copy(
+                src / f"{kind}Tr" / "amos_0005.nii.gz",
+                src / f"{kind}Tr" / f"amos_{number:04d}.nii.gz",
+            )
     edit(src, training=[pair("amos_0501"), pair("amos_0500"), pair("amos_0600")])
     source = listed(src)
     assert source.splits["train"] == ["amos_0500"]
@@ -130,7 +155,11 @@ def test_amos_tells_ct_from_mr_by_the_number_alone(src, tmp_path, capsys):
 
 
 def test_amos_never_reads_mr_test_images_and_files_of_a_mac(fakes, src):
-    for file in [*src.glob("images*/amos_05*"), *src.glob("labels*/amos_05*"), src / "imagesTs" / "amos_0499.nii.gz"]:
+    for file in [
+        *src.glob("images*/amos_05*"),
+        *src.glob("labels*/amos_05*"),
+        src / "imagesTs" / "amos_0499.nii.gz",
+    ]:
         file.write_bytes(b"")
     assert (src / "imagesTr" / "._amos_0001.nii.gz").exists()
     assert run("--src", src, "--check", "--subset")[0] == 0
@@ -148,7 +177,9 @@ def test_amos_refuses_another_number_of_cases(fakes, tmp_path, capsys, part, exp
     code, _, lines = run("--src", src, "--dst", tmp_path / "p", capsys=capsys)
     what = f"lists {expected - 1} CT of {part}, expected {expected}"
     remedy = "get amos22.zip again, or pass --subset to prepare what is there"
-    assert code == 2 and lines == [f"amos: {src / 'dataset.json'}: {what}; {remedy}; nothing was written"]
+    assert code == 2 and lines == [
+        f"amos: {src / 'dataset.json'}: {what}; {remedy}; nothing was written"
+    ]
     assert not (tmp_path / "p").exists()
     assert run("--src", src, "--check", "--subset")[0] == 0
 
@@ -156,7 +187,12 @@ def test_amos_refuses_another_number_of_cases(fakes, tmp_path, capsys, part, exp
 def test_amos_manifest_stands_beside_the_published_counts(done):
     data = open_prepared(done / "label")
     assert "  published    train 6 of 200, val 2 of 10, test 18 of 90" in data.meta["manifest"]
-    assert [len(data.cases(part)) for part in ("train", "val", "test", "unlabelled")] == [6, 2, 18, 0]
+    assert [len(data.cases(part)) for part in ("train", "val", "test", "unlabelled")] == [
+        6,
+        2,
+        18,
+        0,
+    ]
 
 
 def test_amos_subset_leaves_all_others_where_the_whole_list_puts_them(src, tmp_path, capsys):
@@ -167,7 +203,10 @@ def test_amos_subset_leaves_all_others_where_the_whole_list_puts_them(src, tmp_p
             file.unlink()
     source = listed(src)
     assert source.splits == {part: [c for c in ids if c not in gone] for part, ids in whole.items()}
-    assert source.notes[-1] == f"{src / 'dataset.json'}: listed cases without files, left out: 3 ({', '.join(gone)})"
+    assert (
+        source.notes[-1]
+        == f"{src / 'dataset.json'}: listed cases without files, left out: 3 ({', '.join(gone)})"
+    )
     code, out, _ = run("--src", src, "--dst", tmp_path / "p", "--subset", capsys=capsys)
     assert code == 0 and "train 5 of 200, val 1 of 10, test 17 of 90" in out
 
@@ -189,14 +228,18 @@ def test_amos_maps_hounsfield_units_the_same_for_every_case(fakes, tmp_path):
     for case in ("amos_0003", AIR, "amos_0005"):
         hu = voxels(fakes / "few", "imagesTr", case).astype(float)
         assert hu.min() < -991 and hu.max() > 362
-        np.testing.assert_allclose(data.image(case)[0], (np.clip(hu, -991, 362) + 991) / 1353, atol=5e-4)
+        np.testing.assert_allclose(
+            data.image(case)[0], (np.clip(hu, -991, 362) + 991) / 1353, atol=5e-4
+        )
     assert (voxels(fakes / "few", "imagesTr", AIR) == -3024).any()
 
 
 def test_amos_stores_zero_for_the_padding_value(done):
     rule = open_prepared(done / "label").meta["normalisation"]
     hu = np.array([-3024, -992, -991, 0, 362, 363, 3000], float).reshape(1, 7, 1, 1)
-    np.testing.assert_allclose(normalise(hu, rule).ravel(), [0, 0, 0, 991 / 1353, 1, 1, 1], atol=1e-7)
+    np.testing.assert_allclose(
+        normalise(hu, rule).ravel(), [0, 0, 0, 991 / 1353, 1, 1, 1], atol=1e-7
+    )
 
 
 def test_amos_resamples_to_the_papers_spacing(done):
@@ -220,10 +263,16 @@ def test_amos_cuts_only_the_longer_axis(done, crop):
     before, after = np.array(full.label(WIDE)), np.array(data.label(WIDE))
     assert before.shape == (240, 20, 8) and after.shape == (192, 20, 8)
     where = np.nonzero(before)[0]
-    start = min(max((int(where.min()) + int(where.max()) - 192 + 1) // 2, 0), 48) if crop == "label" else 24
+    start = (
+        min(max((int(where.min()) + int(where.max()) - 192 + 1) // 2, 0), 48)
+        if crop == "label"
+        else 24
+    )
     np.testing.assert_array_equal(after, before[start : start + 192])
     np.testing.assert_array_equal(data.image(WIDE)[0], full.image(WIDE)[0, start : start + 192])
-    np.testing.assert_allclose(data.affine(WIDE) @ [0, 0, 0, 1], full.affine(WIDE) @ [start, 0, 0, 1], atol=1e-9)
+    np.testing.assert_allclose(
+        data.affine(WIDE) @ [0, 0, 0, 1], full.affine(WIDE) @ [start, 0, 0, 1], atol=1e-9
+    )
     lost = int((before > 0).sum() - (after > 0).sum())
     facts = {"shape": [240, 20, 8], "start": [start, 0, 0], "label_voxels_outside": lost}
     assert data.meta["cases"][WIDE]["crop"] == facts
@@ -235,12 +284,19 @@ def test_amos_cuts_only_the_longer_axis(done, crop):
 def test_amos_prediction_is_never_cut(fakes, done):
     file = fakes / "few" / "imagesTr" / f"{WIDE}.nii.gz"
     image, _ = load_for_prediction([file], data_record(open_prepared(done / "label")))
-    np.testing.assert_array_equal(image, np.array(open_prepared(done / "none").image(WIDE), np.float32))
+    np.testing.assert_array_equal(
+        image, np.array(open_prepared(done / "none").image(WIDE), np.float32)
+    )
 
 
-@pytest.mark.parametrize(("spacing", "size"), [("1.5,1.5,5", [192, 128, 128]), ("4.5,4.5,5", [64, 48, 128])])
+@pytest.mark.parametrize(
+    ("spacing", "size"), [("1.5,1.5,5", [192, 128, 128]), ("4.5,4.5,5", [64, 48, 128])]
+)
 def test_amos_window_keeps_its_millimetres(src, spacing, size):
-    assert listed(src, spacing=_prepare.parse_spacing(spacing)).crop == {"kind": "label", "size": size}
+    assert listed(src, spacing=_prepare.parse_spacing(spacing)).crop == {
+        "kind": "label",
+        "size": size,
+    }
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------
@@ -312,56 +368,84 @@ def test_amos_names_what_is_wrong_in_dataset_json(src, tmp_path, capsys, entries
     assert refused(src, tmp_path / "p", capsys).startswith(f"{src / 'dataset.json'}: {text}")
 
 
-@pytest.mark.parametrize("labels", [None, lambda labels: {k: v.upper() for k, v in labels.items()} | {"8": "aorta"}])
+@pytest.mark.parametrize(
+    "labels", [None, lambda labels: {k: v.upper() for k, v in labels.items()} | {"8": "aorta"}]
+)
 def test_amos_accepts_dataset_json_without_labels_or_with_other_capitals(src, labels):
     edit(src, labels=labels)
     assert listed(src).faults == ()
 
 
 def test_amos_names_a_label_value_that_it_does_not_know(src, tmp_path, capsys):
-    file = change(src / "labelsVa" / "amos_0009.nii.gz", lambda a: np.where(a == 15, 16, a).astype(np.uint8))
+    file = change(
+        src / "labelsVa" / "amos_0009.nii.gz", lambda a: np.where(a == 15, 16, a).astype(np.uint8)
+    )
     count = int((voxels(src, "labelsVa", "amos_0009") == 16).sum())
     line = refused(src, tmp_path / "p", capsys)
-    assert line.startswith(f"{file}: unknown label value 16 in {count:,} voxels, expected 0, 1, 2, ")
+    assert line.startswith(
+        f"{file}: unknown label value 16 in {count:,} voxels, expected 0, 1, 2, "
+    )
 
 
 def test_amos_names_a_folder_that_holds_none(tmp_path, capsys):
     src, p = tmp_path / "none", tmp_path / "p"
-    assert refused(src, p, capsys) == f"{src}: no such folder, expected amos22 as published; check --src"
+    assert (
+        refused(src, p, capsys)
+        == f"{src}: no such folder, expected amos22 as published; check --src"
+    )
     src.mkdir()
-    assert refused(src, p, capsys) == f"{src}: holds no dataset.json, expected amos22 as published; check --src"
+    assert (
+        refused(src, p, capsys)
+        == f"{src}: holds no dataset.json, expected amos22 as published; check --src"
+    )
     (src / "amos22.zip").write_bytes(b"")
     assert refused(src, p, capsys).endswith("; unpack amos22.zip first")
     (src / "AMOS22").mkdir()
     (src / "AMOS22" / "task1_dataset.json").write_text("{}")
     line = refused(src, p, capsys)
-    assert "no labels of validation cases (task1_dataset.json), expected dataset.json; get amos22.zip" in line
+    assert (
+        "no labels of validation cases (task1_dataset.json), expected dataset.json; get amos22.zip"
+        in line
+    )
     for name in ("a", "b"):
         (src / name).mkdir()
         (src / name / "dataset.json").write_text("{")
-    assert refused(src, p, capsys) == f"{src}: holds 2 folders with a dataset.json, expected one; check --src"
+    assert (
+        refused(src, p, capsys)
+        == f"{src}: holds 2 folders with a dataset.json, expected one; check --src"
+    )
     assert refused(src / "a", p, capsys).startswith(f"{src / 'a' / 'dataset.json'}: not JSON (")
 
 
 def test_amos_names_a_list_without_any_file_that_is_here(src, tmp_path, capsys):
     for file in src.glob("*/amos_*"):
         file.unlink()
-    assert ": lists no CT that is here, expected files such as" in refused(src, tmp_path / "p", capsys)
+    assert ": lists no CT that is here, expected files such as" in refused(
+        src, tmp_path / "p", capsys
+    )
 
 
 def test_amos_lists_all_faults_in_one_check(src, capsys):
     edit(src, labels=lambda labels: labels | {"1": "liver"})
     (src / "labelsTr" / "amos_0002.nii.gz").unlink()
     change(src / "imagesTr" / "amos_0003.nii.gz", lambda a: a[1:])
-    change(src / "labelsVa" / "amos_0009.nii.gz", lambda a: np.where(a == 1, 77, a).astype(np.uint8))
+    change(
+        src / "labelsVa" / "amos_0009.nii.gz", lambda a: np.where(a == 1, 77, a).astype(np.uint8)
+    )
     file = src / "imagesVa" / "amos_0010.nii.gz"
     file.write_bytes(file.read_bytes()[:-30])
     code, out, lines = run("--src", src, "--check", capsys=capsys)
     wanted = [
         (src / "dataset.json", "label 1 is 'liver', expected spleen"),
         (src / "labelsTr" / "amos_0002.nii.gz", "missing, amos_0002 of training needs it"),
-        (src / "dataset.json", "lists 6 CT of training, expected 200 and 20 CT of validation, expected 100"),
-        (src / "labelsTr" / "amos_0003.nii.gz", "shape 24 x 20 x 16, while amos_0003.nii.gz has 23 x 20 x 16"),
+        (
+            src / "dataset.json",
+            "lists 6 CT of training, expected 200 and 20 CT of validation, expected 100",
+        ),
+        (
+            src / "labelsTr" / "amos_0003.nii.gz",
+            "shape 24 x 20 x 16, while amos_0003.nii.gz has 23 x 20 x 16",
+        ),
         (src / "labelsVa" / "amos_0009.nii.gz", "unknown label value 77"),
         (file, "the gzip stream is damaged or cut off"),
     ]
@@ -380,27 +464,57 @@ def test_amos_continues_and_refuses_another_window_in_the_same_folder(src, tmp_p
     code, _, lines = run("--src", src, "--dst", tmp_path / "p", "--subset", capsys=capsys)
     assert code == 0 and lines == ["amos: 25 cases are there from an earlier run, 1 to do"]
     assert {f: f.read_bytes() for f in (tmp_path / "p").rglob("*") if f.is_file()} == before
-    code, _, lines = run("--src", src, "--dst", tmp_path / "p", "--subset", "--crop", "none", capsys=capsys)
-    assert code == 2 and "was prepared with crop {'kind': 'label', 'size': [192, 128, 128]}, now" in lines[0]
+    code, _, lines = run(
+        "--src", src, "--dst", tmp_path / "p", "--subset", "--crop", "none", capsys=capsys
+    )
+    assert (
+        code == 2
+        and "was prepared with crop {'kind': 'label', 'size': [192, 128, 128]}, now" in lines[0]
+    )
 
 
 def test_amos_makes_a_fake_of_the_published_counts_by_default(tmp_path, capsys):
     assert run("--make-fake", tmp_path / "fake")[0] == 0
-    assert [len(list((tmp_path / "fake" / f"labels{p}").iterdir())) for p in ("Tr", "Va")] == [240, 120]
+    assert [len(list((tmp_path / "fake" / f"labels{p}").iterdir())) for p in ("Tr", "Va")] == [
+        240,
+        120,
+    ]
     code, out, _ = run("--src", tmp_path / "fake", "--check", capsys=capsys)
     assert code == 0 and "300 cases checked" in out
 
 
 def test_amos_trains_and_predicts_with_the_published_label_values(fakes, tmp_path):
-    assert run("--src", fakes / "few", "--dst", tmp_path / "p", "--subset", "--spacing", "12,12,40")[0] == 0
+    assert (
+        run("--src", fakes / "few", "--dst", tmp_path / "p", "--subset", "--spacing", "12,12,40")[0]
+        == 0
+    )
     data, weights = open_prepared(tmp_path / "p"), tmp_path / "run" / "last.pt"
     assert data.meta["grid"] == [32, 16, 16]
     common = ["--device", "cpu", "--amp", "off", "--quiet", "--sampling-steps", "1"]
     network = ["--num-channels", "4", "--channel-mult", "1,2", "--num-groups", "2", "--patch", "16"]
-    argv = ["train", "--data", str(tmp_path / "p"), "--out", str(weights.parent), "--preset", "tiny", "--steps", "1"]
+    argv = [
+        "train",
+        "--data",
+        str(tmp_path / "p"),
+        "--out",
+        str(weights.parent),
+        "--preset",
+        "tiny",
+        "--steps",
+        "1",
+    ]
     assert patchddm.main([*argv, "--batch", "2", *network, *common]) == 0
     file, output = fakes / "few" / "imagesTr" / f"{WIDE}.nii.gz", tmp_path / "mask.nii.gz"
-    argv = ["predict", "--checkpoint", str(weights), "--image", str(file), "--output", str(output), *common]
+    argv = [
+        "predict",
+        "--checkpoint",
+        str(weights),
+        "--image",
+        str(file),
+        "--output",
+        str(output),
+        *common,
+    ]
     assert patchddm.main(argv) == 0
     mask = nib.load(output)
     assert mask.shape == (24, 20, 16) and set(np.unique(mask.dataobj)) <= set(range(16))

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 
 import patchddm
-from common.old.loaders import data_record, load_for_prediction, make_splits, open_prepared, write_nifti
+from common.old.loaders import (
+    data_record,
+    load_for_prediction,
+    make_splits,
+    open_prepared,
+    write_nifti,
+)
 from data_prep import brats
 
 # PatchDDM's published lists, of the official numbers
@@ -39,7 +45,9 @@ def src(fakes, tmp_path) -> Path:
 
 def some_cases(fakes: Path, target: Path, count: int, layout: str = "2021") -> Path:
     """A copy of the first `count` training cases of a fake."""
-    folders = sorted({f.parent for f in (fakes / layout).rglob("*[_-]t1*") if "alidation" not in str(f)})
+    folders = sorted(
+        {f.parent for f in (fakes / layout).rglob("*[_-]t1*") if "alidation" not in str(f)}
+    )
     for folder in folders[:count]:
         shutil.copytree(folder, target / folder.name, ignore=shutil.ignore_patterns("._*"))
     return target
@@ -71,7 +79,9 @@ def change(file: Path, function, affine=None) -> Path:
     image = nib.load(file)
     array = function(np.asarray(image.dataobj).copy())
     new = nib.Nifti1Image(
-        array, image.affine if affine is None else affine, None if affine is not None else image.header
+        array,
+        image.affine if affine is None else affine,
+        None if affine is not None else image.header,
     )
     new.set_data_dtype(array.dtype)
     nib.save(new, file)
@@ -80,7 +90,9 @@ def change(file: Path, function, affine=None) -> Path:
 
 def find(src: Path, name: str) -> Path:
     """The file of this name, or of the name with .gz."""
-    return next(f for f in sorted(src.rglob("*.nii*")) if f.is_file() and f.name in (name, f"{name}.gz"))
+    return next(
+        f for f in sorted(src.rglob("*.nii*")) if f.is_file() and f.name in (name, f"{name}.gz")
+    )
 
 
 def voxels(src: Path, name: str) -> np.ndarray:
@@ -101,17 +113,30 @@ FIRST = {"2018": "Brats18_2013_2_1", "2020": "BraTS20_Training_003", "2021": "Br
 
 @pytest.mark.parametrize("layout", brats.LAYOUTS)
 def test_brats_prepares_each_years_layout(fakes, tmp_path, capsys, layout):
-    code, out, lines = run("--src", fakes / layout, "--dst", tmp_path / "p", "--classes", "all", capsys=capsys)
-    assert code == 0 and "11 cases (8 train, 1 val, 1 test, 1 unlabelled)" in out and "LPS -> RAS" in out
+    code, out, lines = run(
+        "--src", fakes / layout, "--dst", tmp_path / "p", "--classes", "all", capsys=capsys
+    )
+    assert (
+        code == 0
+        and "11 cases (8 train, 1 val, 1 test, 1 unlabelled)" in out
+        and "LPS -> RAS" in out
+    )
     data = open_prepared(tmp_path / "p")
     assert data.channels == ["t1", "t1ce", "t2", "flair"]
     case, hyphens = FIRST[layout], layout == "2023"
     image, label = np.array(data.image(case)), np.array(data.label(case))
     assert image.dtype == np.float16 and label.dtype == np.uint8 and (image[:, label > 0] > 0).any()
-    for channel, name in enumerate(NEW if hyphens else OLD):  # each channel's order of brightness is its own file's
+    for channel, name in enumerate(
+        NEW if hyphens else OLD
+    ):  # each channel's order of brightness is its own file's
         raw = voxels(fakes / layout, f"{case}{'-' if hyphens else '_'}{name}")
-        assert (np.diff(image[channel].ravel()[np.argsort(raw.ravel(), kind="stable")].astype(float)) >= 0).all()
-    told = "-t1n = t1, -t1c = t1ce, -t2w = t2, -t2f = flair" if hyphens else "_t1, _t1ce, _t2, _flair"
+        assert (
+            np.diff(image[channel].ravel()[np.argsort(raw.ravel(), kind="stable")].astype(float))
+            >= 0
+        ).all()
+    told = (
+        "-t1n = t1, -t1c = t1ce, -t2w = t2, -t2f = flair" if hyphens else "_t1, _t1ce, _t2, _flair"
+    )
     assert lines.count(f"brats: note: channels from files named {told}") == 1
     assert sum("cases without label, prepared as unlabelled: 1 (" in line for line in lines) == 1
     assert data.has_label(case) and not data.has_label(data.cases("unlabelled")[0])
@@ -119,7 +144,11 @@ def test_brats_prepares_each_years_layout(fakes, tmp_path, capsys, layout):
 
 def test_brats_reads_grades_and_flat_folders_alike(fakes):
     ids = [case.id for case in listed(fakes / "2018").cases]
-    assert len(ids) == 11 and {"Brats18_2013_10_1", "Brats18_TCIA10_103_1", "Brats18_UAB_3448_1"} <= set(ids)
+    assert len(ids) == 11 and {
+        "Brats18_2013_10_1",
+        "Brats18_TCIA10_103_1",
+        "Brats18_UAB_3448_1",
+    } <= set(ids)
     assert ids.index("Brats18_2013_2_1") < ids.index("Brats18_2013_10_1")
 
 
@@ -129,7 +158,9 @@ def test_brats_reads_many_cases_in_one_folder(fakes, tmp_path):
     for file in some_cases(fakes, tmp_path / "src", 3).rglob("*.nii.gz"):
         file.rename(flat / file.name)
     (flat / "BraTS2021_00002_seg.nii.gz").unlink()
-    shutil.copy(flat / "BraTS2021_00000_seg.nii.gz", flat / "odd.nii.gz")  # whose it is, nobody can tell
+    shutil.copy(
+        flat / "BraTS2021_00000_seg.nii.gz", flat / "odd.nii.gz"
+    )  # whose it is, nobody can tell
     source = listed(flat)
     assert [case.label and case.label.name[:15] for case in source.cases] == [
         "BraTS2021_00000",
@@ -142,7 +173,10 @@ def test_brats_reads_many_cases_in_one_folder(fakes, tmp_path):
 def test_brats_reads_a_folder_that_stands_for_its_file(fakes, tmp_path, capsys):
     file = find(fakes / "2020", "BraTS20_Training_003_t2.nii")
     assert file.parent.name == file.name  # the fake has one
-    assert file in next(case for case in listed(fakes / "2020").cases if case.id.endswith("_003")).images
+    assert (
+        file
+        in next(case for case in listed(fakes / "2020").cases if case.id.endswith("_003")).images
+    )
     src = some_cases(fakes, tmp_path / "src", 3, "2020")
     shutil.copy(next(src.rglob("*_t1.nii")), src / "BraTS20_Training_003" / file.name / "other.nii")
     text = "a folder with 2 NIfTI files, expected a file, or one in it; unpack it again"
@@ -168,9 +202,13 @@ def test_brats_never_reads_files_of_a_mac(fakes):
 
 
 def test_brats_accepts_the_lone_odd_label_of_case_355_aloud(fakes, tmp_path, capsys):
-    code, _, lines = run("--src", fakes / "2020", "--dst", tmp_path / "p", "--classes", "all", capsys=capsys)
+    code, _, lines = run(
+        "--src", fakes / "2020", "--dst", tmp_path / "p", "--classes", "all", capsys=capsys
+    )
     odd = find(fakes / "2020", "W39_1998.09.19_Segm.nii")
-    told = "taken as the label of case BraTS20_Training_355, which has no seg and no other file left"
+    told = (
+        "taken as the label of case BraTS20_Training_355, which has no seg and no other file left"
+    )
     assert code == 0 and lines.count(f"brats: note: {odd}: {told}") == 1
     published = voxels(fakes / "2020", "W39_1998.09.19_Segm")
     stored = open_prepared(tmp_path / "p").label("BraTS20_Training_355")
@@ -203,33 +241,49 @@ def test_brats_takes_no_prediction_in_a_validation_folder_for_a_label(fakes, tmp
         folder.mkdir(parents=True)
         for name in (*brats.CHANNELS, "mine"):
             shutil.copy(
-                find(fakes / "2020", "BraTS20_Training_001_seg.nii"), folder / f"Brats18_{part[:3]}_1_1_{name}.nii"
+                find(fakes / "2020", "BraTS20_Training_001_seg.nii"),
+                folder / f"Brats18_{part[:3]}_1_1_{name}.nii",
             )
     source = listed(tmp_path / "src")
-    assert {case.id: bool(case.label) for case in source.cases} == {"Brats18_Tra_1_1": True, "Brats18_Val_1_1": False}
+    assert {case.id: bool(case.label) for case in source.cases} == {
+        "Brats18_Tra_1_1": True,
+        "Brats18_Val_1_1": False,
+    }
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("layout", "value"), [("2018", 4), ("2020", 4), ("2021", 4), ("2023", 3)])
-def test_brats_says_the_enhancing_value_and_prediction_writes_it_back(fakes, tmp_path, capsys, layout, value):
+def test_brats_says_the_enhancing_value_and_prediction_writes_it_back(
+    fakes, tmp_path, capsys, layout, value
+):
     src = some_cases(fakes, tmp_path / "src", 3, layout)
     _, out, lines = run("--src", src, "--dst", tmp_path / "p", "--classes", "all", capsys=capsys)
     said = f"labels are 0, 1, 2, {value}: {value} is the enhancing tumour, in 3 of 3 cases"
-    assert lines.count(f"brats: note: {said}") == 1 and f"label 3 (published {value}) enhancing tumour" in out
+    assert (
+        lines.count(f"brats: note: {said}") == 1
+        and f"label 3 (published {value}) enhancing tumour" in out
+    )
     data = open_prepared(tmp_path / "p")
     assert data.classes == {"necrotic core": 1, "oedema": 2, "enhancing tumour": 3}
-    assert data.meta["label_values"] == {"0": 0, "1": 1, "2": 2, "3": value} and "regions" not in data.meta
+    assert (
+        data.meta["label_values"] == {"0": 0, "1": 1, "2": 2, "3": value}
+        and "regions" not in data.meta
+    )
     case, mark = data.cases("train")[0], "-" if value == 3 else "_"
     files = [find(src, f"{case}{mark}{name}.nii") for name in (NEW if value == 3 else OLD)]
     image, restore = load_for_prediction(files, data_record(data))
     np.testing.assert_array_equal(image, np.array(data.image(case), np.float32))
-    write_nifti(tmp_path / "mask.nii.gz", restore.mask(np.array(data.label(case))), restore.like, np.uint8)
+    write_nifti(
+        tmp_path / "mask.nii.gz", restore.mask(np.array(data.label(case))), restore.like, np.uint8
+    )
     mask, seg = nib.load(tmp_path / "mask.nii.gz"), nib.load(find(src, f"{case}{mark}seg.nii"))
     np.testing.assert_array_equal(np.asarray(mask.dataobj), np.asarray(seg.dataobj))
     np.testing.assert_array_equal(mask.affine, seg.affine)
-    assert set(np.unique(mask.dataobj)) == {0, 1, 2, value} and mask.header["qform_code"] == 2  # the images' code
+    assert (
+        set(np.unique(mask.dataobj)) == {0, 1, 2, value} and mask.header["qform_code"] == 2
+    )  # the images' code
 
 
 def test_brats_merges_all_tumour_into_one_class_by_default(src, tmp_path):
@@ -260,8 +314,14 @@ def test_brats_tells_by_which_words_any_year_names_its_channels(src, tmp_path, c
 
 
 def test_brats_decides_the_enhancing_value_once_for_the_set(src, tmp_path, capsys):
-    change(src / "BraTS2021_00000" / "BraTS2021_00000_seg.nii.gz", lambda a: np.where(a == 4, 0, a).astype(np.float32))
-    change(src / "BraTS2021_00002" / "BraTS2021_00002_seg.nii.gz", lambda a: a.astype(np.float32) - np.float32(5e-4))
+    change(
+        src / "BraTS2021_00000" / "BraTS2021_00000_seg.nii.gz",
+        lambda a: np.where(a == 4, 0, a).astype(np.float32),
+    )
+    change(
+        src / "BraTS2021_00002" / "BraTS2021_00002_seg.nii.gz",
+        lambda a: a.astype(np.float32) - np.float32(5e-4),
+    )
     source = listed(src)
     assert source.label_map == {0: 0, 1: 1, 2: 2, 4: 3}
     assert source.notes[-1] == "labels are 0, 1, 2, 4: 4 is the enhancing tumour, in 3 of 4 cases"
@@ -282,7 +342,10 @@ def test_brats_takes_3_for_the_enhancing_tumour_in_a_renumbered_old_year(src):
 
 
 def test_brats_refuses_3_and_4_in_one_set(src, tmp_path, capsys):
-    change(src / "BraTS2021_00003" / "BraTS2021_00003_seg.nii.gz", lambda a: np.where(a == 4, 3, a).astype(np.uint8))
+    change(
+        src / "BraTS2021_00003" / "BraTS2021_00003_seg.nii.gz",
+        lambda a: np.where(a == 4, 3, a).astype(np.uint8),
+    )
     line = refused(src, tmp_path / "p", capsys, "--classes", "all")
     first = "label value 3 in 1 cases (first BraTS2021_00003) and 4 in 3 (first BraTS2021_00000), expected only one"
     assert line.startswith(first) and "the cavity left by surgery in 2024" in line
@@ -293,13 +356,17 @@ def test_brats_refuses_4_in_files_named_as_from_2023_on(fakes, tmp_path, capsys)
     src = some_cases(fakes, tmp_path / "src", 2, "2023")
     replace_values(src, 3, 4)
     line = refused(src, tmp_path / "p", capsys)
-    assert line.startswith("label value 4 in 2 cases (first BraTS-GLI-00000-000) whose files are named as from 2023 on")
+    assert line.startswith(
+        "label value 4 in 2 cases (first BraTS-GLI-00000-000) whose files are named as from 2023 on"
+    )
 
 
 def test_brats_names_a_label_value_of_another_set(src, tmp_path, capsys):
     file = change(src / "BraTS2021_00002" / "BraTS2021_00002_seg.nii.gz", lambda a: at_first(a, 7))
     line = refused(src, tmp_path / "p", capsys)
-    assert line.startswith(f"{file}: unknown label value 7 in 1 voxels, expected 0, 1, 2, 4; correct the label")
+    assert line.startswith(
+        f"{file}: unknown label value 7 in 1 voxels, expected 0, 1, 2, 4; correct the label"
+    )
 
 
 def test_brats_sees_a_single_voxel_of_3_among_4(src, tmp_path, capsys):
@@ -317,7 +384,9 @@ def at_first(array: np.ndarray, value: int) -> np.ndarray:
 
 
 def test_brats_gives_the_authors_split_for_all_369_cases_of_2020(fakes, tmp_path):
-    files = {name: find(fakes / "2020", f"BraTS20_Training_001_{name}.nii") for name in (*OLD, "seg")}
+    files = {
+        name: find(fakes / "2020", f"BraTS20_Training_001_{name}.nii") for name in (*OLD, "seg")
+    }
     for number in range(1, 370):
         folder = tmp_path / f"BraTS20_Training_{number:03d}"
         folder.mkdir()
@@ -331,7 +400,9 @@ def test_brats_gives_the_authors_split_for_all_369_cases_of_2020(fakes, tmp_path
     assert sorted(numbers["test"]) == [int(n) for n in TEST.split()]
     assert len(numbers["train"]) == 295 and sum(numbers["train"]) == 53603
     assert sorted(numbers["train"])[:10] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 11]
-    assert "all 369 cases of 2020 are here: split as by PatchDDM's authors, 295/37/37" in source.notes
+    assert (
+        "all 369 cases of 2020 are here: split as by PatchDDM's authors, 295/37/37" in source.notes
+    )
     shutil.rmtree(tmp_path / "BraTS20_Training_200")
     fewer = listed(tmp_path)
     assert [len(ids) for ids in fewer.splits.values()] == [294, 37, 37]
@@ -341,11 +412,19 @@ def test_brats_gives_the_authors_split_for_all_369_cases_of_2020(fakes, tmp_path
 def test_brats_splits_sorted_ids_as_make_splits_does(fakes):
     source = listed(fakes / "2018")
     ids = [case.id for case in source.cases if case.label]
-    assert source.splits == make_splits(ids) and [len(v) for v in source.splits.values()] == [8, 1, 1]
+    assert source.splits == make_splits(ids) and [len(v) for v in source.splits.values()] == [
+        8,
+        1,
+        1,
+    ]
 
 
 def test_brats_keeps_the_dates_of_a_patient_together():
-    ids = [f"BraTS-GLI-{patient:05d}-{date:03d}" for patient in range(60) for date in range(1 + patient % 3)]
+    ids = [
+        f"BraTS-GLI-{patient:05d}-{date:03d}"
+        for patient in range(60)
+        for date in range(1 + patient % 3)
+    ]
     splits = brats.split_patients(reversed(ids))
     assert sorted(case for part in splits.values() for case in part) == ids
     where = {part: {case[:15] for case in cases} for part, cases in splits.items()}
@@ -388,7 +467,9 @@ def write_volume(file: Path, shape: tuple[int, int, int]) -> None:
     """A block of ramps in a volume of zeros, LPS as published."""
     file.parent.mkdir(parents=True, exist_ok=True)
     values = np.zeros(shape, np.int16 if "seg" not in file.name else np.uint8)
-    values[100:120, 90:100, 60:70] = np.arange(1, 21)[:, None, None] if "seg" not in file.name else 4
+    values[100:120, 90:100, 60:70] = (
+        np.arange(1, 21)[:, None, None] if "seg" not in file.name else 4
+    )
     affine = np.diag([-1.0, -1.0, 1.0, 1.0])
     affine[1, 3] = shape[1] - 1
     nib.save(nib.Nifti1Image(values, affine), file)
@@ -398,7 +479,9 @@ def write_volume(file: Path, shape: tuple[int, int, int]) -> None:
     ((240, 240, 155), [256, 256, 256]),
     ((120, 120, 77), None),
 ])  # fmt: skip
-def test_brats_names_the_virtual_grid_where_all_cases_have_the_published_size(tmp_path, shape, grid):
+def test_brats_names_the_virtual_grid_where_all_cases_have_the_published_size(
+    tmp_path, shape, grid
+):
     for name in (*OLD, "seg"):
         write_volume(tmp_path / "src" / f"BraTS2021_00000_{name}.nii", shape)
     assert run("--src", tmp_path / "src", "--dst", tmp_path / "p")[0] == 0
@@ -431,13 +514,19 @@ def test_brats_refuses_an_identity_affine_and_accepts_it_where_allowed(src, tmp_
     published = voxels(src, "BraTS2021_00002_seg")
     change(file, lambda a: a, affine=np.eye(4))
     line = refused(src, tmp_path / "p", capsys)
-    both = (
-        "[[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]], while BraTS2021_00002_t1.nii.gz has [[-1, 0, 0, 0], [0, -1, 0, 27]"
+    both = "[[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]], while BraTS2021_00002_t1.nii.gz has [[-1, 0, 0, 0], [0, -1, 0, 27]"
+    assert (
+        line.startswith(f"{file}: affine {both}")
+        and "identity-like" in line
+        and "--allow-affine-mismatch" in line
     )
-    assert line.startswith(f"{file}: affine {both}") and "identity-like" in line and "--allow-affine-mismatch" in line
-    code, _, lines = run("--src", src, "--dst", tmp_path / "p", "--allow-affine-mismatch", capsys=capsys)
+    code, _, lines = run(
+        "--src", src, "--dst", tmp_path / "p", "--allow-affine-mismatch", capsys=capsys
+    )
     assert code == 0 and sum("the image's affine is used for both" in line for line in lines) == 1
-    np.testing.assert_array_equal(open_prepared(tmp_path / "p").label("BraTS2021_00002"), published > 0)
+    np.testing.assert_array_equal(
+        open_prepared(tmp_path / "p").label("BraTS2021_00002"), published > 0
+    )
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------
@@ -447,7 +536,9 @@ def test_brats_refuses_an_identity_affine_and_accepts_it_where_allowed(src, tmp_
     ("2021", "BraTS2021_00002_t2.nii.gz", "t2"),
     ("2023", "BraTS-GLI-00002-000-t1c.nii.gz", "t1ce"),
 ])  # fmt: skip
-def test_brats_names_case_and_modality_that_is_missing(fakes, tmp_path, capsys, layout, name, channel):
+def test_brats_names_case_and_modality_that_is_missing(
+    fakes, tmp_path, capsys, layout, name, channel
+):
     src = some_cases(fakes, tmp_path / "src", 3, layout)
     file = find(src, name)
     file.unlink()
@@ -462,12 +553,16 @@ def test_brats_names_two_files_for_one_modality(src, tmp_path, capsys):
     nib.save(nib.load(folder / "BraTS2021_00002_t2.nii.gz"), again)
     both = f"{folder / 'BraTS2021_00002_t2.nii.gz'}, {again}"
     line = refused(src, tmp_path / "p", capsys)
-    assert line.startswith(f"{folder}: case BraTS2021_00002 has 2 files for t2, expected 1: {both}; remove one")
+    assert line.startswith(
+        f"{folder}: case BraTS2021_00002 has 2 files for t2, expected 1: {both}; remove one"
+    )
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_brats_lists_all_faults_in_one_check(src, tmp_path, capsys, workers):
-    one, two, three, four = (src / f"BraTS2021_{n:05d}" / f"BraTS2021_{n:05d}" for n in (0, 2, 3, 5))
+    one, two, three, four = (
+        src / f"BraTS2021_{n:05d}" / f"BraTS2021_{n:05d}" for n in (0, 2, 3, 5)
+    )
     Path(f"{one}_flair.nii.gz").unlink()
     for file in (Path(f"{two}_t1.nii.gz"), Path(f"{two}_seg.nii.gz")):
         file.write_bytes(file.read_bytes()[:-30])
@@ -478,7 +573,10 @@ def test_brats_lists_all_faults_in_one_check(src, tmp_path, capsys, workers):
         (one.parent, "case BraTS2021_00000 has no flair"),
         (f"{two}_t1.nii.gz", "the gzip stream"),
         (f"{two}_seg.nii.gz", "the gzip stream"),
-        (f"{three}_t1ce.nii.gz", "shape 23 x 28 x 16, while BraTS2021_00003_t1.nii.gz has 24 x 28 x 16"),
+        (
+            f"{three}_t1ce.nii.gz",
+            "shape 23 x 28 x 16, while BraTS2021_00003_t1.nii.gz has 24 x 28 x 16",
+        ),
         (f"{four}_seg.nii.gz", "unknown label value 9 in 1 voxels"),
     ]
     assert (code, out) == (2, "") and len(lines) == 6 and lines[-1].startswith("brats: 5 faults")
@@ -491,9 +589,14 @@ def test_brats_names_a_folder_that_holds_none(tmp_path, capsys):
     assert line == f"{tmp_path / 'none'}: no such folder, expected BraTS as published; check --src"
     (tmp_path / "none").mkdir()
     text = "no BraTS case found, expected files such as CASE_flair.nii.gz"
-    assert refused(tmp_path / "none", tmp_path / "p", capsys) == f"{tmp_path / 'none'}: {text}; check --src"
+    assert (
+        refused(tmp_path / "none", tmp_path / "p", capsys)
+        == f"{tmp_path / 'none'}: {text}; check --src"
+    )
     (tmp_path / "none" / "BraTS2021_Training_Data.tar").write_bytes(b"")
-    assert refused(tmp_path / "none", tmp_path / "p", capsys).endswith("; unpack BraTS2021_Training_Data.tar first")
+    assert refused(tmp_path / "none", tmp_path / "p", capsys).endswith(
+        "; unpack BraTS2021_Training_Data.tar first"
+    )
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -515,7 +618,10 @@ def test_brats_manifest_counts_every_voxel(src, tmp_path, capsys):
         count = sum(int((label == published).sum()) for label in labels)
         name = list(brats.CLASSES)[prepared - 1]
         assert f"label {prepared} (published {published}) {name}: {count:,} voxels" in out
-    assert json.loads((tmp_path / "p" / "dataset.json").read_text())["manifest"] == out.splitlines()[1:]
+    assert (
+        json.loads((tmp_path / "p" / "dataset.json").read_text())["manifest"]
+        == out.splitlines()[1:]
+    )
 
 
 def test_brats_prepares_a_set_without_any_label(fakes, tmp_path, capsys):
@@ -526,7 +632,9 @@ def test_brats_prepares_a_set_without_any_label(fakes, tmp_path, capsys):
 
 
 def test_brats_refuses_classes_that_it_does_not_know(src, tmp_path, capsys):
-    assert "argument --classes: invalid choice: 'core'" in refused(src, tmp_path / "p", capsys, "--classes", "core")
+    assert "argument --classes: invalid choice: 'core'" in refused(
+        src, tmp_path / "p", capsys, "--classes", "core"
+    )
 
 
 @pytest.mark.parametrize("layout", brats.LAYOUTS)
@@ -535,10 +643,23 @@ def test_brats_of_each_year_trains_and_predicts(fakes, tmp_path, layout):
     assert run("--src", src, "--dst", tmp_path / "p", "--classes", "all")[0] == 0
     common = ["--device", "cpu", "--amp", "off", "--quiet", "--sampling-steps", "1"]
     network = ["--num-channels", "4", "--channel-mult", "1,2", "--num-groups", "2", "--patch", "16"]
-    argv = ["train", "--data", str(tmp_path / "p"), "--out", str(weights.parent), "--preset", "tiny", "--steps", "1"]
+    argv = [
+        "train",
+        "--data",
+        str(tmp_path / "p"),
+        "--out",
+        str(weights.parent),
+        "--preset",
+        "tiny",
+        "--steps",
+        "1",
+    ]
     assert patchddm.main([*argv, "--batch", "2", *network, *common]) == 0
     case, hyphens = open_prepared(tmp_path / "p").cases("train")[0], layout == "2023"
-    files = [find(src, f"{case}{'-' if hyphens else '_'}{name}.nii") for name in (NEW if hyphens else OLD)]
+    files = [
+        find(src, f"{case}{'-' if hyphens else '_'}{name}.nii")
+        for name in (NEW if hyphens else OLD)
+    ]
     argv, output = ["predict", "--checkpoint", str(weights), *common], tmp_path / "mask.nii.gz"
     assert patchddm.main([*argv, "--image", *map(str, files), "--output", str(output)]) == 0
     mask, image = nib.load(output), nib.load(files[0])
@@ -555,7 +676,9 @@ def test_brats_split_sizes_cut_the_same_order_and_never_a_patient(fakes, tmp_pat
     results = {}
     for n in range(1, 11):
         sizes = f"{n},0,{10 - n}"
-        code = brats.main(["--src", src, "--dst", str(tmp_path / f"b{n}"), "--quiet", "--split-sizes", sizes])
+        code = brats.main(
+            ["--src", src, "--dst", str(tmp_path / f"b{n}"), "--quiet", "--split-sizes", sizes]
+        )
         if code:
             assert "the same patient" in capsys.readouterr().err
             assert brats.patient_of(order[n - 1]) == brats.patient_of(order[n])
@@ -564,5 +687,10 @@ def test_brats_split_sizes_cut_the_same_order_and_never_a_patient(fakes, tmp_pat
         results[n] = (splits["train"], splits["val"], splits["test"]) == (order[:n], [], order[n:])
     assert all(results.values()) and 0 < len(results) < 10
     capsys.readouterr()
-    assert brats.main(["--src", src, "--dst", str(tmp_path / "c"), "--quiet", "--split-sizes", "9,0,4"]) == 2
+    assert (
+        brats.main(
+            ["--src", src, "--dst", str(tmp_path / "c"), "--quiet", "--split-sizes", "9,0,4"]
+        )
+        == 2
+    )
     assert "13 cases, 10 have a label" in capsys.readouterr().err

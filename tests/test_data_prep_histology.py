@@ -88,7 +88,10 @@ def test_glas_label_is_every_object(glands, tmp_path):
 def test_glas_splits_are_the_publishers_in_the_order_of_text(glands, tmp_path):
     data = prepared_glas(glands, tmp_path / "p")
     assert data.cases("train")[:3] == ["train_1", "train_10", "train_2"]
-    assert data.cases("test") == data.cases("testA") + data.cases("testB") and len(data.cases("test")) == 6
+    assert (
+        data.cases("test") == data.cases("testA") + data.cases("testB")
+        and len(data.cases("test")) == 6
+    )
     assert sorted(data.cases("pretrain")) == sorted(data.meta["cases"]) and data.cases("val") == []
 
 
@@ -104,13 +107,19 @@ def test_glas_leaves_a_binary_copy_as_it_is_and_says_so(glands, tmp_path, capsys
     binary = (read_mask(glands / "train_1_anno.bmp") > 0).astype(np.uint8) * 255
     Image.fromarray(binary).save(glands / "train_1_anno.bmp")
     notes = notes_of(glas, glands, capsys, "--subset")
-    assert [n for n in notes if "train_1_anno.bmp: one number for 3 separate pieces, taken as one object" in n]
+    assert [
+        n
+        for n in notes
+        if "train_1_anno.bmp: one number for 3 separate pieces, taken as one object" in n
+    ]
     assert prepared_glas(glands, tmp_path / "p").label("train_1").max() == 1
 
 
 def test_glas_reads_jpg_images_and_png_annotations(glands, tmp_path):
     for file in glands.glob("t*.bmp"):
-        Image.open(file).save(file.with_suffix(".png" if "anno" in file.name else ".jpg"), quality=95)
+        Image.open(file).save(
+            file.with_suffix(".png" if "anno" in file.name else ".jpg"), quality=95
+        )
     published = read_mask(glands / "testA_2_anno.bmp")
     for file in glands.glob("t*.bmp"):
         file.unlink()
@@ -121,7 +130,10 @@ def test_glas_reads_jpg_images_and_png_annotations(glands, tmp_path):
 
 def test_glas_reads_an_archive_and_a_folder_above_alike(fakes, glands, tmp_path):
     shutil.make_archive(str(tmp_path / "glas"), "zip", fakes / "glas")
-    one, two = prepared_glas(tmp_path / "glas.zip", tmp_path / "a"), prepared_glas(fakes / "glas", tmp_path / "b")
+    one, two = (
+        prepared_glas(tmp_path / "glas.zip", tmp_path / "a"),
+        prepared_glas(fakes / "glas", tmp_path / "b"),
+    )
     assert one.meta["splits"] == two.meta["splits"]
     np.testing.assert_array_equal(one.image("testB_1"), two.image("testB_1"))
 
@@ -133,16 +145,26 @@ def test_glas_reduced_holds_means_of_colours_and_middle_numbers(glands, tmp_path
     image, objects = np.asarray(whole.image("train_2")), np.asarray(whole.instances("train_2"))
     assert data.image("train_2").shape == (3, image.shape[1] // 3, image.shape[2] // 3)
     assert abs(int(data.image("train_2")[1, 2, 4]) - image[1, 6:9, 12:15].mean()) <= 0.5
-    assert np.array_equal(data.instances("train_2"), objects[1::3, 1::3][: image.shape[1] // 3, : image.shape[2] // 3])
+    assert np.array_equal(
+        data.instances("train_2"), objects[1::3, 1::3][: image.shape[1] // 3, : image.shape[2] // 3]
+    )
     assert np.array_equal(data.label("train_2"), data.instances("train_2") > 0)
     assert data.meta["settings"] == {"reduce": 3} and "settings" not in whole.meta
 
 
 def test_glas_refuses_to_mix_sizes_and_a_reduction_that_is_none(glands, tmp_path, capsys):
     prepared_glas(glands, tmp_path / "p")
-    code, _, lines = run(glas, "--src", glands, "--dst", tmp_path / "p", "--subset", "--reduce", 2, capsys=capsys)
-    assert code == 2 and len(lines) == 1 and open_prepared(tmp_path / "p").image("train_2").shape[2] == 48
-    code, _, lines = run(glas, "--src", glands, "--dst", tmp_path / "q", "--reduce", "0.5", capsys=capsys)
+    code, _, lines = run(
+        glas, "--src", glands, "--dst", tmp_path / "p", "--subset", "--reduce", 2, capsys=capsys
+    )
+    assert (
+        code == 2
+        and len(lines) == 1
+        and open_prepared(tmp_path / "p").image("train_2").shape[2] == 48
+    )
+    code, _, lines = run(
+        glas, "--src", glands, "--dst", tmp_path / "q", "--reduce", "0.5", capsys=capsys
+    )
     assert code == 2 and "'0.5' is not a whole number from 1 to 16" in lines[0]
 
 
@@ -154,7 +176,10 @@ def test_glas_keeps_patients_and_grades(glands, tmp_path):
 def test_glas_prepares_all_165_without_a_flag(tmp_path, capsys):
     assert glas.main(["--make-fake", str(tmp_path / "src")]) == 0
     code, out, _ = run(glas, "--src", tmp_path / "src", "--dst", tmp_path / "p", capsys=capsys)
-    assert code == 0 and "(85 train, 60 testA, 20 testB, 80 test, 165 pretrain, 0 val, 0 unlabelled)" in out
+    assert (
+        code == 0
+        and "(85 train, 60 testA, 20 testB, 80 test, 165 pretrain, 0 val, 0 unlabelled)" in out
+    )
     data = open_prepared(tmp_path / "p")
     assert data.cases("train", 8) == [f"train_{n}" for n in (1, 10, 11, 12, 13, 14, 15, 16)]
 
@@ -198,7 +223,10 @@ def test_glas_collects_all_faulty_cases_a_line_each(glands, capsys):
     ]:
         assert [f for f in faults if f.startswith(f"{glands / start}: {words}")], (start, faults)
     assert [f for f in faults if f.startswith(f"{glands}: testA_61, expected testA_1 to testA_60")]
-    assert faults[-1] == "11 faults, in 7 cases and the list; correct them; nothing was written" and len(faults) == 12
+    assert (
+        faults[-1] == "11 faults, in 7 cases and the list; correct them; nothing was written"
+        and len(faults) == 12
+    )
 
 
 def test_glas_names_a_folder_without_glas(tmp_path, capsys):
@@ -211,12 +239,16 @@ def test_glas_leaves_what_a_mac_leaves_unread(glands, capsys):
     (glands / "__MACOSX").mkdir()
     (glands / "__MACOSX" / "train_1.bmp").write_bytes(b"no image")
     (glands / ".DS_Store").write_bytes(b"no image")
-    assert not [note for note in notes_of(glas, glands, capsys, "--subset") if "other names" in note]
+    assert not [
+        note for note in notes_of(glas, glands, capsys, "--subset") if "other names" in note
+    ]
 
 
 def test_glas_does_the_same_with_two_workers(glands, tmp_path):
     prepared_glas(glands, tmp_path / "one")
-    assert run(glas, "--src", glands, "--dst", tmp_path / "two", "--subset", "--workers", "2")[0] == 0
+    assert (
+        run(glas, "--src", glands, "--dst", tmp_path / "two", "--subset", "--workers", "2")[0] == 0
+    )
     one, two = (
         {f.relative_to(root): f.read_bytes() for f in (root / "cases").rglob("*.*")}
         for root in (tmp_path / "one", tmp_path / "two")
@@ -241,7 +273,9 @@ def test_glas_notices_grades_that_came_later(glands, tmp_path):
     assert prepared_glas(glands, tmp_path / "p").meta["cases"]["testA_3"]["grade"] == "benign"
 
 
-def test_glas_stopped_midway_leaves_nothing_half_and_continues(glands, tmp_path, monkeypatch, capsys):
+def test_glas_stopped_midway_leaves_nothing_half_and_continues(
+    glands, tmp_path, monkeypatch, capsys
+):
     real, seen = _prepare.flat_case, []
 
     def third_fails(*args):
@@ -252,7 +286,10 @@ def test_glas_stopped_midway_leaves_nothing_half_and_continues(glands, tmp_path,
 
     monkeypatch.setattr(_prepare, "flat_case", third_fails)
     assert run(glas, "--src", glands, "--dst", tmp_path / "p", "--subset")[0] == 130
-    assert len(list((tmp_path / "p" / "cases").iterdir())) == 2 and not (tmp_path / "p" / "dataset.json").exists()
+    assert (
+        len(list((tmp_path / "p" / "cases").iterdir())) == 2
+        and not (tmp_path / "p" / "dataset.json").exists()
+    )
     monkeypatch.setattr(_prepare, "flat_case", real)
     assert run(glas, "--src", glands, "--dst", tmp_path / "p", "--subset", capsys=capsys)[0] == 0
     assert len(open_prepared(tmp_path / "p").meta["cases"]) == 16
@@ -288,7 +325,9 @@ def brute(points, offset, shape) -> np.ndarray:
     return mask
 
 
-@pytest.mark.parametrize(("offset", "rows", "columns"), [(0.5, (3, 7), (2, 5)), (1, (2, 6), (1, 4))])
+@pytest.mark.parametrize(
+    ("offset", "rows", "columns"), [(0.5, (3, 7), (2, 5)), (1, (2, 6), (1, 4))]
+)
 def test_polygon_of_the_specified_square_has_its_20_pixels(offset, rows, columns):
     y, x = np.nonzero(filled(square(2, 3, 4, 5), offset))
     assert len(y) == 20 and (y.min(), y.max()) == rows and (x.min(), x.max()) == columns
@@ -316,12 +355,21 @@ def test_polygon_far_outside_has_no_pixel():
 
 
 def test_instances_give_contested_pixels_to_the_earlier_region():
-    instances, counts = monuseg.draw_instances([square(0, 0, 4, 4), square(2, 2, 4, 4)], (10, 10), 0.5)
-    assert np.bincount(instances.ravel()).tolist() == [72, 16, 12] and counts["contested_pixels"] == 4
+    instances, counts = monuseg.draw_instances(
+        [square(0, 0, 4, 4), square(2, 2, 4, 4)], (10, 10), 0.5
+    )
+    assert (
+        np.bincount(instances.ravel()).tolist() == [72, 16, 12] and counts["contested_pixels"] == 4
+    )
 
 
 def test_instances_count_and_leave_out_regions_without_area_or_pixel():
-    regions = [square(1, 1, 2, 2)[:2], square(50, 50, 2, 2), square(5, 5, 2, 2), square(-2, -2, 4, 4)]
+    regions = [
+        square(1, 1, 2, 2)[:2],
+        square(50, 50, 2, 2),
+        square(5, 5, 2, 2),
+        square(-2, -2, 4, 4),
+    ]
     instances, counts = monuseg.draw_instances(regions, (10, 10), 0.5)
     assert set(np.unique(instances)) == {0, 3, 4}
     assert (counts["few_vertices"], counts["no_pixel"], counts["clipped"]) == (1, 1, 1)
@@ -338,16 +386,27 @@ def prepared_monuseg(src: Path, dst: Path, *flags: object):
 def test_monuseg_splits_are_the_papers(fakes, tmp_path):
     data = prepared_monuseg(fakes / "monuseg", tmp_path / "p")
     numbers = {name: len(ids) for name, ids in data.meta["splits"].items()}
-    assert numbers == {"train": 29, "test": 14, "extra": 7, "pretrain": 44, "val": 0, "unlabelled": 1}
+    assert numbers == {
+        "train": 29,
+        "test": 14,
+        "extra": 7,
+        "pretrain": 44,
+        "val": 0,
+        "unlabelled": 1,
+    }
     assert {case[5:12] for case in data.cases("extra")} == set(monuseg.EXTRA)
     assert not set(data.cases("pretrain")) & set(data.cases("extra"))
-    assert all(data.cases(split) == sorted(data.cases(split)) for split in ("train", "test", "pretrain"))
+    assert all(
+        data.cases(split) == sorted(data.cases(split)) for split in ("train", "test", "pretrain")
+    )
 
 
 def test_monuseg_keeps_images_without_xml_for_pretraining_and_says_so(fakes, tmp_path, capsys):
     data = prepared_monuseg(fakes / "monuseg", tmp_path / "p")
     (case,) = data.cases("unlabelled")
-    assert case in data.cases("pretrain") and not data.has_label(case) and data.instances(case) is None
+    assert (
+        case in data.cases("pretrain") and not data.has_label(case) and data.instances(case) is None
+    )
     notes = notes_of(monuseg, fakes / "monuseg", capsys)
     assert [n for n in notes if f"images without XML, for pre-training only: 1 ({case})" in n]
 
@@ -364,7 +423,9 @@ def test_monuseg_reads_archives_and_folders_alike(fakes, tmp_path):
 def test_monuseg_continues_from_an_archive(fakes, tmp_path, capsys):
     prepared_monuseg(fakes / "archives", tmp_path / "p")
     (tmp_path / "p" / "dataset.json").unlink()
-    code, _, lines = run(monuseg, "--src", fakes / "archives", "--dst", tmp_path / "p", capsys=capsys)
+    code, _, lines = run(
+        monuseg, "--src", fakes / "archives", "--dst", tmp_path / "p", capsys=capsys
+    )
     assert code == 0 and "monuseg: 51 cases are there from an earlier run, 0 to do" in lines
 
 
@@ -380,7 +441,10 @@ def test_monuseg_offset_moves_the_outlines(nuclei, tmp_path):
     half = prepared_monuseg(nuclei.parent, tmp_path / "a", "--subset")
     one = prepared_monuseg(nuclei.parent, tmp_path / "b", "--subset", "--offset", "1")
     case = half.cases("test")[0]
-    assert half.meta["settings"] == {"offset": 0.5} and (np.array(half.label(case)) != one.label(case)).any()
+    assert (
+        half.meta["settings"] == {"offset": 0.5}
+        and (np.array(half.label(case)) != one.label(case)).any()
+    )
 
 
 def test_monuseg_reduced_holds_means_of_colours_and_middle_numbers(fakes, tmp_path):
@@ -388,7 +452,9 @@ def test_monuseg_reduced_holds_means_of_colours_and_middle_numbers(fakes, tmp_pa
     assert run(monuseg, "--src", fakes / "monuseg", "--dst", whole)[0] == 0
     assert run(monuseg, "--src", fakes / "monuseg", "--dst", half, "--reduce", 2)[0] == 0
     whole, half = open_prepared(whole), open_prepared(half)
-    assert half.meta["settings"] == {"offset": 0.5, "reduce": 2} and whole.meta["settings"] == {"offset": 0.5}
+    assert half.meta["settings"] == {"offset": 0.5, "reduce": 2} and whole.meta["settings"] == {
+        "offset": 0.5
+    }
     for case in whole.cases("pretrain"):
         blocks = np.asarray(whole.image(case))
         rows, columns = (n // 2 for n in blocks.shape[1:])
@@ -409,14 +475,22 @@ def test_monuseg_refuses_a_folder_of_another_offset(nuclei, tmp_path, capsys):
 
 def test_monuseg_says_how_many_regions_it_left_out(fakes, capsys):
     notes = notes_of(monuseg, fakes / "monuseg", capsys)
-    assert [n for n in notes if "of 6 regions left out: 1 of fewer than 3 vertices, 0 without a pixel" in n]
+    assert [
+        n
+        for n in notes
+        if "of 6 regions left out: 1 of fewer than 3 vertices, 0 without a pixel" in n
+    ]
 
 
 def test_monuseg_refuses_fewer_images_than_published(nuclei, capsys):
     (nuclei / next(f.name for f in nuclei.glob("*.tif"))).with_suffix(".xml").unlink()
     next(nuclei.glob("*.tif")).unlink()
     faults = faults_of(monuseg, nuclei.parent, capsys)
-    assert [f for f in faults if "13 images of test, expected 14; get both archives, or pass --subset" in f]
+    assert [
+        f
+        for f in faults
+        if "13 images of test, expected 14; get both archives, or pass --subset" in f
+    ]
 
 
 def test_monuseg_collects_all_faulty_cases_a_line_each(nuclei, capsys):
@@ -438,7 +512,10 @@ def test_monuseg_collects_all_faulty_cases_a_line_each(nuclei, capsys):
         (xml[2], "XML with a document type of its own"),
         (xml[3], "region 1 has a vertex without number"),
         (xml[4], "holds no Region, expected one for each nucleus"),
-        (xml[5], "5 of 5 regions have no pixel in the image of 40 x 40; is it the XML of another image?"),
+        (
+            xml[5],
+            "5 of 5 regions have no pixel in the image of 40 x 40; is it the XML of another image?",
+        ),
         (xml[6], f"outlines without image, expected {stems[6]}.tif"),
         (nuclei.parent / tif[7].name, ""),
         (xml[8], "region 1 has a vertex at NaN or Inf"),
@@ -452,7 +529,10 @@ def test_monuseg_names_a_download_that_failed(tmp_path, capsys):
     file = tmp_path / "src" / "MoNuSegTestData.zip"
     file.write_text("<!DOCTYPE html><html>Quota exceeded</html>")
     (line,) = faults_of(monuseg, tmp_path / "src", capsys)
-    assert line == f"{file}: an HTML page, left by a download that failed, expected a zip archive; get it again"
+    assert (
+        line
+        == f"{file}: an HTML page, left by a download that failed, expected a zip archive; get it again"
+    )
 
 
 def test_monuseg_names_half_an_archive(fakes, tmp_path, capsys):
@@ -500,13 +580,17 @@ def test_ffhq34_pairs_by_stem_and_keeps_the_folders_as_splits(faces, tmp_path):
     assert data.cases("train") == [f"train_{i:05d}" for i in range(20)] == data.cases("pretrain")
     assert len(data.cases("test")) == 20 and data.name == "ffhq34" and data.ignore == 255
     assert list(data.classes.values()) == list(range(1, 34))
-    np.testing.assert_array_equal(data.label("train_00002"), np.load(faces / "real" / "train" / "00002.npy"))
+    np.testing.assert_array_equal(
+        data.label("train_00002"), np.load(faces / "real" / "train" / "00002.npy")
+    )
 
 
 def test_ffhq34_resizes_labels_to_values_that_are_there(faces, tmp_path):
     assert run(ffhq34, "--src", faces, "--dst", tmp_path / "p", "--size", "50")[0] == 0
     data, published = open_prepared(tmp_path / "p"), np.load(faces / "real" / "train" / "00001.npy")
-    assert data.shape("train_00001") == (50, 50) and set(np.unique(data.label("train_00001"))) <= set(published.flat)
+    assert data.shape("train_00001") == (50, 50) and set(
+        np.unique(data.label("train_00001"))
+    ) <= set(published.flat)
     assert (np.array(data.label("train_00001"))[0] == 255).all()
 
 
@@ -523,7 +607,12 @@ def test_ffhq34_reads_celeba19_too(tmp_path, capsys):
     assert "published    train 20 of 20, test 500 of 500" in out
     for file in (tmp_path / "src").glob("*/real/test/00[1-4]*"):
         file.unlink()
-    assert run(ffhq34, "--src", tmp_path / "src", "--dst", tmp_path / "p", "--size", "8", "--subset")[0] == 0
+    assert (
+        run(ffhq34, "--src", tmp_path / "src", "--dst", tmp_path / "p", "--size", "8", "--subset")[
+            0
+        ]
+        == 0
+    )
     data = open_prepared(tmp_path / "p")
     assert (data.name, len(data.classes), len(data.cases("test"))) == ("celeba19", 18, 100)
 
@@ -531,7 +620,16 @@ def test_ffhq34_reads_celeba19_too(tmp_path, capsys):
 def test_ffhq34_takes_photographs_for_pretraining(faces, tmp_path):
     (tmp_path / "photos" / "0").mkdir(parents=True)
     Image.new("RGB", (40, 40), (9, 8, 7)).save(tmp_path / "photos" / "0" / "a.png")
-    flags = ("--src", faces, "--dst", tmp_path / "p", "--size", "16", "--photographs", tmp_path / "photos")
+    flags = (
+        "--src",
+        faces,
+        "--dst",
+        tmp_path / "p",
+        "--size",
+        "16",
+        "--photographs",
+        tmp_path / "photos",
+    )
     assert run(ffhq34, *flags)[0] == 0
     data = open_prepared(tmp_path / "p")
     assert data.cases("unlabelled") == ["photo_a"] == data.cases("pretrain")[-1:]
@@ -569,7 +667,9 @@ def test_ffhq34_refuses_other_numbers_than_published(faces, capsys):
     for file in (faces / "real" / "test").glob("00000.*"):
         file.unlink()
     (line,) = faults_of(ffhq34, faces, capsys)
-    assert line.startswith(f"{faces / 'real' / 'test'}: 19 pairs, expected 20; get all, or pass --subset")
+    assert line.startswith(
+        f"{faces / 'real' / 'test'}: 19 pairs, expected 20; get all, or pass --subset"
+    )
 
 
 def test_ffhq34_names_a_folder_with_both_sets(faces, capsys):
@@ -583,7 +683,16 @@ def test_ffhq34_names_a_folder_with_both_sets(faces, capsys):
 
 def test_preparation_killed_by_a_signal_leaves_143_and_no_half_case(tmp_path):
     assert glas.main(["--make-fake", str(tmp_path / "src")]) == 0
-    command = [sys.executable, "-m", "data_prep.glas", "--src", tmp_path / "src", "--dst", tmp_path / "p", "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "data_prep.glas",
+        "--src",
+        tmp_path / "src",
+        "--dst",
+        tmp_path / "p",
+        "--quiet",
+    ]
     child = subprocess.Popen([*map(str, command)], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
     while child.poll() is None and not list((tmp_path / "p" / "cases").glob("t*")):
         time.sleep(0.002)

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 import patchddm
-from common.old.loaders import data_record, load_for_prediction, open_prepared, read_window, symmetric_pad
+from common.old.loaders import (
+    data_record,
+    load_for_prediction,
+    open_prepared,
+    read_window,
+    symmetric_pad,
+)
 from data_prep import _prepare, prostate
 
 NAMES = ["BladderMask", "BoneMask", "ObdInternMask", "TZ", "CG", "RectumMask", "SV", "NVB"]
@@ -37,7 +43,16 @@ def done(fakes, tmp_path_factory) -> Path:
     """The small fake prepared with each --crop; not to be changed."""
     root = tmp_path_factory.mktemp("prepared")
     for crop in ("label", "centre", "none"):
-        flags = ["--src", str(fakes / "few"), "--dst", str(root / crop), "--crop", crop, "--subset", "--quiet"]
+        flags = [
+            "--src",
+            str(fakes / "few"),
+            "--dst",
+            str(root / crop),
+            "--crop",
+            crop,
+            "--subset",
+            "--quiet",
+        ]
         assert prostate.main(flags) == 0
     return root
 
@@ -51,7 +66,9 @@ def run(*flags: object, capsys=None) -> tuple[int, str, list[str]]:
     return code, out, err.splitlines()
 
 
-def listed(src: Path, *, subset: bool = True, spacing: tuple = prostate.SPACING, crop: str = "label"):
+def listed(
+    src: Path, *, subset: bool = True, spacing: tuple = prostate.SPACING, crop: str = "label"
+):
     return prostate.read_source(src, argparse.Namespace(subset=subset, spacing=spacing, crop=crop))
 
 
@@ -91,13 +108,17 @@ def voxels(src: Path, name: str) -> np.ndarray:
 
 
 def test_prostate_split_is_the_papers_for_an_institution():
-    splits = prostate.split_institutions({f"c{i:02d}": "UCL" for i in range(12)})  # floor(0.75 * 12) - 2 = 7
+    splits = prostate.split_institutions(
+        {f"c{i:02d}": "UCL" for i in range(12)}
+    )  # floor(0.75 * 12) - 2 = 7
     assert splits["val"] == ["c00", "c01"]
     assert splits["train"] == ["c02", "c03", "c04", "c05", "c06"]
     assert splits["test"] == ["c07", "c08", "c09", "c10", "c11"]
 
 
-@pytest.mark.parametrize(("n", "sizes"), [(13, (5, 2, 6)), (14, (6, 2, 6)), (15, (7, 2, 6)), (7, (1, 2, 4))])
+@pytest.mark.parametrize(
+    ("n", "sizes"), [(13, (5, 2, 6)), (14, (6, 2, 6)), (15, (7, 2, 6)), (7, (1, 2, 4))]
+)
 def test_prostate_split_rounds_three_quarters_down(n, sizes):
     splits = prostate.split_institutions({str(i): "UCL" for i in range(n)})
     assert tuple(map(len, splits.values())) == sizes
@@ -106,14 +127,19 @@ def test_prostate_split_rounds_three_quarters_down(n, sizes):
 @pytest.mark.parametrize("n", range(1, 8))
 def test_prostate_split_of_a_small_institution_puts_no_case_into_two_parts(n):
     splits = prostate.split_institutions({str(i): "UCL" for i in range(n)})
-    assert sorted(case for ids in splits.values() for case in ids) == [str(i) for i in range(n)] and len(
-        splits["val"]
-    ) == min(n, 2)
+    assert sorted(case for ids in splits.values() for case in ids) == [
+        str(i) for i in range(n)
+    ] and len(splits["val"]) == min(n, 2)
 
 
 def test_prostate_split_goes_by_institution_in_the_order_of_the_file(src):
     before = listed(src).splits
-    assert before["val"] == ["0001", "0003", "0002", "0004"]  # UCL has the odd lines, Prostate3T the even ones
+    assert before["val"] == [
+        "0001",
+        "0003",
+        "0002",
+        "0004",
+    ]  # UCL has the odd lines, Prostate3T the even ones
     table = src / "institution.txt"
     table.write_text("\n".join(reversed(table.read_text().splitlines())))
     after = listed(src).splits
@@ -122,7 +148,9 @@ def test_prostate_split_goes_by_institution_in_the_order_of_the_file(src):
 
 
 def test_prostate_with_the_published_counts_passes_and_prints_them(fakes, tmp_path, capsys):
-    counts = "cases 589 of 589, institutions 7 of 7, train 411 of 411, val 14 of 14, test 164 of 164"
+    counts = (
+        "cases 589 of 589, institutions 7 of 7, train 411 of 411, val 14 of 14, test 164 of 164"
+    )
     code, out, lines = run("--src", fakes / "full", "--check", capsys=capsys)
     assert (code, lines) == (0, []) and "589 cases checked" in out and counts in out
     parts = listed(fakes / "full", subset=False).splits
@@ -134,7 +162,12 @@ def test_prostate_manifest_stands_beside_the_published_counts(done):
     line = "cases 16 of 589, institutions 2 of 7, train 4 of 411, val 4 of 14, test 8 of 164"
     assert f"  published    {line}" in meta["manifest"]
     assert meta["counts"]["test"] == {"found": 8, "published": 164}
-    assert [len(meta["splits"][part]) for part in ("train", "val", "test", "unlabelled")] == [4, 4, 8, 0]
+    assert [len(meta["splits"][part]) for part in ("train", "val", "test", "unlabelled")] == [
+        4,
+        4,
+        8,
+        0,
+    ]
 
 
 def test_prostate_refuses_another_number_of_cases(fakes, src, tmp_path, capsys):
@@ -151,7 +184,10 @@ def test_prostate_refuses_another_number_of_cases(fakes, src, tmp_path, capsys):
     lines_of = (fakes / "full" / "institution.txt").read_text().splitlines()
     moved = [line.replace("UCL", "ProstateDx") if line == "0001 UCL" else line for line in lines_of]
     (one / "institution.txt").write_text("\n".join(moved))  # 589 cases, one in another institution
-    assert any("train 412, expected 411; test 163, expected 164" in fault for fault in listed(one, subset=False).faults)
+    assert any(
+        "train 412, expected 411; test 163, expected 164" in fault
+        for fault in listed(one, subset=False).faults
+    )
 
 
 def test_prostate_subset_leaves_all_others_where_the_whole_list_puts_them(src, tmp_path, capsys):
@@ -160,7 +196,9 @@ def test_prostate_subset_leaves_all_others_where_the_whole_list_puts_them(src, t
         for file in (src / "data").glob(f"{case}_*"):
             file.unlink()
     source = listed(src)
-    assert source.splits == {part: [c for c in ids if c not in ("0001", "0007", "0016")] for part, ids in whole.items()}
+    assert source.splits == {
+        part: [c for c in ids if c not in ("0001", "0007", "0016")] for part, ids in whole.items()
+    }
     table = src / "institution.txt"
     assert f"{table}: listed cases without files, left out: 3 (0001, 0007, 0016)" in source.notes
     code, out, _ = run("--src", src, "--dst", tmp_path / "p", "--subset", capsys=capsys)
@@ -217,8 +255,13 @@ def test_prostate_cuts_only_the_longer_axis(done, case, axis, size, crop):
     window = tuple(slice(s, s + m) for s, m in zip(start, after.shape))
     np.testing.assert_array_equal(after, before[window])
     np.testing.assert_array_equal(data.image(case)[0], full.image(case)[0][window])
-    assert before.shape[:axis] + before.shape[axis + 1 :] == after.shape[:axis] + after.shape[axis + 1 :]
-    np.testing.assert_allclose(data.affine(case) @ [0, 0, 0, 1], full.affine(case) @ [*start, 1], atol=1e-9)
+    assert (
+        before.shape[:axis] + before.shape[axis + 1 :]
+        == after.shape[:axis] + after.shape[axis + 1 :]
+    )
+    np.testing.assert_allclose(
+        data.affine(case) @ [0, 0, 0, 1], full.affine(case) @ [*start, 1], atol=1e-9
+    )
     facts = data.meta["cases"][case]["crop"]
     lost = int((before > 0).sum() - (after > 0).sum())
     assert facts == {"shape": list(before.shape), "start": start, "label_voxels_outside": lost}
@@ -226,7 +269,10 @@ def test_prostate_cuts_only_the_longer_axis(done, case, axis, size, crop):
 
 def test_prostate_crops_by_the_label_and_by_the_volume_differ_in_the_fake(done):
     starts = {c: open_prepared(done / c).meta["cases"] for c in ("label", "centre")}
-    assert all(starts["label"][c]["crop"]["start"] != starts["centre"][c]["crop"]["start"] for c in (WIDE, HIGH))
+    assert all(
+        starts["label"][c]["crop"]["start"] != starts["centre"][c]["crop"]["start"]
+        for c in (WIDE, HIGH)
+    )
 
 
 def test_prostate_manifest_counts_what_the_window_lost(done):
@@ -234,7 +280,10 @@ def test_prostate_manifest_counts_what_the_window_lost(done):
     lost = [f["label_voxels_outside"] for f in facts if f["label_voxels_outside"]]
     line = f"2 cases were larger, {sum(lost):,} labelled voxels of {len(lost)} cases lie outside"
     assert sum(lost) > 0
-    assert f"  crop         centre, 256 x 256 x 48: {line}" in open_prepared(done / "centre").meta["manifest"]
+    assert (
+        f"  crop         centre, 256 x 256 x 48: {line}"
+        in open_prepared(done / "centre").meta["manifest"]
+    )
     line = "  crop         none; 256 x 256 x 48 would be the published window"
     assert line in open_prepared(done / "none").meta["manifest"]
 
@@ -243,7 +292,11 @@ def test_prostate_names_the_grid_to_pad_to_unless_nothing_is_cut(done):
     for crop in ("label", "centre", "none"):
         data = open_prepared(done / crop)
         assert data.meta["crop"] == {"kind": crop, "size": [256, 256, 48]}
-        assert data.meta.get("grid") == data_record(data).get("grid") == (None if crop == "none" else [256, 256, 48])
+        assert (
+            data.meta.get("grid")
+            == data_record(data).get("grid")
+            == (None if crop == "none" else [256, 256, 48])
+        )
     data = open_prepared(done / "label")
     front = symmetric_pad(data.shape(LPS), data.meta["grid"])
     assert front == (112, 114, 17)  # floor
@@ -255,7 +308,9 @@ def test_prostate_prediction_is_never_cut(fakes, done):
     for case in (WIDE, HIGH):
         file = fakes / "few" / "data" / f"{case}_img.nii"
         image, restore = load_for_prediction([file], data_record(open_prepared(done / "label")))
-        np.testing.assert_array_equal(image, np.array(open_prepared(done / "none").image(case), np.float32))
+        np.testing.assert_array_equal(
+            image, np.array(open_prepared(done / "none").image(case), np.float32)
+        )
         assert restore.mask(np.zeros(image.shape[1:], np.uint8)).shape == (24, 20, 12)
 
 
@@ -266,7 +321,10 @@ def test_prostate_prediction_is_never_cut(fakes, done):
     ("90", [16, 16, 16]),
 ])  # fmt: skip
 def test_prostate_window_keeps_its_millimetres(src, spacing, size):
-    assert listed(src, spacing=_prepare.parse_spacing(spacing)).crop == {"kind": "label", "size": size}
+    assert listed(src, spacing=_prepare.parse_spacing(spacing)).crop == {
+        "kind": "label",
+        "size": size,
+    }
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
@@ -299,8 +357,13 @@ def test_prostate_scales_by_minimum_and_maximum_of_the_whole_volume(src, tmp_pat
 
 
 def test_prostate_zeros_are_values_like_others(src, tmp_path):
-    change(src / "data" / "0001_img.nii", lambda a: np.where(np.arange(20)[:, None] < 5, 0, a).astype(np.int16) - 50)
-    change(src / "data" / "0001_img.nii", lambda a: np.where(a == -50, 0, a).astype(np.int16))  # a quarter is 0
+    change(
+        src / "data" / "0001_img.nii",
+        lambda a: np.where(np.arange(20)[:, None] < 5, 0, a).astype(np.int16) - 50,
+    )
+    change(
+        src / "data" / "0001_img.nii", lambda a: np.where(a == -50, 0, a).astype(np.int16)
+    )  # a quarter is 0
     raw = voxels(src, "0001_img").astype(float)
     assert (raw == 0).mean() >= 0.25 and raw.min() < 0
     assert run("--src", src, "--dst", tmp_path / "p", "--subset", *NATIVE)[0] == 0
@@ -346,7 +409,9 @@ def test_prostate_finds_institution_txt_beside_and_below_the_folder(src):
 
 def test_prostate_reads_a_table_with_blank_lines_tabs_and_a_mark_in_front(src):
     table = src / "institution.txt"
-    table.write_bytes(b"\xef\xbb\xbf" + table.read_text().replace(" ", "\t").replace("\n", "\r\n\r\n").encode())
+    table.write_bytes(
+        b"\xef\xbb\xbf" + table.read_text().replace(" ", "\t").replace("\n", "\r\n\r\n").encode()
+    )
     assert len(listed(src).cases) == 16 and listed(src).faults == ()
 
 
@@ -354,7 +419,9 @@ def test_prostate_takes_ids_as_text_and_forgives_zeros_in_front(src):
     table = src / "institution.txt"
     table.write_text("\n".join(line.lstrip("0") for line in table.read_text().splitlines()))
     source = listed(src)
-    assert source.faults == () and [case.id for case in source.cases] == [f"{n:04d}" for n in range(1, 17)]
+    assert source.faults == () and [case.id for case in source.cases] == [
+        f"{n:04d}" for n in range(1, 17)
+    ]
     told = "ids that agree only without the zeros in front: 16 (1 = 0001, 2 = 0002, 3 = 0003, 4 = 0004, 5 = 0005, …)"
     assert source.notes == (told,) and source.splits["val"][0] == "0001"
 
@@ -365,7 +432,11 @@ def test_prostate_keeps_ids_apart_that_differ_in_zeros_only(src):
     with open(src / "institution.txt", "a") as table:
         table.write("02 Rutgers\n")
     source = listed(src)
-    assert source.faults == () and source.notes == () and {"02", "0002"} <= {case.id for case in source.cases}
+    assert (
+        source.faults == ()
+        and source.notes == ()
+        and {"02", "0002"} <= {case.id for case in source.cases}
+    )
     assert source.entries["institutions"]["02"] == "Rutgers" and len(source.cases) == 17
 
 
@@ -373,7 +444,10 @@ def test_prostate_says_which_files_it_leaves_out_and_never_reads_a_macs(src):
     assert (src / "data" / "._0001_img.nii").exists()
     shutil.copy(src / "data" / "0001_img.nii", src / "data" / "prediction.nii")
     source = listed(src)
-    assert source.notes == (f"{src}: other NIfTI files, left out: 1 (prediction.nii)",) and len(source.cases) == 16
+    assert (
+        source.notes == (f"{src}: other NIfTI files, left out: 1 (prediction.nii)",)
+        and len(source.cases) == 16
+    )
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------
@@ -412,7 +486,10 @@ def test_prostate_names_two_files_for_one(src, tmp_path, capsys):
     (src / "copy").mkdir()
     shutil.copy(src / "data" / "0005_img.nii", src / "copy")
     line = refused(src, tmp_path / "p", capsys)
-    assert "case 0005 has 2 files for img, expected 1: " in line and str(src / "copy" / "0005_img.nii") in line
+    assert (
+        "case 0005 has 2 files for img, expected 1: " in line
+        and str(src / "copy" / "0005_img.nii") in line
+    )
 
 
 @pytest.mark.parametrize(("old", "new", "text"), [
@@ -433,7 +510,11 @@ def test_prostate_names_a_wrong_line_of_institution_txt(src, old, new, text):
 def test_prostate_subset_accepts_an_institution_of_another_name(src):
     table = src / "institution.txt"
     table.write_text(table.read_text().replace("UCL", "Oslo"))
-    assert listed(src).faults == () and [len(ids) for ids in listed(src).splits.values()] == [4, 4, 8]
+    assert listed(src).faults == () and [len(ids) for ids in listed(src).splits.values()] == [
+        4,
+        4,
+        8,
+    ]
 
 
 @pytest.mark.parametrize(("value", "text"), [
@@ -456,9 +537,15 @@ def test_prostate_names_a_table_without_any_case(src, tmp_path, capsys, content,
 
 def test_prostate_names_a_folder_that_holds_none(tmp_path, capsys):
     src, p = tmp_path / "a" / "none", tmp_path / "p"
-    assert refused(src, p, capsys) == f"{src}: no such folder, expected data/ and institution.txt; check --src"
+    assert (
+        refused(src, p, capsys)
+        == f"{src}: no such folder, expected data/ and institution.txt; check --src"
+    )
     src.mkdir(parents=True)
-    assert refused(src, p, capsys) == f"{src}: no case found, expected files such as data/ID_img.nii; check --src"
+    assert (
+        refused(src, p, capsys)
+        == f"{src}: no case found, expected files such as data/ID_img.nii; check --src"
+    )
     (src / "data.zip").write_bytes(b"")
     assert refused(src, p, capsys).endswith("; unpack data.zip first")
 
@@ -466,7 +553,9 @@ def test_prostate_names_a_folder_that_holds_none(tmp_path, capsys):
 def test_prostate_names_the_lack_of_institution_txt(src, tmp_path, capsys):
     (src / "institution.txt").unlink()
     line = refused(src, tmp_path / "p", capsys)
-    assert line.startswith(f"{src}: holds no institution.txt, expected the list of cases and institutions")
+    assert line.startswith(
+        f"{src}: holds no institution.txt, expected the list of cases and institutions"
+    )
 
 
 def test_prostate_lists_all_faults_in_one_check(src, capsys):
@@ -503,15 +592,25 @@ def test_prostate_continues_and_refuses_another_window_in_the_same_folder(src, t
     code, _, lines = run("--src", src, "--dst", tmp_path / "p", "--subset", capsys=capsys)
     assert code == 0 and lines[-1] == "prostate: 15 cases are there from an earlier run, 1 to do"
     assert {f: f.read_bytes() for f in (tmp_path / "p").rglob("*") if f.is_file()} == before
-    code, _, lines = run("--src", src, "--dst", tmp_path / "p", "--subset", "--crop", "centre", capsys=capsys)
-    assert code == 2 and "was prepared with crop {'kind': 'label', 'size': [256, 256, 48]}, now" in lines[0]
+    code, _, lines = run(
+        "--src", src, "--dst", tmp_path / "p", "--subset", "--crop", "centre", capsys=capsys
+    )
+    assert (
+        code == 2
+        and "was prepared with crop {'kind': 'label', 'size': [256, 256, 48]}, now" in lines[0]
+    )
 
 
 def test_prostate_with_two_workers_writes_the_same_bytes(fakes, done, tmp_path):
-    assert run("--src", fakes / "few", "--dst", tmp_path / "p", "--subset", "--workers", "2")[0] == 0
+    assert (
+        run("--src", fakes / "few", "--dst", tmp_path / "p", "--subset", "--workers", "2")[0] == 0
+    )
     for file in (done / "label").rglob("*"):
         if file.is_file():
-            assert file.read_bytes() == (tmp_path / "p" / file.relative_to(done / "label")).read_bytes()
+            assert (
+                file.read_bytes()
+                == (tmp_path / "p" / file.relative_to(done / "label")).read_bytes()
+            )
 
 
 def test_prostate_makes_a_fake_of_the_published_counts_by_default(tmp_path, capsys):
@@ -526,15 +625,37 @@ def test_prostate_folder_that_is_not_prepared_names_this_tool(tmp_path):
 
 
 def test_prostate_trains_and_predicts_with_the_published_label_values(fakes, tmp_path):
-    assert run("--src", fakes / "few", "--dst", tmp_path / "p", "--subset", "--spacing", "6,6,7.5")[0] == 0
+    assert (
+        run("--src", fakes / "few", "--dst", tmp_path / "p", "--subset", "--spacing", "6,6,7.5")[0]
+        == 0
+    )
     data, weights = open_prepared(tmp_path / "p"), tmp_path / "run" / "last.pt"
     assert data.meta["grid"] == [32, 32, 16]
     common = ["--device", "cpu", "--amp", "off", "--quiet", "--sampling-steps", "1"]
     network = ["--num-channels", "4", "--channel-mult", "1,2", "--num-groups", "2", "--patch", "16"]
-    argv = ["train", "--data", str(tmp_path / "p"), "--out", str(weights.parent), "--preset", "tiny", "--steps", "1"]
+    argv = [
+        "train",
+        "--data",
+        str(tmp_path / "p"),
+        "--out",
+        str(weights.parent),
+        "--preset",
+        "tiny",
+        "--steps",
+        "1",
+    ]
     assert patchddm.main([*argv, "--batch", "2", *network, *common]) == 0
     file, output = fakes / "few" / "data" / f"{WIDE}_img.nii", tmp_path / "mask.nii.gz"
-    argv = ["predict", "--checkpoint", str(weights), "--image", str(file), "--output", str(output), *common]
+    argv = [
+        "predict",
+        "--checkpoint",
+        str(weights),
+        "--image",
+        str(file),
+        "--output",
+        str(output),
+        *common,
+    ]
     assert patchddm.main(argv) == 0
     mask = nib.load(output)
     assert mask.shape == (24, 20, 12) and set(np.unique(mask.dataobj)) <= set(range(9))

@@ -19,7 +19,11 @@ from common.old.runtime import Ranks
 TINY = P.Config(**P.PRESETS["tiny"], amp="off")
 FAST = replace(TINY, size=16, channel_mult=(1, 2), attention_resolutions=(8,), blocks=(1, 3))
 RANKS = Ranks(0, 1, 0, torch.device("cpu"))
-RECORD = {"channels": ["CT"], "classes": {"a": 1, "b": 2}, "normalisation": {"kind": "hu", "low": -1024, "high": 400}}
+RECORD = {
+    "channels": ["CT"],
+    "classes": {"a": 1, "b": 2},
+    "normalisation": {"kind": "hu", "low": -1024, "high": 400},
+}
 
 
 def count(module) -> int:
@@ -56,7 +60,9 @@ def test_schedule_has_the_values_of_the_table(schedule):
     abar = P.abar_table(schedule, torch.device("cpu"))
     assert beta.dtype == np.float64 and len(beta) == 1000 and abar.dtype == torch.float64
     for t, (b, a) in SCHEDULES[schedule].items():
-        assert beta[t] == pytest.approx(b, rel=1e-9) and float(abar[t]) == pytest.approx(a, rel=1e-9), t
+        assert beta[t] == pytest.approx(b, rel=1e-9) and float(abar[t]) == pytest.approx(
+            a, rel=1e-9
+        ), t
 
 
 def test_linear_schedule_of_fewer_levels_reaches_the_same_noise():
@@ -64,8 +70,14 @@ def test_linear_schedule_of_fewer_levels_reaches_the_same_noise():
 
 
 def test_noisy_slice_follows_equation_2():
-    x0, eps, t = torch.full((2, 1, 1, 1), 0.3), torch.full((2, 1, 1, 1), -1.2), torch.tensor([300, 500])
-    expected = [math.sqrt(a) * 0.3 + math.sqrt(1 - a) * -1.2 for a in (0.39401112252, 0.077796658365)]
+    x0, eps, t = (
+        torch.full((2, 1, 1, 1), 0.3),
+        torch.full((2, 1, 1, 1), -1.2),
+        torch.tensor([300, 500]),
+    )
+    expected = [
+        math.sqrt(a) * 0.3 + math.sqrt(1 - a) * -1.2 for a in (0.39401112252, 0.077796658365)
+    ]
     assert P.q_sample(x0, eps, t, "linear").flatten().tolist() == pytest.approx(expected, rel=1e-6)
 
 
@@ -76,7 +88,9 @@ def test_equation_2_is_equation_1_again_and_again():
     t = torch.tensor([300])
     one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
     assert float(P.q_sample(one, zero, t, "cosine-anneal")) == pytest.approx(mean, rel=1e-6)
-    assert float(P.q_sample(zero, one, t, "cosine-anneal")) == pytest.approx(math.sqrt(variance), rel=1e-6)
+    assert float(P.q_sample(zero, one, t, "cosine-anneal")) == pytest.approx(
+        math.sqrt(variance), rel=1e-6
+    )
 
 
 def test_noise_loss_is_the_mean_square_of_each_sample():
@@ -105,7 +119,9 @@ def test_noise_loss_shows_the_network_the_noisy_slice():
 def test_respaced_levels_and_betas_have_the_values_of_the_table():
     s = P.respaced("linear", 5)
     assert s.t.tolist() == [0, 250, 500, 749, 999]
-    assert s.beta == pytest.approx([1e-4, 0.4785248219, 0.8507993437, 0.9569319491, 0.9879547261], rel=1e-9)
+    assert s.beta == pytest.approx(
+        [1e-4, 0.4785248219, 0.8507993437, 0.9569319491, 0.9879547261], rel=1e-9
+    )
 
 
 def test_one_level_is_the_last_and_none_means_all():
@@ -120,21 +136,35 @@ def test_ddpm_step_has_the_posterior_of_the_table(t, variance, c1, c2):
     s = P.respaced("linear", 0)
     one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     eps_of_0 = 1 / math.sqrt(1 - s.abar[t])  # x_t = 1 with this noise means x_0 = 0
-    eps_of_1 = -math.sqrt(s.abar[t]) / math.sqrt(1 - s.abar[t])  # x_t = 0 with this noise means x_0 = 1
-    assert float(P.ddpm_step(s, t, one, eps_of_0 * one, "small", zero)) == pytest.approx(c2, rel=1e-9)
-    assert float(P.ddpm_step(s, t, zero, eps_of_1 * one, "small", zero)) == pytest.approx(c1, rel=1e-9)
-    noisy = P.ddpm_step(s, t, zero, zero, "small", one) - P.ddpm_step(s, t, zero, zero, "small", zero)
+    eps_of_1 = -math.sqrt(s.abar[t]) / math.sqrt(
+        1 - s.abar[t]
+    )  # x_t = 0 with this noise means x_0 = 1
+    assert float(P.ddpm_step(s, t, one, eps_of_0 * one, "small", zero)) == pytest.approx(
+        c2, rel=1e-9
+    )
+    assert float(P.ddpm_step(s, t, zero, eps_of_1 * one, "small", zero)) == pytest.approx(
+        c1, rel=1e-9
+    )
+    noisy = P.ddpm_step(s, t, zero, zero, "small", one) - P.ddpm_step(
+        s, t, zero, zero, "small", zero
+    )
     assert float(noisy) ** 2 == pytest.approx(variance, rel=1e-9)
-    large = P.ddpm_step(s, t, zero, zero, "large", one) - P.ddpm_step(s, t, zero, zero, "large", zero)
+    large = P.ddpm_step(s, t, zero, zero, "large", one) - P.ddpm_step(
+        s, t, zero, zero, "large", zero
+    )
     assert float(large) ** 2 == pytest.approx(s.beta[t], rel=1e-9)
 
 
 def test_mean_by_way_of_x0_is_equation_4():
     s, t = P.respaced("linear", 0), 700
     eps = torch.tensor([0.4], dtype=torch.float64)
-    xt = math.sqrt(s.abar[t]) * 0.2 + math.sqrt(1 - s.abar[t]) * eps  # of a slice within the range: no clipping
+    xt = (
+        math.sqrt(s.abar[t]) * 0.2 + math.sqrt(1 - s.abar[t]) * eps
+    )  # of a slice within the range: no clipping
     expected = (float(xt) - s.beta[t] / math.sqrt(1 - s.abar[t]) * 0.4) / math.sqrt(1 - s.beta[t])
-    assert float(P.ddpm_step(s, t, xt, eps, "small", torch.zeros_like(xt))) == pytest.approx(expected, rel=1e-9)
+    assert float(P.ddpm_step(s, t, xt, eps, "small", torch.zeros_like(xt))) == pytest.approx(
+        expected, rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("step", [P.ddpm_step, P.ddim_step])
@@ -146,13 +176,19 @@ def test_last_step_adds_no_noise(step):
 
 def test_ddim_with_an_oracle_passes_the_points_of_the_table():
     s = P.respaced("linear", 5)
-    x = math.sqrt(s.abar[4]) * torch.tensor([0.3], dtype=torch.float64) - 1.2 * math.sqrt(1 - s.abar[4])
+    x = math.sqrt(s.abar[4]) * torch.tensor([0.3], dtype=torch.float64) - 1.2 * math.sqrt(
+        1 - s.abar[4]
+    )
     path = [float(x)]
     for i in range(4, 0, -1):
         x = P.ddim_step(s, i, x, torch.full_like(x, -1.2), 0.0, torch.zeros_like(x))
         path.append(float(x))
-    assert path[::-1] == pytest.approx([0.2879849996, -0.6135222097, -1.0687008698, -1.1806228012, -1.1980699394])
-    assert float(P.ddim_step(s, 0, x, torch.full_like(x, -1.2), 0.0, torch.zeros_like(x))) == pytest.approx(0.3)
+    assert path[::-1] == pytest.approx(
+        [0.2879849996, -0.6135222097, -1.0687008698, -1.1806228012, -1.1980699394]
+    )
+    assert float(
+        P.ddim_step(s, 0, x, torch.full_like(x, -1.2), 0.0, torch.zeros_like(x))
+    ) == pytest.approx(0.3)
 
 
 def test_ddim_with_eta_1_is_ddpm():
@@ -160,7 +196,9 @@ def test_ddim_with_eta_1_is_ddpm():
     x, eps, z = (torch.tensor([v], dtype=torch.float64) for v in (0.1, 0.3, -0.7))
     for i in (1, 7, 19):
         found = P.ddim_step(s, i, x, eps, 1.0, z)
-        assert float(found) == pytest.approx(float(P.ddpm_step(s, i, x, eps, "small", z)), rel=1e-9), i
+        assert float(found) == pytest.approx(
+            float(P.ddpm_step(s, i, x, eps, "small", z)), rel=1e-9
+        ), i
 
 
 def test_clean_slice_is_clipped():
@@ -181,7 +219,9 @@ def samples_of(numbers, at_once=None, **flags):
     return np.stack([x for _, x in P.generate(call, numbers)]), seen
 
 
-@pytest.mark.parametrize("flags", [{"sampler": "ddpm"}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 1.0}])
+@pytest.mark.parametrize(
+    "flags", [{"sampler": "ddpm"}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 1.0}]
+)
 def test_generated_slice_depends_on_its_number_alone(flags, monkeypatch):
     together, seen = samples_of(range(5), **flags)
     assert seen == [999, 500, 0]  # the network is told the levels it was trained with
@@ -217,7 +257,9 @@ def test_joint_dice_is_the_mean_error_of_the_true_class():
 
 
 def test_joint_dice_collapses_for_any_softmax():
-    prob = torch.rand(3, 5, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).softmax(1)
+    prob = torch.rand(
+        3, 5, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ).softmax(1)
     label = torch.randint(0, 5, (3, 4, 4), generator=torch.Generator().manual_seed(1))
     onehot = torch.nn.functional.one_hot(label, 5).movedim(3, 1).double()
     true = prob.gather(1, label[:, None]).mean()
@@ -233,7 +275,9 @@ def test_other_dice_terms_have_the_values_of_the_table(kind, value):
 def test_absent_organ_is_not_in_the_per_class_mean():
     prob = torch.full((1, 3, 1, 2), 1 / 3)
     onehot = torch.tensor([[1.0, 0], [0, 1.0], [0, 0]])[None, :, None]  # class 2 is not there
-    assert float(P.dice_loss(prob, onehot, "per-class")) == pytest.approx(1 - (2 / 3 + 1e-5) / (1 + 2 / 3 + 1e-5))
+    assert float(P.dice_loss(prob, onehot, "per-class")) == pytest.approx(
+        1 - (2 / 3 + 1e-5) / (1 + 2 / 3 + 1e-5)
+    )
 
 
 def test_per_class_dice_of_background_alone_is_0():
@@ -242,12 +286,17 @@ def test_per_class_dice_of_background_alone_is_0():
 
 
 @pytest.mark.parametrize(
-    "kind, total", [("joint", 0.5463651031), ("joint-fg", 0.6919895583), ("per-class", 0.7294466959)]
+    "kind, total",
+    [("joint", 0.5463651031), ("joint-fg", 0.6919895583), ("per-class", 0.7294466959)],
 )
 def test_loss_is_half_cross_entropy_half_dice(kind, total):
     logits, label = example(torch.float32)
-    assert float(P.segmentation_loss(logits.detach(), label, kind)) == pytest.approx(total, abs=1e-6)
-    assert float(P.segmentation_loss(logits.detach(), label, kind, w=1.0)) == pytest.approx(0.7239804367, abs=1e-6)
+    assert float(P.segmentation_loss(logits.detach(), label, kind)) == pytest.approx(
+        total, abs=1e-6
+    )
+    assert float(P.segmentation_loss(logits.detach(), label, kind, w=1.0)) == pytest.approx(
+        0.7239804367, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind, w, slope", [("joint", 1, -0.11875), ("joint", 0, -0.0059), ("joint-fg", 0, -0.0163),
@@ -276,7 +325,10 @@ def test_learning_rate_of_pretraining_falls_linearly_to_a_tenth():
 
 
 def weight_left(updates: int, decay: float = 0.9999) -> float:
-    ema, model = torch.nn.Linear(1, 1, bias=False).double(), torch.nn.Linear(1, 1, bias=False).double()
+    ema, model = (
+        torch.nn.Linear(1, 1, bias=False).double(),
+        torch.nn.Linear(1, 1, bias=False).double(),
+    )
     ema.weight.data.fill_(1.0)
     model.weight.data.fill_(0.0)
     for n in range(updates):
@@ -285,11 +337,16 @@ def weight_left(updates: int, decay: float = 0.9999) -> float:
 
 
 def test_average_forgets_its_start():
-    assert [weight_left(n) for n in (1, 2, 10)] == pytest.approx([0.1, 0.01818182, 1.082509e-5], rel=1e-6)
+    assert [weight_left(n) for n in (1, 2, 10)] == pytest.approx(
+        [0.1, 0.01818182, 1.082509e-5], rel=1e-6
+    )
 
 
 def test_average_ends_at_its_decay():
-    ema, model = torch.nn.Linear(1, 1, bias=False).double(), torch.nn.Linear(1, 1, bias=False).double()
+    ema, model = (
+        torch.nn.Linear(1, 1, bias=False).double(),
+        torch.nn.Linear(1, 1, bias=False).double(),
+    )
     for n, d in ((8990, 0.999), (10_000, 0.9991009), (89_990, 0.9999), (10**6, 0.9999)):
         ema.weight.data.fill_(1.0)
         model.weight.data.fill_(0.0)
@@ -319,7 +376,13 @@ def test_network_has_the_parameters_of_the_table(c, channels, parameters):
 def test_parts_of_the_network_have_the_parameters_of_the_table(c, counts):
     with torch.device("meta"):
         model = P.UNet(P.Config(num_channels=c), 1, 1)
-    parts = (model.time_embed, model.input_blocks, model.middle_block, model.output_blocks, model.out)
+    parts = (
+        model.time_embed,
+        model.input_blocks,
+        model.middle_block,
+        model.output_blocks,
+        model.out,
+    )
     assert [count(part) for part in parts] == counts
     emb = sum(p.numel() for k, p in model.named_parameters() if "emb_layers" in k)
     assert emb == {128: 13_264_128, 256: 53_004_800}[c]
@@ -344,13 +407,22 @@ def test_network_of_ho_et_al_has_the_parameters_of_the_table():
             m.register_forward_hook(lambda _, x, y: sides.append(y.shape[-1]))
     with torch.device("meta"):
         model(torch.empty(1, 1, 256, 256), torch.zeros(1))
-    assert sides == [16, 16, 8, 16, 16, 16]  # two blocks of the encoder, the middle, three of the decoder
+    assert sides == [
+        16,
+        16,
+        8,
+        16,
+        16,
+        16,
+    ]  # two blocks of the encoder, the middle, three of the decoder
 
 
 def test_decoder_blocks_have_the_sizes_of_the_table():
     with torch.device("meta"):
         model = P.UNet(P.Config(num_channels=32), 1, 1)
-        maps = model.decode(*model.encode(torch.empty(1, 1, 256, 256), torch.zeros(1)), tuple(range(18)))
+        maps = model.decode(
+            *model.encode(torch.empty(1, 1, 256, 256), torch.zeros(1)), tuple(range(18))
+        )
     found = [(m.shape[1] // 32, m.shape[2]) for m in maps]
     assert (
         found
@@ -368,9 +440,17 @@ def test_decoder_blocks_have_the_sizes_of_the_table():
 def test_attention_is_where_the_sides_say():
     with torch.device("meta"):
         model = P.UNet(P.Config(), 1, 1)
-    at = [k for k, block in enumerate(model.input_blocks) if any(isinstance(b, P.AttentionBlock) for b in block)]
+    at = [
+        k
+        for k, block in enumerate(model.input_blocks)
+        if any(isinstance(b, P.AttentionBlock) for b in block)
+    ]
     assert at == [10, 11, 13, 14, 16, 17]
-    at = [k for k, block in enumerate(model.output_blocks) if any(isinstance(b, P.AttentionBlock) for b in block)]
+    at = [
+        k
+        for k, block in enumerate(model.output_blocks)
+        if any(isinstance(b, P.AttentionBlock) for b in block)
+    ]
     assert at == list(range(9))
 
 
@@ -387,7 +467,10 @@ def test_a_fresh_network_predicts_nothing():
 def test_time_reaches_the_output_and_not_that_of_the_plain_network():
     x = torch.randn(1, 1, 16, 16)
     model, plain = randomised(P.UNet(FAST, 1, 1)), randomised(P.UNet(FAST, 1, 1, timed=False))
-    assert float((model(x, torch.tensor([0])) - model(x, torch.tensor([500]))).detach().abs().max()) > 1e-3
+    assert (
+        float((model(x, torch.tensor([0])) - model(x, torch.tensor([500]))).detach().abs().max())
+        > 1e-3
+    )
     assert torch.equal(plain(x, torch.tensor([0])), plain(x, torch.tensor([500])))
 
 
@@ -412,7 +495,9 @@ WIDER |= {("linear", "M"): 889_870, ("linear", "L"): 1_184_782}
 @pytest.mark.parametrize("strategy, variant, trained", [*((s, "S", n) for s, n in HEAD.items()),
                                                        *((*k, n) for k, n in WIDER.items())])  # fmt: skip
 def test_trained_parameters_are_those_of_the_table(strategy, variant, trained):
-    config = P.Config(strategy=strategy, variant=variant, num_channels=256 if variant == "L" else 128)
+    config = P.Config(
+        strategy=strategy, variant=variant, num_channels=256 if variant == "L" else 128
+    )
     with torch.device("meta"):
         assert count(P.Segmenter(config, 1, 14)) == trained
 
@@ -422,7 +507,12 @@ def segmenter(strategy, **flags):
 
 
 def test_the_head_fits_a_first_level_wider_than_c():
-    assert segmenter("decoder", channel_mult=(2, 2))(torch.randn(1, 1, 16, 16)).shape == (1, 3, 16, 16)
+    assert segmenter("decoder", channel_mult=(2, 2))(torch.randn(1, 1, 16, 16)).shape == (
+        1,
+        3,
+        16,
+        16,
+    )
 
 
 def test_trained_sets_by_name():
@@ -436,7 +526,13 @@ def test_trained_sets_by_name():
 
     assert names("linear") == {"head"}
     assert names("decoder") == {"head", "net.output_blocks"}
-    assert names("full") == {"head", "net.output_blocks", "net.input_blocks", "net.middle_block", "net.time_embed"}
+    assert names("full") == {
+        "head",
+        "net.output_blocks",
+        "net.input_blocks",
+        "net.middle_block",
+        "net.time_embed",
+    }
     assert names("scratch") == {"head", "net.output_blocks", "net.input_blocks", "net.middle_block"}
 
 
@@ -445,7 +541,9 @@ def test_a_step_changes_what_is_trained_and_not_a_bit_of_the_rest(strategy):
     model = segmenter(strategy).train()
     optimizer = P.make_optimizer("finetune", replace(FAST, lr=1e-2), model)
     before = copy.deepcopy(model.state_dict())
-    loss = P.segmentation_loss(model(torch.randn(2, 1, 16, 16)), torch.randint(0, 3, (2, 16, 16)), "joint")
+    loss = P.segmentation_loss(
+        model(torch.randn(2, 1, 16, 16)), torch.randint(0, 3, (2, 16, 16)), "joint"
+    )
     loss.backward()
     optimizer.step()
     trained = {k for k, p in model.named_parameters() if p.requires_grad}
@@ -458,7 +556,8 @@ def test_a_step_changes_what_is_trained_and_not_a_bit_of_the_rest(strategy):
 def test_head_starts_alike_with_every_strategy():
     record = RECORD | {"label_values": {}}
     heads = [
-        P.network_for("finetune", replace(FAST, strategy=s), record).head for s in ("scratch", "decoder", "linear")
+        P.network_for("finetune", replace(FAST, strategy=s), record).head
+        for s in ("scratch", "decoder", "linear")
     ]
     for other in heads[1:]:
         assert all(torch.equal(a, b) for a, b in zip(heads[0].parameters(), other.parameters()))
@@ -475,11 +574,17 @@ def test_frozen_parts_stay_in_eval_mode():
     assert not segmenter("linear").train().net.output_blocks.training
 
 
-@pytest.mark.parametrize("strategy, encoder, decoder", [("linear", 0, 0), ("decoder", 0, 1), ("full", 1, 1)])
+@pytest.mark.parametrize(
+    "strategy, encoder, decoder", [("linear", 0, 0), ("decoder", 0, 1), ("full", 1, 1)]
+)
 def test_frozen_parts_run_without_gradient(strategy, encoder, decoder):
     model, seen = segmenter(strategy).train(), {}
-    model.net.middle_block.register_forward_hook(lambda m, i, o: seen.update(encoder=int(o.requires_grad)))
-    model.net.output_blocks[-1].register_forward_hook(lambda m, i, o: seen.update(decoder=int(o.requires_grad)))
+    model.net.middle_block.register_forward_hook(
+        lambda m, i, o: seen.update(encoder=int(o.requires_grad))
+    )
+    model.net.output_blocks[-1].register_forward_hook(
+        lambda m, i, o: seen.update(decoder=int(o.requires_grad))
+    )
     model(torch.randn(1, 1, 16, 16))
     assert seen == {"encoder": encoder, "decoder": decoder}
 
@@ -489,7 +594,12 @@ def test_optimiser_has_the_papers_rates_and_decays():
     optimizer = P.make_optimizer("finetune", FAST, model)
     head, rest = optimizer.param_groups
     assert type(optimizer) is torch.optim.Adam  # L2, not AdamW's decay
-    assert (head["scale"], head["weight_decay"], rest["scale"], rest["weight_decay"]) == (10, 1e-3, 1, 1e-4)
+    assert (head["scale"], head["weight_decay"], rest["scale"], rest["weight_decay"]) == (
+        10,
+        1e-3,
+        1,
+        1e-4,
+    )
     assert {id(p) for p in head["params"]} == {id(p) for p in model.head.parameters()}
     assert {id(p) for p in rest["params"]} == {id(p) for p in model.net.output_blocks.parameters()}
     assert len(P.make_optimizer("finetune", FAST, segmenter("linear")).param_groups) == 1
@@ -512,7 +622,9 @@ def test_head_reads_the_last_decoder_block_itself():
 def test_synced_norm_is_batch_norm_on_one_process():
     norm, plain = P.SyncedNorm(3), torch.nn.BatchNorm2d(3)
     x = torch.randn(4, 3, 5, 5)
-    assert torch.equal(norm.train()(x), plain.train()(x)) and torch.equal(norm.running_var, plain.running_var)
+    assert torch.equal(norm.train()(x), plain.train()(x)) and torch.equal(
+        norm.running_var, plain.running_var
+    )
 
 
 def test_four_slices_are_overfitted():
@@ -521,7 +633,9 @@ def test_four_slices_are_overfitted():
     config = replace(TINY, strategy="scratch", lr=3e-3, dice="per-class", steps=80)
     slices = P.labelled_slices(data, config)[0]
     x = torch.from_numpy(P.stack(data, slices))[:, None, 8:24, 8:24]
-    label = torch.from_numpy(np.stack([data.slice_label(*at) for at in slices])[:, 8:24, 8:24].astype(np.int64))
+    label = torch.from_numpy(
+        np.stack([data.slice_label(*at) for at in slices])[:, 8:24, 8:24].astype(np.int64)
+    )
     model = P.network_for("finetune", config, loaders.data_record(data)).train()
     optimizer = P.make_optimizer("finetune", config, model)
     for step in range(80):
@@ -552,8 +666,14 @@ def test_subsets_are_nested_covering_and_a_function_of_the_draw():
     data = loaders.CtPhantoms(0, side=32)
     sets = {n: P.labelled_slices(data, replace(TINY, labels=n))[0] for n in ("4", "39", "all")}
     assert [len(s) for s in sets.values()] == [4, 39, 144]
-    assert sets["all"][:39] == sets["39"] and sets["39"][:4] == sets["4"] and len(set(sets["all"])) == 144
-    counts = np.stack([np.bincount(data.slice_label(*at).ravel(), minlength=5)[1:] for at in sets["4"]])
+    assert (
+        sets["all"][:39] == sets["39"]
+        and sets["39"][:4] == sets["4"]
+        and len(set(sets["all"])) == 144
+    )
+    counts = np.stack(
+        [np.bincount(data.slice_label(*at).ravel(), minlength=5)[1:] for at in sets["4"]]
+    )
     assert (counts >= 1).any(0).all()
     assert P.labelled_slices(data, replace(TINY, labels="4"))[0] == sets["4"]
     assert P.labelled_slices(data, replace(TINY, labels="4", draw=1))[0] != sets["4"]
@@ -563,7 +683,9 @@ def test_subsets_are_nested_covering_and_a_function_of_the_draw():
 def test_four_slices_show_twenty_pixels_of_each_organ_where_there_are_such():
     data = loaders.CtPhantoms(0, side=64)
     slices, _, warnings = P.labelled_slices(data, replace(TINY, size=64))
-    counts = np.stack([np.bincount(data.slice_label(*at).ravel(), minlength=5)[1:] for at in slices])
+    counts = np.stack(
+        [np.bincount(data.slice_label(*at).ravel(), minlength=5)[1:] for at in slices]
+    )
     assert (counts >= 20).any(0).all() and not warnings
 
 
@@ -601,19 +723,28 @@ def toy(labels, classes=("a", "b")):
 
 def test_organs_that_do_not_fit_into_four_slices_are_refused_by_name():
     labels = [np.full((8, 8), i + 1, np.uint8) for i in range(6)]
-    with pytest.raises(InputError, match=r"no 4 slices of toy were found that show all organs, \w, \w would"):
+    with pytest.raises(
+        InputError, match=r"no 4 slices of toy were found that show all organs, \w, \w would"
+    ):
         P.labelled_slices(toy(labels, "abcdef"), TINY)
 
 
 def test_organ_of_no_training_slice_is_named():
     labels = [np.full((8, 8), 1, np.uint8)] * 5
-    assert P.labelled_slices(toy(labels), TINY)[2] == ["no training slice holds b; it will not be learnt"]
+    assert P.labelled_slices(toy(labels), TINY)[2] == [
+        "no training slice holds b; it will not be learnt"
+    ]
 
 
 def test_fewer_than_four_labels_show_what_they_can_and_say_the_rest():
     labels = [np.full((8, 8), i % 2 + 1, np.uint8) for i in range(6)]
     slices, total, warnings = P.labelled_slices(toy(labels), replace(TINY, labels="1"))
-    assert len(slices) == 1 and total == 6 and len(warnings) == 1 and warnings[0].startswith("1 slices do not show")
+    assert (
+        len(slices) == 1
+        and total == 6
+        and len(warnings) == 1
+        and warnings[0].startswith("1 slices do not show")
+    )
 
 
 # --- training samples ------------------------------------------------------------------------------------------------
@@ -629,7 +760,9 @@ def test_an_epoch_shows_each_slice_once():
     seen = np.stack([slices[n][0] for n in range(10)])
     every = np.stack([data.slice(*at)[None] for at in slices.slices])
     order = [int(np.abs(every - x).sum((1, 2, 3)).argmin()) for x in seen]
-    assert sorted(order) == list(range(10)) and all(np.array_equal(every[i], x) for i, x in zip(order, seen))
+    assert sorted(order) == list(range(10)) and all(
+        np.array_equal(every[i], x) for i, x in zip(order, seen)
+    )
 
 
 def test_sample_is_a_function_of_its_number():
@@ -655,24 +788,43 @@ def test_levels_are_uniform():
 
 def test_labelled_slices_are_not_mirrored():
     data = loaders.CtPhantoms(0, side=32)
-    at = ("phantom_0048", 5) if "phantom_0048" in data.cases("train") else (data.cases("train")[0], 5)
+    at = (
+        ("phantom_0048", 5)
+        if "phantom_0048" in data.cases("train")
+        else (data.cases("train")[0], 5)
+    )
     slices = P.Samples(data, TINY, [at], True)
     for n in range(6):
         x0, label, t, _ = slices[n]
-        assert np.array_equal(x0[0], data.slice(*at)) and np.array_equal(label, data.slice_label(*at)) and t == 0
+        assert (
+            np.array_equal(x0[0], data.slice(*at))
+            and np.array_equal(label, data.slice_label(*at))
+            and t == 0
+        )
 
 
 # --- windows and features --------------------------------------------------------------------------------------------
 
 
 def test_hounsfield_units_have_the_values_of_the_table():
-    assert P.hounsfield(np.array([-1, -0.5, 0, 0.25, 1]), RECORD).tolist() == [-1024, -668, -312, -134, 400]
+    assert P.hounsfield(np.array([-1, -0.5, 0, 0.25, 1]), RECORD).tolist() == [
+        -1024,
+        -668,
+        -312,
+        -134,
+        400,
+    ]
 
 
 def test_windows_have_the_values_of_the_table():
     x = np.array([-1.0, -0.2640449438, 0.4943820225, 0.7191011236])  # -1024, -500, 40, 200 HU
     shown = P.display(x, RECORD)
-    assert shown["lung"].tolist() == [32, 128, 226, 255] and shown["abdomen"].tolist() == [0, 0, 128, 244]
+    assert shown["lung"].tolist() == [32, 128, 226, 255] and shown["abdomen"].tolist() == [
+        0,
+        0,
+        128,
+        244,
+    ]
 
 
 def test_mr_has_one_window():
@@ -689,7 +841,9 @@ def test_random_features_are_fixed_and_of_the_stated_size():
     generator = torch.Generator().manual_seed(0)
     first = torch.randn(32, 1, 3, 3, generator=generator) * math.sqrt(2 / 9)
     second = torch.randn(64, 32, 3, 3, generator=generator) * math.sqrt(2 / (9 * 32))
-    assert torch.equal(P.RandomFeatures().weights[0], first) and torch.equal(P.RandomFeatures().weights[1], second)
+    assert torch.equal(P.RandomFeatures().weights[0], first) and torch.equal(
+        P.RandomFeatures().weights[1], second
+    )
     assert P.RandomFeatures()(torch.zeros(1, 1, 256, 256))[1].shape == (1, 8 * 256)
 
 
@@ -698,16 +852,28 @@ def test_random_features_are_means_and_deviations_of_the_last_two_maps():
     network, maps = P.RandomFeatures(), []
     h = x
     for weight in network.weights:
-        h = torch.nn.functional.leaky_relu(torch.nn.functional.conv2d(h, weight, stride=2, padding=1), 0.2)
+        h = torch.nn.functional.leaky_relu(
+            torch.nn.functional.conv2d(h, weight, stride=2, padding=1), 0.2
+        )
         maps.append(h[0].flatten(1))
-    expected = torch.cat([maps[2].mean(1), maps[2].std(1, correction=0), maps[3].mean(1), maps[3].std(1, correction=0)])
+    expected = torch.cat(
+        [
+            maps[2].mean(1),
+            maps[2].std(1, correction=0),
+            maps[3].mean(1),
+            maps[3].std(1, correction=0),
+        ]
+    )
     torch.testing.assert_close(network(x)[0][0], expected)
 
 
 def test_yardstick_is_the_error_of_the_best_guess_from_a_pixel():
     data = SimpleNamespace(meta={"splits": {"val": ["a"], "train": ["a"]}}, depth=lambda case: 1,
                            slice=lambda case, k: np.array([[0.5, -0.5]], np.float32))  # fmt: skip
-    assert P.yardstick(data, "linear") == "0.8897 at t 50, 0.6809 at t 100, 0.1398 at t 300, 0.0207 at t 500"
+    assert (
+        P.yardstick(data, "linear")
+        == "0.8897 at t 50, 0.6809 at t 100, 0.1398 at t 300, 0.0207 at t 500"
+    )
 
 
 # --- DDPM-Seg --------------------------------------------------------------------------------------------------------
@@ -721,7 +887,9 @@ def test_pixel_classifier_has_the_parameters_of_the_table(c, parameters):
 
 
 def ensemble(**flags):
-    return randomised(P.PixelEnsemble(replace(FAST, t_list=(50, 250), members=3, **flags), 1, 3)).eval()
+    return randomised(
+        P.PixelEnsemble(replace(FAST, t_list=(50, 250), members=3, **flags), 1, 3)
+    ).eval()
 
 
 def test_features_are_of_one_noise_image_at_all_times():
@@ -737,9 +905,13 @@ def test_features_are_of_one_noise_image_at_all_times():
 def test_votes_are_those_of_the_members():
     model, x = ensemble(), torch.randn(2, 1, 16, 16)
     maps, votes = model.maps(x), model(x)
-    large = torch.cat([torch.nn.functional.interpolate(m, (16, 16), mode="bilinear") for m in maps], 1)
+    large = torch.cat(
+        [torch.nn.functional.interpolate(m, (16, 16), mode="bilinear") for m in maps], 1
+    )
     vectors = large[1].flatten(1).T  # of the second slice
-    chosen = torch.stack([m.rest(m.first(vectors)).argmax(1) for m in model.members])  # [members, H W]
+    chosen = torch.stack(
+        [m.rest(m.first(vectors)).argmax(1) for m in model.members]
+    )  # [members, H W]
     expected = torch.stack([(chosen == c).float().mean(0) for c in range(3)])
     torch.testing.assert_close(votes[1].flatten(1), expected)
     assert float((votes.sum(1) - 1).abs().max()) < 1e-6
@@ -759,16 +931,25 @@ def test_features_of_all_slices_lie_in_a_file_and_no_memory_grows_with_them(tmp_
         tracemalloc.start()
         for _ in range(count):
             store.add(
-                [torch.zeros(1, 500, 16, 16), torch.zeros(1, 500, 8, 8)], 1.0, np.arange(1024).reshape(32, 32) % 2
+                [torch.zeros(1, 500, 16, 16), torch.zeros(1, 500, 8, 8)],
+                1.0,
+                np.arange(1024).reshape(32, 32) % 2,
             )
         found = store.gather(np.arange(count * 1024)[:: count * 16])
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        assert found.shape == (64, 1000) and (tmp_path / f"{count}.npy").stat().st_size > count * 2 * 500 * 320
-    assert peaks[1] < peaks[0] + 16 * 20 * 1024, peaks  # numbers and classes of the pixels, not their 6 MB of features
+        assert (
+            found.shape == (64, 1000)
+            and (tmp_path / f"{count}.npy").stat().st_size > count * 2 * 500 * 320
+        )
+    assert peaks[1] < peaks[0] + 16 * 20 * 1024, (
+        peaks
+    )  # numbers and classes of the pixels, not their 6 MB of features
 
 
-def test_features_that_do_not_fit_the_disk_are_refused_before_they_are_written(tmp_path, monkeypatch):
+def test_features_that_do_not_fit_the_disk_are_refused_before_they_are_written(
+    tmp_path, monkeypatch
+):
     def full(handle, offset, size):
         assert size > 3 * 8 * 16 * 16 * 2
         raise OSError(28, "No space left on device")
@@ -780,9 +961,12 @@ def test_features_that_do_not_fit_the_disk_are_refused_before_they_are_written(t
 
 
 @pytest.mark.parametrize(
-    "losses, steps", [([1.0], 8 + 1 + 51), ([1.0] * 58 + [0.5], 8 + 51 + 51), ([0.1] * 8 + [1.0], 60)]
+    "losses, steps",
+    [([1.0], 8 + 1 + 51), ([1.0] * 58 + [0.5], 8 + 51 + 51), ([0.1] * 8 + [1.0], 60)],
 )
-def test_classifier_stops_after_fifty_steps_that_were_not_better(losses, steps, tmp_path, monkeypatch):
+def test_classifier_stops_after_fifty_steps_that_were_not_better(
+    losses, steps, tmp_path, monkeypatch
+):
     """Two steps an epoch; the first eight, of four epochs, do not count."""
     seen = []
 
@@ -811,7 +995,9 @@ def test_respaced_levels_round_halves_to_even():
 
 def test_each_sampling_step_draws_its_own_noise_from_the_seed(monkeypatch):
     plain, seen = P.noise, []
-    monkeypatch.setattr(P, "noise", lambda seed, name, *a: seen.append((seed, name)) or plain(seed, name, *a))
+    monkeypatch.setattr(
+        P, "noise", lambda seed, name, *a: seen.append((seed, name)) or plain(seed, name, *a)
+    )
     samples_of([0, 1], sampler="ddpm", seed=5)
     assert seen == [(5, "sample"), (5, "sample 2"), (5, "sample 1")]
 
@@ -823,8 +1009,12 @@ def test_dice_sums_go_over_the_whole_batch(kind):
     label = torch.randint(0, 4, (3, 5, 5), generator=g)
     label[0] = label[0].clamp(max=1)  # organs unevenly spread over the batch
     onehot = torch.nn.functional.one_hot(label, 4).movedim(3, 1).float()
-    one = [v.movedim(1, 0).flatten(1)[None, :, None] for v in (prob, onehot)]  # one slice [1, C, 1, B H W]
-    assert float(P.dice_loss(prob, onehot, kind)) == pytest.approx(float(P.dice_loss(*one, kind)), abs=1e-6)
+    one = [
+        v.movedim(1, 0).flatten(1)[None, :, None] for v in (prob, onehot)
+    ]  # one slice [1, C, 1, B H W]
+    assert float(P.dice_loss(prob, onehot, kind)) == pytest.approx(
+        float(P.dice_loss(*one, kind)), abs=1e-6
+    )
 
 
 def test_cover_counts_twenty_pixels_as_enough_and_nineteen_not():
@@ -837,7 +1027,9 @@ def test_whole_order_is_a_function_of_the_draw():
     data = loaders.CtPhantoms(0, side=32)
     every = {at: i for i, at in enumerate(P.slices_of(data, data.cases("train")))}
     a, b = (
-        np.array([every[at] for at in P.labelled_slices(data, replace(TINY, labels="39", draw=d))[0][4:]])
+        np.array(
+            [every[at] for at in P.labelled_slices(data, replace(TINY, labels="39", draw=d))[0][4:]]
+        )
         for d in (0, 1)
     )
     assert np.abs(a - b).max() > 20
@@ -848,7 +1040,11 @@ def test_epochs_and_seeds_have_their_own_order():
         slices, _ = dataset(flip="off", seed=seed)
         return [slices[n][0].tobytes() for n in range(10 * epoch, 10 * epoch + 10)]
 
-    assert order(0, 0) != order(0, 1) and order(0, 0) != order(1, 0) and sorted(order(0, 0)) == sorted(order(0, 1))
+    assert (
+        order(0, 0) != order(0, 1)
+        and order(0, 0) != order(1, 0)
+        and sorted(order(0, 0)) == sorted(order(0, 1))
+    )
 
 
 def test_both_ends_of_the_levels_are_drawn():
@@ -859,10 +1055,15 @@ def test_both_ends_of_the_levels_are_drawn():
 
 
 def test_spatial_features_are_the_first_channels_of_the_last_map():
-    x, network = torch.randn(2, 1, 128, 128, generator=torch.Generator().manual_seed(1)), P.RandomFeatures()
+    x, network = (
+        torch.randn(2, 1, 128, 128, generator=torch.Generator().manual_seed(1)),
+        P.RandomFeatures(),
+    )
     h = x
     for weight in network.weights:
-        h = torch.nn.functional.leaky_relu(torch.nn.functional.conv2d(h, weight, stride=2, padding=1), 0.2)
+        h = torch.nn.functional.leaky_relu(
+            torch.nn.functional.conv2d(h, weight, stride=2, padding=1), 0.2
+        )
     torch.testing.assert_close(network(x)[1], h[:, :32].flatten(1))
 
 
@@ -871,7 +1072,10 @@ def one_case(split):
 
 
 def test_held_out_slices_are_of_validation_cases():
-    splits, asked = {"val": ["v"], "train": ["a"], "unlabelled": ["a", "u"], "pretrain": ["a"]}, set()
+    splits, asked = (
+        {"val": ["v"], "train": ["a"], "unlabelled": ["a", "u"], "pretrain": ["a"]},
+        set(),
+    )
     data = SimpleNamespace(meta={"splits": splits}, depth=lambda case: 3,
                            slice=lambda case, k: asked.add(case) or np.full((16, 16), k / 4, np.float32))  # fmt: skip
     net = randomised(P.UNet(FAST, 1, 1))
@@ -894,7 +1098,14 @@ def test_select_val_looks_at_val_and_scores_best(monkeypatch, tmp_path):
     monkeypatch.setattr(P.metrics, "over_classes", lambda rows: {"dice": rows[0]["dice"]})
     monkeypatch.setattr(P, "evaluate", lambda config, *a: used.append(config.checkpoint) or 0)
     config = replace(
-        FAST, strategy="scratch", select="val", steps=4, eval_every=2, out=str(tmp_path), quiet=True, lr=1e-3
+        FAST,
+        strategy="scratch",
+        select="val",
+        steps=4,
+        eval_every=2,
+        out=str(tmp_path),
+        quiet=True,
+        lr=1e-3,
     )
     stop = SimpleNamespace(agreed=lambda ranks, up: (0, up), restore=lambda: None)
     assert P.finetune(P.with_labels(config, data, {"steps": 4}), data, RANKS, stop) == 0
@@ -944,7 +1155,10 @@ def test_member_stops_51_steps_after_its_best_of_the_fifth_epoch_on(tmp_path, mo
 def test_slice_rows_hold_what_is_in_truth_or_prediction():
     mask, truth = np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4, 3), np.uint8)
     mask[0, 0, 0], truth[1, 1, 1] = 1, 1
-    assert [(r["slice"], r["dice"]) for r in P.slice_rows("c", mask, truth, {"a": 1})] == [(0, 0.0), (1, 0.0)]
+    assert [(r["slice"], r["dice"]) for r in P.slice_rows("c", mask, truth, {"a": 1})] == [
+        (0, 0.0),
+        (1, 0.0),
+    ]
 
 
 def test_mask_lies_on_the_prepared_grid():
@@ -964,7 +1178,9 @@ def test_samples_come_from_the_averaged_weights_or_the_last(tmp_path):
     run.save()
     for which, weights in (("ema", run.ema), ("raw", run.model)):
         net, _ = P.load_network(replace(config, init_weights=which), "pretrain", RANKS)
-        assert all(torch.equal(a, b) for a, b in zip(net.model.parameters(), weights.parameters())), which
+        assert all(
+            torch.equal(a, b) for a, b in zip(net.model.parameters(), weights.parameters())
+        ), which
 
 
 def step_of(stage, monkeypatch, **flags):
@@ -974,7 +1190,9 @@ def step_of(stage, monkeypatch, **flags):
     slices = P.Samples(
         data,
         config,
-        P.pretraining_slices(data)[:4] if stage == "pretrain" else P.labelled_slices(data, config)[0],
+        P.pretraining_slices(data)[:4]
+        if stage == "pretrain"
+        else P.labelled_slices(data, config)[0],
         stage != "pretrain",
     )
     batches = iter(torch.utils.data.DataLoader(slices, batch_sampler=P.Sharded(config, RANKS, 0)))
@@ -985,7 +1203,9 @@ def step_of(stage, monkeypatch, **flags):
 
 def test_a_step_uses_rates_noise_and_average_of_its_number(monkeypatch):
     numbers, updates, plain, average = [], [], P.noise, P.update_ema
-    monkeypatch.setattr(P, "noise", lambda seed, name, ns, *a: numbers.append(ns) or plain(seed, name, ns, *a))
+    monkeypatch.setattr(
+        P, "noise", lambda seed, name, ns, *a: numbers.append(ns) or plain(seed, name, ns, *a)
+    )
     monkeypatch.setattr(P, "update_ema", lambda *a: updates.append(a[-1]) or average(*a))
     run = step_of("pretrain", monkeypatch, lr=1e-3)
     assert numbers == [[0, 1], [2, 3]] and updates == [0, 1]
@@ -993,7 +1213,9 @@ def test_a_step_uses_rates_noise_and_average_of_its_number(monkeypatch):
     head, rest = step_of(
         "finetune", monkeypatch, lr=1e-3, ema=0.0, strategy="decoder", dice="joint"
     ).optimizer.param_groups
-    assert head["lr"] == pytest.approx(1e-2 * (1 - 0.9 / 100)) and rest["lr"] == pytest.approx(1e-3 * (1 - 0.9 / 100))
+    assert head["lr"] == pytest.approx(1e-2 * (1 - 0.9 / 100)) and rest["lr"] == pytest.approx(
+        1e-3 * (1 - 0.9 / 100)
+    )
 
 
 def test_noise_of_a_level_that_is_not_trained_is_refused():
@@ -1018,7 +1240,9 @@ def test_memory_of_noised_input_is_that_of_clean_input(monkeypatch):
     monkeypatch.setattr(runtime, "free_memory_gb", lambda device: 1e-6)
     for flags in ({}, {"input": "noised", "t": 500}):
         with pytest.raises(InputError) as error:
-            P.check_memory("finetune", replace(FAST, strategy="decoder", batch=4, **flags), RECORD, RANKS)
+            P.check_memory(
+                "finetune", replace(FAST, strategy="decoder", batch=4, **flags), RECORD, RANKS
+            )
         asked.append(str(error.value))
     assert asked[0] == asked[1] and "need about" in asked[0]
 
@@ -1037,7 +1261,9 @@ def test_memory_holds_weights_average_gradients_and_moments(monkeypatch):
 def middle(model, x, t) -> torch.Tensor:
     """What comes out of the network's lowest level."""
     found = []
-    handle = model.net.middle_block.register_forward_hook(lambda module, args, out: found.append(out))
+    handle = model.net.middle_block.register_forward_hook(
+        lambda module, args, out: found.append(out)
+    )
     with torch.no_grad():
         model.net(x, torch.full((len(x),), t))
     handle.remove()
@@ -1050,7 +1276,12 @@ def test_control_of_random_weights_is_no_linear_map_and_sees_the_time(init, line
     torch.manual_seed(0)
     model = P.Segmenter(replace(FAST, strategy="decoder", init=init), 1, 3).eval()
     x, y = torch.randn(2, 1, 1, 16, 16)
-    gap = middle(model, x, 0) + middle(model, y, 0) - middle(model, x + y, 0) - middle(model, 0 * x, 0)
+    gap = (
+        middle(model, x, 0)
+        + middle(model, y, 0)
+        - middle(model, x + y, 0)
+        - middle(model, 0 * x, 0)
+    )
     assert (gap.abs().max() < 1e-4) == linear
     assert ((middle(model, x, 0) - middle(model, x, 900)).abs().max() < 1e-6) == linear
 
@@ -1059,7 +1290,9 @@ def test_member_learns_the_label_of_the_very_pixel(tmp_path):
     torch.manual_seed(0)
     store, rng = P.FeatureStore(tmp_path / "f.npy", 1, (32, 32)), np.random.default_rng(0)
     label = rng.integers(0, 2, (32, 32)).astype(np.uint8)
-    store.add([torch.from_numpy(2.0 * label - 1).float()[None, None].expand(1, 3, 32, 32)], 1.0, label)
+    store.add(
+        [torch.from_numpy(2.0 * label - 1).float()[None, None].expand(1, 3, 32, 32)], 1.0, label
+    )
     member = P.fit_member(replace(FAST, quiet=True, epochs=12), store, 2, 0)
     found = member.rest(member.first(torch.from_numpy(store.gather(np.arange(1024))))).argmax(1)
     assert float((found.numpy() == store.label).mean()) > 0.97
@@ -1071,13 +1304,17 @@ def test_batch_and_steps_follow_the_number_of_labels():
     assert (config.batch, config.steps) == (2, 200)
     assert P.with_labels(replace(TINY, preset="tiny", labels="39"), data, {}).steps == 400
     assert P.with_labels(replace(TINY, preset="tiny", labels="all"), data, {}).steps == 600
-    assert P.with_labels(replace(TINY, labels="39", batch=4, steps=7), data, {"steps": 7}).steps == 7
+    assert (
+        P.with_labels(replace(TINY, labels="39", batch=4, steps=7), data, {"steps": 7}).steps == 7
+    )
 
 
 def test_features_see_images_of_eight_bits():
     x = np.random.default_rng(0).uniform(-1.2, 1.2, (3, 4, 4)).astype(np.float32)
     levels = (P.features_of(lambda v: (v.flatten(1), None), None, x, RANKS)[0] + 1) * 127.5
-    assert np.abs(levels - levels.round()).max() < 1e-4 and levels.min() == 0 and levels.max() == 255
+    assert (
+        np.abs(levels - levels.round()).max() < 1e-4 and levels.min() == 0 and levels.max() == 255
+    )
 
 
 def test_samples_of_two_processes_are_those_of_one(tmp_path, monkeypatch):
@@ -1093,7 +1330,9 @@ def test_samples_of_two_processes_are_those_of_one(tmp_path, monkeypatch):
         asked.append(list(numbers))
         return ((n, rows[n]) for n in numbers)
 
-    def gather(mine, ranks):  # where the first process waits for the slices of the second, the second works
+    def gather(
+        mine, ranks
+    ):  # where the first process waits for the slices of the second, the second works
         waits.append(ranks.rank)
         if waits == [0, 0]:
             P.sample(config, second)
@@ -1143,13 +1382,24 @@ def test_blocks_that_the_network_lacks_are_one_line():
         P.PixelEnsemble(replace(FAST, blocks=(99,)), 1, 3)
 
 
-FITS = [("paper", 128, "S", True), ("paper", 128, "L", False), ("paper", 256, "M", False), ("paper", 256, "L", True)]
+FITS = [
+    ("paper", 128, "S", True),
+    ("paper", 128, "L", False),
+    ("paper", 256, "M", False),
+    ("paper", 256, "L", True),
+]
 FITS += [("laptop", 32, "M", True), ("laptop", 32, "L", False)]
 
 
 @pytest.mark.parametrize("preset, c, variant, fits", FITS)
 def test_variant_and_width_must_agree(preset, c, variant, fits, tmp_path):
-    flags = {"preset": preset, "num_channels": c, "variant": variant, "init": "none", "out": str(tmp_path)}
+    flags = {
+        "preset": preset,
+        "num_channels": c,
+        "variant": variant,
+        "init": "none",
+        "out": str(tmp_path),
+    }
     config = P.Config(**{**P.PRESETS[preset], **flags})
     if fits:
         assert P.as_finetuning(config, flags).num_channels == c

@@ -21,12 +21,27 @@ from common import InputError
 from common.old import loaders, metrics, runtime
 from data_prep import msd
 
-NET = ["--size", "32", "--channel-mult", "1,1", "--num-res-blocks", "1", "--attention-resolutions", "16"]
+NET = [
+    "--size",
+    "32",
+    "--channel-mult",
+    "1,1",
+    "--num-res-blocks",
+    "1",
+    "--attention-resolutions",
+    "16",
+]
 FAST = [*NET, "--batch", "2", "--quiet", "--amp", "off", "--device", "cpu", "--preset", "tiny"]
 PLAIN = ["--quiet", "--amp", "off", "--device", "cpu", "--preset", "tiny"]
 PHANTOMS = loaders.CtPhantoms
 CLI = CommandLine("ddpm_pretrain_finetune", P.main)
-run, refused, weights, assert_same, step_of = CLI.run, CLI.refused, CLI.weights, CLI.assert_same, CLI.step_of
+run, refused, weights, assert_same, step_of = (
+    CLI.run,
+    CLI.refused,
+    CLI.weights,
+    CLI.assert_same,
+    CLI.step_of,
+)
 
 
 def state_of(out: Path, name: str = "last.pt") -> dict:
@@ -53,7 +68,15 @@ def prepared(tmp_path_factory) -> Path:
     """A data set of slices made from the publisher's layout."""
     folder = tmp_path_factory.mktemp("fake_slices")
     assert msd.main(["--make-fake", str(folder / "src")]) == 0
-    argv = ["--src", str(folder / "src"), "--dst", str(folder / "slices"), "--as-slices", "--side", "32"]
+    argv = [
+        "--src",
+        str(folder / "src"),
+        "--dst",
+        str(folder / "slices"),
+        "--as-slices",
+        "--side",
+        "32",
+    ]
     assert msd.main([*argv, "--quiet"]) == 0
     return folder
 
@@ -82,23 +105,54 @@ def test_bare_run_pretrains_samples_finetunes_and_compares(tmp_path, capsys, mon
     flags = ["--num-samples", "6", "--sampling-steps", "2"]
     assert P.main([*FAST, *flags, "--out", str(out), "--steps", "2"]) == 0
     text = capsys.readouterr().out
-    assert "DDPM pre-training, few labels (Huang et al. 2025), pretrain" in text and "differs   D1 D2 D3 D8 D12" in text
-    assert "yardstick" in text and "fd_rand" in text and "memorised" in text and "real slices (floor)" in text
-    assert text.count("finetune ->") == 9 and "the same slices, with and without pre-training" in text
+    assert (
+        "DDPM pre-training, few labels (Huang et al. 2025), pretrain" in text
+        and "differs   D1 D2 D3 D8 D12" in text
+    )
+    assert (
+        "yardstick" in text
+        and "fd_rand" in text
+        and "memorised" in text
+        and "real slices (floor)" in text
+    )
+    assert (
+        text.count("finetune ->") == 9 and "the same slices, with and without pre-training" in text
+    )
     assert "minus scratch" in text and "decoder, random encoder" in text and "95 % interval" in text
     names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
-    assert {"config.json", "log.csv", "last.pt", "loss.png", "samples.npy", "figures/samples_lung.png"} <= names
+    assert {
+        "config.json",
+        "log.csv",
+        "last.pt",
+        "loss.png",
+        "samples.npy",
+        "figures/samples_lung.png",
+    } <= names
     for draw in range(3):
         for name in ("scratch-per-class", "decoder-per-class", "decoder-per-class-random"):
             folder = f"finetune-4-{name}-draw{draw}"
             found = {n.removeprefix(folder + "/") for n in names if n.startswith(folder + "/")}
-            assert {"metrics.csv", "metrics_slices.csv", "summary.json", "labels.json", "log.csv", "loss.png"} <= found
+            assert {
+                "metrics.csv",
+                "metrics_slices.csv",
+                "summary.json",
+                "labels.json",
+                "log.csv",
+                "loss.png",
+            } <= found
     assert not [n for n in names if n.endswith(".tmp")]
 
 
 def test_strategies_of_a_draw_learn_from_the_same_slices(trained):
-    a, b = (json.loads((folder_of(trained, s) / "labels.json").read_text()) for s in ("decoder", "scratch"))
-    assert a == b and len(a["slices"]) == a["n"] == 4 and a["percent"] == pytest.approx(100 * 4 / a["of"])
+    a, b = (
+        json.loads((folder_of(trained, s) / "labels.json").read_text())
+        for s in ("decoder", "scratch")
+    )
+    assert (
+        a == b
+        and len(a["slices"]) == a["n"] == 4
+        and a["percent"] == pytest.approx(100 * 4 / a["of"])
+    )
 
 
 def test_finetuning_starts_from_the_averaged_weights_and_keeps_the_encoder(trained):
@@ -108,14 +162,29 @@ def test_finetuning_starts_from_the_averaged_weights_and_keeps_the_encoder(train
             assert torch.equal(ours[f"net.{name}"], value), name
         elif name.startswith("output_blocks") and "emb_layers" not in name and value.ndim > 1:
             assert not torch.equal(ours[f"net.{name}"], value), name
-    assert not any(torch.equal(v, start["model"][k]) for k, v in start["ema"].items() if v.ndim == 4 and v.any())
+    assert not any(
+        torch.equal(v, start["model"][k])
+        for k, v in start["ema"].items()
+        if v.ndim == 4 and v.any()
+    )
 
 
 def test_raw_weights_and_random_start_are_flags(trained, prepared, capsys):
-    argv = ["finetune", *PLAIN, "--data", str(prepared / "slices"), "--out", str(trained), "--steps", "1"]
+    argv = [
+        "finetune",
+        *PLAIN,
+        "--data",
+        str(prepared / "slices"),
+        "--out",
+        str(trained),
+        "--steps",
+        "1",
+    ]
     assert P.main([*argv, "--init-weights", "raw", "--draw", "7"]) == 0
     raw = state_of(trained / "finetune-4-decoder-per-class-draw7")["model"]
-    assert torch.equal(raw["net.input_blocks.0.0.weight"], state_of(trained)["model"]["input_blocks.0.0.weight"])
+    assert torch.equal(
+        raw["net.input_blocks.0.0.weight"], state_of(trained)["model"]["input_blocks.0.0.weight"]
+    )
     assert P.main([*argv, *NET, "--init", "none"]) == 0
     other = state_of(trained / "finetune-4-decoder-per-class-random-draw0")["model"]
     assert not torch.equal(other["net.input_blocks.0.0.weight"], raw["net.input_blocks.0.0.weight"])
@@ -125,11 +194,22 @@ def test_raw_weights_and_random_start_are_flags(trained, prepared, capsys):
 def test_finetuning_again_does_nothing_twice(trained, prepared, capsys):
     out = folder_of(trained)
     before = (out / "last.pt").read_bytes(), (out / "metrics.csv").stat().st_mtime_ns
-    argv = ["finetune", *PLAIN, "--data", str(prepared / "slices"), "--out", str(trained), "--steps", "2"]
+    argv = [
+        "finetune",
+        *PLAIN,
+        "--data",
+        str(prepared / "slices"),
+        "--out",
+        str(trained),
+        "--steps",
+        "2",
+    ]
     assert P.main(argv) == 0
     assert ((out / "last.pt").read_bytes(), (out / "metrics.csv").stat().st_mtime_ns) == before
     assert "trained and scored already" in capsys.readouterr().out
-    assert "--lr-schedule was linear and is const" in refused(capsys, *argv, "--lr-schedule", "const")
+    assert "--lr-schedule was linear and is const" in refused(
+        capsys, *argv, "--lr-schedule", "const"
+    )
 
 
 def test_slices_table_has_rows_of_slices_with_the_organ_only(trained, prepared):
@@ -153,11 +233,25 @@ def test_same_command_again_trains_no_further_and_other_settings_are_refused(tmp
     assert [r["step"] for r in table(tmp_path / "run/log.csv") if r["val_loss"]] == ["1"]
     assert P.main([*argv[:-1], "2"]) == 0 and step_of(tmp_path / "run") == 2
     assert "--schedule was linear and is cosine" in refused(capsys, *argv, "--schedule", "cosine")
-    assert P.main([*argv, "--schedule", "cosine", "--overwrite"]) == 0 and step_of(tmp_path / "run") == 1
+    assert (
+        P.main([*argv, "--schedule", "cosine", "--overwrite"]) == 0
+        and step_of(tmp_path / "run") == 1
+    )
 
 
 def test_stopped_and_killed_pretraining_continues_to_the_same_weights(tmp_path):
-    argv = ["pretrain", "--data", "synthetic", *FAST, "--steps", "14", "--save-every", "1", "--eval-every", "6"]
+    argv = [
+        "pretrain",
+        "--data",
+        "synthetic",
+        *FAST,
+        "--steps",
+        "14",
+        "--save-every",
+        "1",
+        "--eval-every",
+        "6",
+    ]
     assert run(*argv, "--out", str(tmp_path / "whole")).returncode == 0
     CLI.stop_and_continue(*argv, out=tmp_path / "cut", signals=[signal.SIGTERM, signal.SIGKILL])
     assert_same(tmp_path / "whole", tmp_path / "cut")
@@ -167,7 +261,15 @@ def test_stopped_and_killed_pretraining_continues_to_the_same_weights(tmp_path):
 
 
 def test_stopped_finetuning_continues_to_the_same_weights(trained, prepared, tmp_path, monkeypatch):
-    argv = ["finetune", *PLAIN, "--data", str(prepared / "slices"), "--init", str(trained / "last.pt"), "--strategy"]
+    argv = [
+        "finetune",
+        *PLAIN,
+        "--data",
+        str(prepared / "slices"),
+        "--init",
+        str(trained / "last.pt"),
+        "--strategy",
+    ]
     argv += ["full", "--steps", "5", "--save-every", "1"]
     assert P.main([*argv, "--out", str(tmp_path / "whole")]) == 0
     plain, count = P.train_step, iter(range(99))
@@ -180,7 +282,10 @@ def test_stopped_finetuning_continues_to_the_same_weights(trained, prepared, tmp
     monkeypatch.setattr(P, "train_step", stopping)
     assert P.main([*argv, "--out", str(tmp_path / "cut")]) == 143
     name = "finetune-4-full-per-class-draw0"
-    assert step_of(tmp_path / "cut" / name) == 3 and not (tmp_path / "cut" / name / "metrics.csv").exists()
+    assert (
+        step_of(tmp_path / "cut" / name) == 3
+        and not (tmp_path / "cut" / name / "metrics.csv").exists()
+    )
     assert P.main([*argv, "--out", str(tmp_path / "cut")]) == 0
     assert_same(tmp_path / "whole" / name, tmp_path / "cut" / name)
 
@@ -188,14 +293,27 @@ def test_stopped_finetuning_continues_to_the_same_weights(trained, prepared, tmp
 def assert_close(a: Path, b: Path, off: float) -> None:
     left, right = weights(a), weights(b)
     assert left.keys() == right.keys()
-    assert max(float((left[k].float() - right[k].float()).abs().max()) for k in left if k.startswith("model")) < off
-    mean = [torch.cat([v.flatten() for k, v in side.items() if k.endswith(".exp_avg")]) for side in (left, right)]
+    assert (
+        max(
+            float((left[k].float() - right[k].float()).abs().max())
+            for k in left
+            if k.startswith("model")
+        )
+        < off
+    )
+    mean = [
+        torch.cat([v.flatten() for k, v in side.items() if k.endswith(".exp_avg")])
+        for side in (left, right)
+    ]
     assert float((mean[0] - mean[1]).norm()) < 1e-3 * float(mean[0].norm())
 
 
 def test_accumulation_and_workers_do_not_change_the_result(tmp_path):
     argv = ["pretrain", *FAST, "--steps", "2"]
-    for name, more in {"a": [], "b": ["--accumulate", "2", "--workers", "1", "--recompute"]}.items():
+    for name, more in {
+        "a": [],
+        "b": ["--accumulate", "2", "--workers", "1", "--recompute"],
+    }.items():
         assert P.main([*argv, "--out", str(tmp_path / name), *more]) == 0
     assert_close(tmp_path / "a", tmp_path / "b", 8e-4)
 
@@ -213,14 +331,19 @@ def test_two_processes_pretrain_finetune_and_score_as_one(tmp_path, prepared):
     two = run("finetune", *later, *start, "--out", str(tmp_path / "two"), processes=2)
     assert two.returncode == 0, two.stderr
     name = "finetune-4-full-per-class-draw0"
-    assert_close(tmp_path / "one" / name, tmp_path / "two" / name, 8e-3)  # Dice and batch norm are of the whole batch
+    assert_close(
+        tmp_path / "one" / name, tmp_path / "two" / name, 8e-3
+    )  # Dice and batch norm are of the whole batch
     rows = [metrics.read_metrics_csv(tmp_path / n / name / "metrics.csv") for n in ("one", "two")]
     assert [(r["case"], r["class"]) for r in rows[0]] == [(r["case"], r["class"]) for r in rows[1]]
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_number_formats_train(tmp_path, amp):
-    assert P.main(["pretrain", *FAST, "--out", str(tmp_path / "run"), "--steps", "1", "--amp", amp]) == 0
+    assert (
+        P.main(["pretrain", *FAST, "--out", str(tmp_path / "run"), "--steps", "1", "--amp", amp])
+        == 0
+    )
     state = state_of(tmp_path / "run")
     assert bool(state["scaler"]) == (amp == "fp16")
     assert all(v.dtype == torch.float32 and v.isfinite().all() for v in state["model"].values())
@@ -229,19 +352,32 @@ def test_number_formats_train(tmp_path, amp):
 def test_steps_without_a_finite_gradient_are_skipped_and_twenty_end_the_run(tmp_path, monkeypatch):
     plain, calls = P.noise_loss, iter(range(10_000))
     bad = {1, 2} | set(range(4, 99))
-    monkeypatch.setattr(P, "noise_loss", lambda *a: plain(*a) * (float("nan") if next(calls) in bad else 1.0))
+    monkeypatch.setattr(
+        P, "noise_loss", lambda *a: plain(*a) * (float("nan") if next(calls) in bad else 1.0)
+    )
     monkeypatch.setattr(P, "look_at_held", lambda *a: None)
     argv = ["pretrain", *FAST, "--out", str(tmp_path / "run"), "--save-every", "4", "--steps", "99"]
     with pytest.raises(InputError, match="no finite gradient in 20 steps before step 24"):
         P.main(argv)
     state = state_of(tmp_path / "run", "last.prev.pt")
     assert (
-        state["step"] == 16 and state["skipped"][0] == 14 and all(v.isfinite().all() for v in state["model"].values())
+        state["step"] == 16
+        and state["skipped"][0] == 14
+        and all(v.isfinite().all() for v in state["model"].values())
     )
 
 
 def test_select_val_evaluates_the_best_weights(trained, prepared, tmp_path):
-    argv = ["finetune", *PLAIN, "--data", str(prepared / "slices"), "--init", str(trained / "last.pt"), "--steps", "4"]
+    argv = [
+        "finetune",
+        *PLAIN,
+        "--data",
+        str(prepared / "slices"),
+        "--init",
+        str(trained / "last.pt"),
+        "--steps",
+        "4",
+    ]
     argv += ["--select", "val", "--eval-every", "2", "--out", str(tmp_path / "run")]
     assert P.main(argv) == 0
     out = tmp_path / "run/finetune-4-decoder-per-class-draw0"
@@ -249,29 +385,53 @@ def test_select_val_evaluates_the_best_weights(trained, prepared, tmp_path):
     assert [s for s, _ in log] == [2, 4]
     best = max(log, key=lambda row: (row[1], row[0]))  # of equals the later
     assert state_of(out, "best.pt")["step"] == best[0]
-    assert P.checkpoint_path(P.Config(checkpoint=str(out))).name == "best.pt"  # what `evaluate` takes of the folder
+    assert (
+        P.checkpoint_path(P.Config(checkpoint=str(out))).name == "best.pt"
+    )  # what `evaluate` takes of the folder
 
 
 def test_select_val_wants_validation_cases(trained, capsys, monkeypatch):
     monkeypatch.setattr(
-        loaders.Slices, "cases", lambda self, split: [] if split == "val" else self.meta["splits"][split]
+        loaders.Slices,
+        "cases",
+        lambda self, split: [] if split == "val" else self.meta["splits"][split],
     )
     argv = ["finetune", *PLAIN, *DATA(trained), "--out", str(trained), "--select", "val"]
     assert "has no validation case; prepare some with --split-sizes" in refused(capsys, *argv)
 
 
 def test_scores_of_another_split_have_a_folder_of_their_own(trained, prepared, capsys):
-    argv = ["finetune", *PLAIN, "--data", str(prepared / "slices"), "--out", str(trained), "--steps", "2"]
+    argv = [
+        "finetune",
+        *PLAIN,
+        "--data",
+        str(prepared / "slices"),
+        "--out",
+        str(trained),
+        "--steps",
+        "2",
+    ]
     before = (folder_of(trained) / "metrics.csv").read_text()
     capsys.readouterr()
-    assert P.main([*argv, "--split", "val"]) == 0 and "scored already" not in capsys.readouterr().out
+    assert (
+        P.main([*argv, "--split", "val"]) == 0 and "scored already" not in capsys.readouterr().out
+    )
     assert (folder_of(trained) / "metrics.csv").read_text() == before
     assert (folder_of(trained) / "val/metrics.csv").exists()
     assert P.main([*argv, "--split", "val"]) == 0 and "scored already" in capsys.readouterr().out
 
 
 def test_scores_of_fewer_cases_have_a_folder_of_their_own(trained, prepared):
-    argv = ["finetune", *PLAIN, "--data", str(prepared / "slices"), "--out", str(trained), "--steps", "2"]
+    argv = [
+        "finetune",
+        *PLAIN,
+        "--data",
+        str(prepared / "slices"),
+        "--out",
+        str(trained),
+        "--steps",
+        "2",
+    ]
     argv += ["--split", "train"]
     assert P.main(argv) == 0
     before = (folder_of(trained) / "train/metrics.csv").read_text()
@@ -294,7 +454,16 @@ def test_finetuning_from_weights_that_went_on_is_refused(prepared, tmp_path, cap
 
 
 def test_random_start_has_the_pretrained_networks_shape(trained, prepared):
-    argv = ["finetune", *PLAIN, "--data", str(prepared / "slices"), "--out", str(trained), "--steps", "1"]
+    argv = [
+        "finetune",
+        *PLAIN,
+        "--data",
+        str(prepared / "slices"),
+        "--out",
+        str(trained),
+        "--steps",
+        "1",
+    ]
     assert P.main([*argv, "--init", "none", "--strategy", "full"]) == 0
     a, b = (state_of(trained / f"finetune-4-{s}-per-class-{d}")["model"] for s, d in
             (("full", "random-draw0"), ("decoder", "draw0")))  # fmt: skip
@@ -302,12 +471,24 @@ def test_random_start_has_the_pretrained_networks_shape(trained, prepared):
 
 
 def test_preset_is_that_of_the_pretraining(trained, prepared, tmp_path):
-    argv = ["finetune", "--data", str(prepared / "slices"), "--init", str(trained / "last.pt"), "--steps", "1"]
+    argv = [
+        "finetune",
+        "--data",
+        str(prepared / "slices"),
+        "--init",
+        str(trained / "last.pt"),
+        "--steps",
+        "1",
+    ]
     assert (
         P.main([*argv, "--out", str(tmp_path), "--quiet"]) == 0
     )  # no --preset: without tiny's it would be the paper's
     config = json.loads((tmp_path / "finetune-4-decoder-per-class-draw0/config.json").read_text())
-    assert config["preset"] == "tiny" and config["lr"] == P.FINETUNE["tiny"]["lr"] and config["dice"] == "per-class"
+    assert (
+        config["preset"] == "tiny"
+        and config["lr"] == P.FINETUNE["tiny"]["lr"]
+        and config["dice"] == "per-class"
+    )
 
 
 def test_level_beyond_the_trained_ones_is_allowed_and_said(trained, prepared, tmp_path, capsys):
@@ -323,24 +504,50 @@ def test_level_beyond_the_trained_ones_is_allowed_and_said(trained, prepared, tm
         "--limit",
         "1",
     ]
-    assert P.main([*argv, "--t", "999"]) == 0 and "one beyond the last trained level" not in capsys.readouterr().out
+    assert (
+        P.main([*argv, "--t", "999"]) == 0
+        and "one beyond the last trained level" not in capsys.readouterr().out
+    )
     assert P.main([*argv, "--t", "1000"]) == 0
     assert "t = 1000 is one beyond the last trained level, 999" in capsys.readouterr().out
 
 
 def test_run_without_all_of_its_scores_is_scored_again(trained, prepared, tmp_path, capsys):
-    argv = ["finetune", *PLAIN, "--data", str(prepared / "slices"), "--out", str(trained), "--steps", "2"]
+    argv = [
+        "finetune",
+        *PLAIN,
+        "--data",
+        str(prepared / "slices"),
+        "--out",
+        str(trained),
+        "--steps",
+        "2",
+    ]
     assert P.main(argv) == 0 and "trained and scored already" in capsys.readouterr().out
     folder = folder_of(trained)
-    times = {name: (folder / name).stat().st_mtime_ns for name in ("metrics.csv", "metrics_slices.csv", "summary.json")}
-    assert max(times, key=lambda name: times[name]) == "summary.json"  # what says that all is there comes last
+    times = {
+        name: (folder / name).stat().st_mtime_ns
+        for name in ("metrics.csv", "metrics_slices.csv", "summary.json")
+    }
+    assert (
+        max(times, key=lambda name: times[name]) == "summary.json"
+    )  # what says that all is there comes last
 
 
 # --- samples and their scores ----------------------------------------------------------------------------------------
 
 
 def test_samples_are_hounsfield_units_and_pictures(trained, tmp_path):
-    argv = ["sample", *PLAIN, "--checkpoint", str(trained / "last.pt"), "--num-samples", "5", "--sampling-steps", "2"]
+    argv = [
+        "sample",
+        *PLAIN,
+        "--checkpoint",
+        str(trained / "last.pt"),
+        "--num-samples",
+        "5",
+        "--sampling-steps",
+        "2",
+    ]
     assert P.main([*argv, "--out", str(tmp_path / "s"), *DATA(trained)]) == 0
     x = np.load(tmp_path / "s/samples.npy")
     assert x.shape == (5, 32, 32) and x.dtype == np.float32 and np.isfinite(x).all()
@@ -354,7 +561,16 @@ def DATA(trained: Path) -> list[str]:
 
 
 def test_interrupted_sampling_makes_what_is_missing(trained, tmp_path, monkeypatch):
-    argv = ["sample", *PLAIN, "--checkpoint", str(trained / "last.pt"), "--num-samples", "5", "--sampling-steps", "2"]
+    argv = [
+        "sample",
+        *PLAIN,
+        "--checkpoint",
+        str(trained / "last.pt"),
+        "--num-samples",
+        "5",
+        "--sampling-steps",
+        "2",
+    ]
     assert P.main([*argv, "--out", str(tmp_path / "whole")]) == 0
     monkeypatch.setattr(P, "AT_ONCE", 2)
     made, asked, write = P.generate, [], P.write_array
@@ -380,15 +596,31 @@ def test_interrupted_sampling_makes_what_is_missing(trained, tmp_path, monkeypat
     with pytest.raises(InputError):
         P.main([*argv, "--out", str(tmp_path / "s")])
     monkeypatch.setattr(P, "write_array", write)
-    assert P.main([*argv, "--out", str(tmp_path / "s"), "--seed", "1"]) == 0  # slices of seed 0 are not taken for these
-    assert asked[-1] == [0, 1, 2, 3, 4] and not np.array_equal(whole, np.load(tmp_path / "s/samples.npy"))
+    assert (
+        P.main([*argv, "--out", str(tmp_path / "s"), "--seed", "1"]) == 0
+    )  # slices of seed 0 are not taken for these
+    assert asked[-1] == [0, 1, 2, 3, 4] and not np.array_equal(
+        whole, np.load(tmp_path / "s/samples.npy")
+    )
 
 
 def test_ct_samples_are_shown_in_two_windows(tmp_path):
     argv = [*FAST, "--out", str(tmp_path / "run")]
     assert P.main(["pretrain", *argv, "--steps", "1"]) == 0
     assert (
-        P.main(["sample", *PLAIN, "--out", str(tmp_path / "run"), "--num-samples", "4", "--sampling-steps", "1"]) == 0
+        P.main(
+            [
+                "sample",
+                *PLAIN,
+                "--out",
+                str(tmp_path / "run"),
+                "--num-samples",
+                "4",
+                "--sampling-steps",
+                "1",
+            ]
+        )
+        == 0
     )
     names = sorted(p.name for p in (tmp_path / "run/figures").glob("samples*"))
     assert names == ["samples_abdomen.png", "samples_lung.png"]
@@ -413,19 +645,29 @@ def test_real_slices_given_as_samples_score_near_the_floor(tmp_path, capsys, mon
         found[name] = table(tmp_path / "score_rand.csv")
     near, floor = (float(found["real"][i]["fd_rand"]) for i in (0, 1))
     assert near < 1.5 * floor and float(found["noise"][0]["fd_rand"]) > 5 * floor
-    assert float(found["noise"][0]["precision_rand"]) == 0 < float(found["real"][0]["precision_rand"])
+    assert (
+        float(found["noise"][0]["precision_rand"]) == 0 < float(found["real"][0]["precision_rand"])
+    )
     assert float(found["real"][0]["memorised"]) < 0.05  # they are pre-training slices
     assert "real slices (floor)" in capsys.readouterr().out
 
 
 def test_features_of_an_encoder_are_named_by_its_file(trained, tmp_path, capsys):
-    np.save(tmp_path / "samples.npy", np.random.default_rng(0).uniform(-1, 1, (8, 32, 32)).astype(np.float32))
+    np.save(
+        tmp_path / "samples.npy",
+        np.random.default_rng(0).uniform(-1, 1, (8, 32, 32)).astype(np.float32),
+    )
     argv = ["score", *PLAIN, *DATA(trained), *NET, "--out", str(tmp_path), "--features"]
     assert P.main([*argv, f"encoder:{trained / 'last.pt'}"]) == 0
     (file,) = tmp_path.glob("score_enc-*.csv")
-    assert any(k.startswith("fd_enc-") for k in table(file)[0]) and "SHA-256" in table(file)[0]["features"]
+    assert (
+        any(k.startswith("fd_enc-") for k in table(file)[0])
+        and "SHA-256" in table(file)[0]["features"]
+    )
     assert "of the very network that is scored" not in capsys.readouterr().out
-    config = P.Config(features=f"encoder:{trained / 'last.pt'}", out=str(trained), device="cpu", amp="off")
+    config = P.Config(
+        features=f"encoder:{trained / 'last.pt'}", out=str(trained), device="cpu", amp="off"
+    )
     x = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     found, spatial = P.feature_network(config, P.Ranks(0, 1, 0, torch.device("cpu")))[0](x)
     assert "of the very network that is scored" in capsys.readouterr().out
@@ -452,7 +694,9 @@ def test_copies_among_samples_and_noisy_settings_are_said(trained, tmp_path, cap
         "--sampler",
         "ddpm",
     ]
-    assert P.main([*argv, "--num-samples", "1", "--sampling-steps", "2", "--variance", "large"]) == 0
+    assert (
+        P.main([*argv, "--num-samples", "1", "--sampling-steps", "2", "--variance", "large"]) == 0
+    )
     assert "--variance large with 2 steps gives noisy slices" in capsys.readouterr().out
 
 
@@ -464,9 +708,13 @@ class Doubled(torch.nn.Module):
 class Inception(torch.nn.Module):
     """Stands for NVIDIA's: 16-bit colours in, features and a map of 17 x 17 out where they are asked for."""
 
-    def forward(self, x: torch.Tensor, return_features: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, return_features: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         assert return_features and x.shape[1] == 3
-        return x.flatten(1)[:, :4], torch.arange(768.0)[None, :, None, None].expand(x.shape[0], -1, 17, 17)
+        return x.flatten(1)[:, :4], torch.arange(768.0)[None, :, None, None].expand(
+            x.shape[0], -1, 17, 17
+        )
 
 
 def test_a_torchscript_that_knows_the_word_is_asked_for_features(tmp_path):
@@ -476,19 +724,31 @@ def test_a_torchscript_that_knows_the_word_is_asked_for_features(tmp_path):
     x = torch.linspace(-1, 1, 2 * 64).reshape(2, 1, 8, 8)
     found, spatial = call(x)
     torch.testing.assert_close(found, (x.flatten(1)[:, :4] + 1) * 127.5)
-    assert spatial.shape == (2, 7 * 17 * 17) and spatial[0, -1] == 6 and suffix == "" and "SHA-256" in what
-    with pytest.raises(RuntimeError):  # its own fault, of colours that are not three, is not taken for the missing word
+    assert (
+        spatial.shape == (2, 7 * 17 * 17)
+        and spatial[0, -1] == 6
+        and suffix == ""
+        and "SHA-256" in what
+    )
+    with pytest.raises(
+        RuntimeError
+    ):  # its own fault, of colours that are not three, is not taken for the missing word
         call(x.expand(-1, 2, -1, -1))
 
 
 def test_a_users_torchscript_gives_fid_and_a_state_dict_is_refused(trained, tmp_path, capsys):
-    np.save(tmp_path / "samples.npy", np.random.default_rng(0).uniform(-1, 1, (8, 32, 32)).astype(np.float32))
+    np.save(
+        tmp_path / "samples.npy",
+        np.random.default_rng(0).uniform(-1, 1, (8, 32, 32)).astype(np.float32),
+    )
     torch.jit.script(Doubled()).save(tmp_path / "net.pt")
     torch.save({"a": torch.zeros(2)}, tmp_path / "dict.pth")
     argv = ["score", *PLAIN, *DATA(trained), *NET, "--out", str(tmp_path), "--features"]
     assert P.main([*argv, f"inception:{tmp_path / 'net.pt'}"]) == 0
     row = table(tmp_path / "score_inception.csv")[0]
-    assert {"fid", "sfid", "precision"} <= set(row) and row["features"].startswith("net.pt SHA-256 ")
+    assert {"fid", "sfid", "precision"} <= set(row) and row["features"].startswith(
+        "net.pt SHA-256 "
+    )
     assert "SHA-256" in capsys.readouterr().out
     assert "is no TorchScript" in refused(capsys, *argv, f"inception:{tmp_path / 'dict.pth'}")
 
@@ -554,15 +814,35 @@ def test_stopped_ddpmseg_keeps_its_finished_members(voted, trained, monkeypatch)
 
 
 def test_two_processes_vote_as_one(voted, trained, tmp_path):
-    argv = ["ddpmseg", *PLAIN, *DATA(trained), "--init", str(trained / "last.pt"), "--out", str(tmp_path / "two")]
-    two = run(*argv, "--members", "2", "--epochs", "1", "--t-list", "50", "--blocks", "1,3", processes=2)
+    argv = [
+        "ddpmseg",
+        *PLAIN,
+        *DATA(trained),
+        "--init",
+        str(trained / "last.pt"),
+        "--out",
+        str(tmp_path / "two"),
+    ]
+    two = run(
+        *argv, "--members", "2", "--epochs", "1", "--t-list", "50", "--blocks", "1,3", processes=2
+    )
     assert two.returncode == 0, two.stderr
     one, both = (state_of(out)["model"] for out in (voted, tmp_path / "two/ddpmseg-4-draw0"))
     assert all(torch.equal(one[k], both[k]) for k in one)
 
 
 def test_random_features_of_ddpmseg_are_no_linear_map(trained):
-    argv = ["ddpmseg", *PLAIN, *DATA(trained), "--out", str(trained), "--init", "none", "--members", "1"]
+    argv = [
+        "ddpmseg",
+        *PLAIN,
+        *DATA(trained),
+        "--out",
+        str(trained),
+        "--init",
+        "none",
+        "--members",
+        "1",
+    ]
     assert P.main([*argv, "--epochs", "1", "--t-list", "50"]) == 0
     state = state_of(trained / "ddpmseg-4-random-draw0")["model"]
     assert float(state["net.middle_block.0.out_layers.3.weight"].abs().max()) > 0
@@ -576,13 +856,22 @@ def test_labels_above_255_are_written_as_published(trained, tmp_path, monkeypatc
         **{k: int(v) for k, v in data.meta["label_values"].items() if k > "1"},
     }
     monkeypatch.setattr(P, "segment_case", lambda net, data, case: np.asarray(data.label(case)))
-    P.score_cases(None, data, data.cases("test")[:1], P.Ranks(0, 1, 0, torch.device("cpu")), tmp_path)
+    P.score_cases(
+        None, data, data.cases("test")[:1], P.Ranks(0, 1, 0, torch.device("cpu")), tmp_path
+    )
     (file,) = (tmp_path / "predictions").iterdir()
     assert np.asarray(nib.load(file).dataobj).max() == 300
 
 
 def test_evaluate_gives_what_finetune_gave(trained, tmp_path):
-    argv = ["evaluate", *PLAIN, "--checkpoint", str(folder_of(trained) / "last.pt"), "--out", str(tmp_path / "again")]
+    argv = [
+        "evaluate",
+        *PLAIN,
+        "--checkpoint",
+        str(folder_of(trained) / "last.pt"),
+        "--out",
+        str(tmp_path / "again"),
+    ]
     assert P.main([*argv, *DATA(trained)]) == 0
     for name in ("metrics.csv", "metrics_slices.csv"):
         assert (tmp_path / "again" / name).read_text() == (folder_of(trained) / name).read_text()
@@ -593,7 +882,9 @@ def raw_image(prepared: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["finetune", "ddpmseg"])
-def test_predict_writes_published_values_in_the_files_grid(trained, voted, prepared, tmp_path, kind):
+def test_predict_writes_published_values_in_the_files_grid(
+    trained, voted, prepared, tmp_path, kind
+):
     checkpoint = (folder_of(trained) if kind == "finetune" else voted) / "last.pt"
     image = raw_image(prepared)
     argv = ["predict", *PLAIN, "--checkpoint", str(checkpoint), "--image", str(image), "--output"]
@@ -607,7 +898,11 @@ def test_predict_writes_published_values_in_the_files_grid(trained, voted, prepa
 def test_predict_shows_the_network_what_the_preparation_stored(trained, prepared):
     data = loaders.open_slices(str(prepared / "slices"))
     case = data.cases("test")[0]
-    image = next(p for p in (prepared / "src/imagesTr").glob("*.nii.gz") if loaders.nifti_stem(p).startswith(case))
+    image = next(
+        p
+        for p in (prepared / "src/imagesTr").glob("*.nii.gz")
+        if loaders.nifti_stem(p).startswith(case)
+    )
     record = state_of(folder_of(trained))["data"]
     x, _ = loaders.load_slices_for_prediction(image, record)
     stored = np.stack([data.slice(case, k) for k in range(data.depth(case))])
@@ -619,16 +914,29 @@ def test_predict_shows_the_network_what_the_preparation_stored(trained, prepared
 
 def test_wrong_stage_is_refused_by_name(trained, prepared, tmp_path, capsys):
     image, target = str(raw_image(prepared)), str(tmp_path / "m.nii.gz")
-    error = refused(capsys, "predict", "--checkpoint", str(trained / "last.pt"), "--image", image, "--output", target)
+    error = refused(
+        capsys,
+        "predict",
+        "--checkpoint",
+        str(trained / "last.pt"),
+        "--image",
+        image,
+        "--output",
+        target,
+    )
     assert "is a checkpoint of `pretrain`" in error and "fine-tuned" in error
     fine = str(folder_of(trained) / "last.pt")
     assert "is a checkpoint of `finetune`" in refused(capsys, "sample", "--checkpoint", fine)
-    assert "is a checkpoint of `finetune`" in refused(capsys, "finetune", *PLAIN, *DATA(trained), "--init", fine)
+    assert "is a checkpoint of `finetune`" in refused(
+        capsys, "finetune", *PLAIN, *DATA(trained), "--init", fine
+    )
 
 
 def test_other_network_flags_than_those_of_the_pretraining_are_refused(trained, capsys):
     argv = ["finetune", *PLAIN, *DATA(trained), "--out", str(trained)]
-    assert "was pre-trained with --num-res-blocks 1" in refused(capsys, *argv, "--num-res-blocks", "2")
+    assert "was pre-trained with --num-res-blocks 1" in refused(
+        capsys, *argv, "--num-res-blocks", "2"
+    )
 
 
 def test_size_of_the_data_and_of_the_network_must_agree(trained, capsys):
@@ -638,16 +946,41 @@ def test_size_of_the_data_and_of_the_network_must_agree(trained, capsys):
 
 def test_labelled_data_of_another_scale_are_refused(trained, prepared, tmp_path, capsys):
     other = tmp_path / "other"
-    argv = ["--src", str(prepared / "src"), "--dst", str(other), "--as-slices", "--side", "64", "--quiet"]
+    argv = [
+        "--src",
+        str(prepared / "src"),
+        "--dst",
+        str(other),
+        "--as-slices",
+        "--side",
+        "64",
+        "--quiet",
+    ]
     assert msd.main(argv) == 0
     error = refused(
-        capsys, "finetune", *PLAIN, "--data", str(other), "--init", str(trained / "last.pt"), "--out", str(tmp_path)
+        capsys,
+        "finetune",
+        *PLAIN,
+        "--data",
+        str(other),
+        "--init",
+        str(trained / "last.pt"),
+        "--out",
+        str(tmp_path),
     )
     assert "holds slices of side 64, --size is 32" in error
     state = state_of(trained)
     state["data"]["normalisation"] = {"kind": "hu", "low": -1, "high": 1}
     runtime.save_checkpoint(tmp_path / "start.pt", state)
-    argv = ["finetune", *PLAIN, *DATA(trained), "--init", str(tmp_path / "start.pt"), "--out", str(tmp_path / "x")]
+    argv = [
+        "finetune",
+        *PLAIN,
+        *DATA(trained),
+        "--init",
+        str(tmp_path / "start.pt"),
+        "--out",
+        str(tmp_path / "x"),
+    ]
     error = refused(capsys, *argv)
     assert "was pre-trained on data with normalisation" in error and "--unlabelled" in error
 
@@ -665,7 +998,15 @@ def test_more_labels_than_there_are_is_refused(trained, capsys):
 def test_colour_network_is_refused_naming_both_layers(trained, tmp_path, capsys):
     rgb = P.UNet(P.Config(**P.PRESETS["tiny"]), 3, 6).state_dict()
     torch.save(rgb, tmp_path / "rgb.pt")
-    error = refused(capsys, "pretrain", "--init", str(tmp_path / "rgb.pt"), "--out", str(tmp_path / "run"), "--quiet")
+    error = refused(
+        capsys,
+        "pretrain",
+        "--init",
+        str(tmp_path / "rgb.pt"),
+        "--out",
+        str(tmp_path / "run"),
+        "--quiet",
+    )
     assert "input_blocks.0.0.weight" in error and "out.2.weight" in error and "one channel" in error
 
 
@@ -673,10 +1014,24 @@ def test_public_state_dict_of_one_channel_is_a_start(tmp_path):
     config = P.Config(**P.PRESETS["tiny"])
     state = {f"module.{k}": v for k, v in P.UNet(config, 1, 1).state_dict().items()}
     torch.save(state, tmp_path / "start.pt")
-    argv = ["pretrain", "--init", str(tmp_path / "start.pt"), "--out", str(tmp_path / "run"), "--quiet", "--steps", "1"]
+    argv = [
+        "pretrain",
+        "--init",
+        str(tmp_path / "start.pt"),
+        "--out",
+        str(tmp_path / "run"),
+        "--quiet",
+        "--steps",
+        "1",
+    ]
     assert P.main([*argv, "--lr", "1e-9", "--amp", "off"]) == 0
     found = state_of(tmp_path / "run")["model"]
-    assert float((found["input_blocks.0.0.weight"] - state["module.input_blocks.0.0.weight"]).abs().max()) < 1e-6
+    assert (
+        float(
+            (found["input_blocks.0.0.weight"] - state["module.input_blocks.0.0.weight"]).abs().max()
+        )
+        < 1e-6
+    )
 
 
 def test_flags_that_a_verb_ignores_are_refused(capsys):
@@ -702,7 +1057,10 @@ def test_one_scan_in_all_is_no_floor(tmp_path, capsys, monkeypatch):
     def one(*args, **flags):
         data = PHANTOMS(*args, **flags)
         splits = data.meta["splits"]
-        splits |= {name: [] for name in splits} | {"train": splits["train"][:1], "pretrain": splits["train"][:1]}
+        splits |= {name: [] for name in splits} | {
+            "train": splits["train"][:1],
+            "pretrain": splits["train"][:1],
+        }
         return data
 
     monkeypatch.setattr(loaders, "CtPhantoms", one)
@@ -720,16 +1078,34 @@ def test_predict_takes_a_folder(trained, prepared, tmp_path):
     folder.mkdir()
     for name in ("a", "b"):
         (folder / f"{name}.nii.gz").write_bytes(raw_image(prepared).read_bytes())
-    argv = ["predict", *PLAIN, "--checkpoint", str(folder_of(trained) / "last.pt"), "--image", str(folder)]
+    argv = [
+        "predict",
+        *PLAIN,
+        "--checkpoint",
+        str(folder_of(trained) / "last.pt"),
+        "--image",
+        str(folder),
+    ]
     assert P.main([*argv, "--output", str(tmp_path / "out")]) == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.nii.gz", "b.nii.gz"]
 
 
 def test_predict_refuses_to_overwrite_its_input(trained, prepared, capsys):
     image = str(raw_image(prepared))
-    argv = ["predict", *PLAIN, "--checkpoint", str(folder_of(trained) / "last.pt"), "--image", image, "--output", image]
+    argv = [
+        "predict",
+        *PLAIN,
+        "--checkpoint",
+        str(folder_of(trained) / "last.pt"),
+        "--image",
+        image,
+        "--output",
+        image,
+    ]
     before = Path(image).read_bytes()
-    assert "would overwrite the input" in refused(capsys, *argv) and Path(image).read_bytes() == before
+    assert (
+        "would overwrite the input" in refused(capsys, *argv) and Path(image).read_bytes() == before
+    )
 
 
 def test_disk_full_while_saving_keeps_the_old_checkpoint(tmp_path):
@@ -748,8 +1124,12 @@ def test_accumulation_of_finetuning_is_refused(trained, capsys):
 def test_bare_run_takes_less_than_five_minutes_and_prints_its_table(tmp_path):
     begin = time.time()
     words = [sys.executable, "ddpm_pretrain_finetune.py", "--quiet", "--out", str(tmp_path / "run")]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        words, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
     assert done.returncode == 0 and time.time() - begin < 300, done.stderr
-    rows = re.findall(r"^(decoder|decoder, random encoder|scratch) +4 .* 3 +(0\.\d+)", done.stdout, re.MULTILINE)
+    rows = re.findall(
+        r"^(decoder|decoder, random encoder|scratch) +4 .* 3 +(0\.\d+)", done.stdout, re.MULTILINE
+    )
     dice = {name: float(value) for name, value in rows}
     assert dice["decoder"] > 0.4 > dice["decoder, random encoder"]

@@ -33,7 +33,9 @@ def ks(*values: int) -> torch.Tensor:
 
 
 def close(tensor: torch.Tensor, *values: float, atol: float = 1e-11) -> None:
-    torch.testing.assert_close(tensor.flatten(), torch.tensor(values, dtype=tensor.dtype), atol=atol, rtol=0)
+    torch.testing.assert_close(
+        tensor.flatten(), torch.tensor(values, dtype=tensor.dtype), atol=atol, rtol=0
+    )
 
 
 # --- schedule --------------------------------------------------------------------------------------------------------
@@ -87,7 +89,9 @@ def test_one_voxel_of_x_k_tells_the_truth_as_often_as_the_spec_says():
 # --- q and posterior -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("k, value", [(1, 0.99494999875), (2, 0.376199986749), (5, -0.493637092236)])
+@pytest.mark.parametrize(
+    "k, value", [(1, 0.99494999875), (2, 0.376199986749), (5, -0.493637092236)]
+)
 def test_q_sample_equals_spec_values(k, value):
     close(D.q_sample(S5, vec(1), vec(-0.5), ks(k)), value)
 
@@ -95,7 +99,9 @@ def test_q_sample_equals_spec_values(k, value):
 def test_q_sample_takes_a_step_for_each_sample_and_keeps_fp32():
     xk = D.q_sample(S5, torch.ones(2, 1, 2, 2, 2), torch.zeros(2, 1, 2, 2, 2), ks(1, 5))
     assert xk.dtype == torch.float32
-    assert xk[0].mean() == pytest.approx(0.99995) and xk[1].mean() == pytest.approx(0.00635281808757)
+    assert xk[0].mean() == pytest.approx(0.99995) and xk[1].mean() == pytest.approx(
+        0.00635281808757
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,7 +118,9 @@ def test_posterior_is_bayes_rule_and_both_forms_of_the_mean_agree(k, mean, varia
     a, beta, before = S5.abar[k], S5.beta[k], S5.abar[k - 1]
     precision = 1 / (1 - before) + (1 - beta) / beta
     bayes = (before.sqrt() / (1 - before) + (1 - beta).sqrt() * 0.3 / beta) / precision
-    assert bayes.item() == pytest.approx(mean, abs=1e-10) and 1 / precision.item() == pytest.approx(variance, rel=1e-8)
+    assert bayes.item() == pytest.approx(mean, abs=1e-10) and 1 / precision.item() == pytest.approx(
+        variance, rel=1e-8
+    )
     close(D.posterior_mean(S5, vec(1), vec(0.3), ks(k)), mean)
     assert S5.btilde[k].item() == pytest.approx(variance, rel=1e-8)
     second = (0.3 - beta / (1 - a).sqrt() * eps) / (1 - beta).sqrt()  # eq. (2)
@@ -128,14 +136,23 @@ def test_recycling_a_mask_equals_spec_values():
     x0hat = D.x0_of(S5, "x0", vec(2, 0, -1), x3, ks(3))
     close((x0hat + 1) / 2, 0.843794734481, 0.114195199385, 0.042010066134)
     close(x0hat, *X0HAT)
-    close(D.q_sample(S5, x0hat, vec(-0.4, 0.3, 0.9), ks(2)), 0.219788763647, -0.349638645882, -0.03881233146)
+    close(
+        D.q_sample(S5, x0hat, vec(-0.4, 0.3, 0.9), ks(2)),
+        0.219788763647,
+        -0.349638645882,
+        -0.03881233146,
+    )
 
 
 def test_recycling_noise_equals_spec_values():
     output, eps = vec(0.6, 0, 0), vec(-0.4, 0.3, 0.9)
     for clip, x0hat, x2 in (
         ("on", (1, -1, -0.655703288747), (0.445379244434, -0.514558502119, 0.14913241674)),
-        ("off", (1.344296711253, -1.688593422505, -0.655703288747), (0.693994617184, -1.011789247618, 0.14913241674)),
+        (
+            "off",
+            (1.344296711253, -1.688593422505, -0.655703288747),
+            (0.693994617184, -1.011789247618, 0.14913241674),
+        ),
     ):
         got = D.x0hat_of(D.Config(target="eps", clip_x0=clip), S5, output, vec(*X3), ks(3))
         close(got, *x0hat)
@@ -161,13 +178,18 @@ def test_ddim_step_equals_spec_values_and_with_eta_1_is_ddpm():
     close(D.q_sample(S5, x0hat, vec(*e), ks(2)), *x2)
     z = vec(0.3, -1, 2)
     torch.testing.assert_close(
-        D.ddim_step(S5, x0hat, x3, ks(3), 1.0, z), D.ddpm_step(S5, x0hat, x3, ks(3), "small", z), atol=1e-12, rtol=0
+        D.ddim_step(S5, x0hat, x3, ks(3), 1.0, z),
+        D.ddpm_step(S5, x0hat, x3, ks(3), "small", z),
+        atol=1e-12,
+        rtol=0,
     )
 
 
 # --- loss ------------------------------------------------------------------------------------------------------------
 
-P4 = torch.tensor([(0.7, 0.2, 0.1), (0.1, 0.8, 0.1), (0.25, 0.5, 0.25), (0.6, 0.2, 0.2)], dtype=torch.float64)
+P4 = torch.tensor(
+    [(0.7, 0.2, 0.1), (0.1, 0.8, 0.1), (0.25, 0.5, 0.25), (0.6, 0.2, 0.2)], dtype=torch.float64
+)
 
 
 def logits_of(*samples: torch.Tensor) -> torch.Tensor:
@@ -199,7 +221,9 @@ def test_loss_of_a_volume_without_foreground_is_finite_and_counts():
 
 
 def test_loss_of_a_certain_network_has_finite_gradients():
-    logits = (200 * D.mask_to_x0(labels((0, 1, 1, 0)), 3)).requires_grad_()  # class 2 has no probability at all
+    logits = (
+        200 * D.mask_to_x0(labels((0, 1, 1, 0)), 3)
+    ).requires_grad_()  # class 2 has no probability at all
     D.segmentation_loss(logits, labels((0, 1, 1, 0)), True).sum().backward()
     assert logits.grad.isfinite().all()
 
@@ -221,7 +245,9 @@ def test_loss_of_predicted_noise_equals_spec_values():
 # --- network ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", [{"dims": 2, "method": "unet"}, {"dims": 2}, {"method": "unet"}, {}], ids=str)
+@pytest.mark.parametrize(
+    "flags", [{"dims": 2, "method": "unet"}, {"dims": 2}, {"method": "unet"}, {}], ids=str
+)
 @pytest.mark.parametrize(
     "classes, counts",
     [
@@ -243,7 +269,8 @@ def test_network_has_the_number_of_parameters_of_the_spec(flags, classes, counts
 
 
 @pytest.mark.parametrize(
-    "c, mult, unet, diffusion", [(12, (1, 2, 4, 8), 940_875, 955_959), (24, (1, 2, 4), 974_643, 1_004_523)]
+    "c, mult, unet, diffusion",
+    [(12, (1, 2, 4, 8), 940_875, 955_959), (24, (1, 2, 4), 974_643, 1_004_523)],
 )
 def test_small_networks_have_the_number_of_parameters_of_the_spec(c, mult, unet, diffusion):
     for method, count in (("unet", unet), ("diffusion", diffusion)):
@@ -263,14 +290,23 @@ def test_residual_block_is_post_activated_with_the_time_after_the_norm(dims):
     block = D.ResBlock(D.Config(**SMALL, dims=dims), 4).double()
     for norm in (block.norm1, block.norm2):
         nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
-    x, emb = torch.randn(2, 4, *(5, 6, 7)[:dims], dtype=torch.float64), torch.randn(2, 16, dtype=torch.float64)
+    x, emb = (
+        torch.randn(2, 4, *(5, 6, 7)[:dims], dtype=torch.float64),
+        torch.randn(2, 16, dtype=torch.float64),
+    )
     conv = {2: F.conv2d, 3: F.conv3d}[dims]
 
     def gelu(v):
         return 0.5 * v * (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
 
-    h = gelu(F.instance_norm(conv(x, block.conv1.weight, padding=1), None, None, block.norm1.weight, block.norm1.bias))
-    h = F.instance_norm(conv(h, block.conv2.weight, padding=1), None, None, block.norm2.weight, block.norm2.bias)
+    h = gelu(
+        F.instance_norm(
+            conv(x, block.conv1.weight, padding=1), None, None, block.norm1.weight, block.norm1.bias
+        )
+    )
+    h = F.instance_norm(
+        conv(h, block.conv2.weight, padding=1), None, None, block.norm2.weight, block.norm2.bias
+    )
     b = gelu(emb) @ block.time.weight.T + block.time.bias
     torch.testing.assert_close(block(x, emb), gelu(h + b.reshape(2, 4, *(1,) * dims) + x))
     torch.testing.assert_close(block(x, None), gelu(h + x))
@@ -284,7 +320,9 @@ def test_network_adds_the_skip_of_each_level():
     b = model.down_blocks[0](model.downs[0](a), emb)
     c = model.down_blocks[1](model.downs[1](b), emb)
     d = model.up_blocks[0](model.ups[0](c) + b, emb)
-    torch.testing.assert_close(model(x, t), model.head(model.up_blocks[1](model.ups[1](d) + a, emb)))
+    torch.testing.assert_close(
+        model(x, t), model.head(model.up_blocks[1](model.ups[1](d) + a, emb))
+    )
     assert [v.shape[1:3] for v in (a, b, c)] == [(4, 8), (4, 4), (8, 2)]
 
 
@@ -294,13 +332,21 @@ def test_time_moves_the_output_and_before_the_norm_provably_does_not(dtype):
     x = torch.randn(1, 4, 16, 16, 16, dtype=dtype)
     moved, learnt = {}, {}
     for where in ("post-norm", "pre-norm"):
-        model = small_model(num_channels=8, channel_mult=(1, 2, 4), time_inject=where, size=(16,) * 3).to(dtype)
+        model = small_model(
+            num_channels=8, channel_mult=(1, 2, 4), time_inject=where, size=(16,) * 3
+        ).to(dtype)
         outputs = [model(x, ks(t)) for t in (1, 1000)]
         moved[where] = (outputs[0] - outputs[1]).abs().max().item()
         outputs[0].square().mean().backward()
-        learnt[where] = max(p.grad.abs().max().item() for k, p in model.named_parameters() if ".time." in k)
-    assert moved["post-norm"] > 1e-2 and moved["pre-norm"] < (1e-5 if dtype == torch.float32 else 1e-12)
-    assert learnt["post-norm"] > 1e-4 and learnt["pre-norm"] < (1e-5 if dtype == torch.float32 else 1e-12)
+        learnt[where] = max(
+            p.grad.abs().max().item() for k, p in model.named_parameters() if ".time." in k
+        )
+    assert moved["post-norm"] > 1e-2 and moved["pre-norm"] < (
+        1e-5 if dtype == torch.float32 else 1e-12
+    )
+    assert learnt["post-norm"] > 1e-4 and learnt["pre-norm"] < (
+        1e-5 if dtype == torch.float32 else 1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -314,7 +360,9 @@ def test_time_embedding_has_the_cosines_first(t, values, monkeypatch):
     e = timestep_embedding(ks(t), 128)[0]
     close(e[[0, 1, 64, 127]], *values, atol=1e-4 if t > 1 else 1e-6)
     asked = []
-    monkeypatch.setattr(D, "timestep_embedding", lambda t, d: (asked.append((t, d)), timestep_embedding(t, d))[1])
+    monkeypatch.setattr(
+        D, "timestep_embedding", lambda t, d: (asked.append((t, d)), timestep_embedding(t, d))[1]
+    )
     with torch.no_grad():
         small_model(num_channels=8)(torch.randn(1, 4, 8, 8, 8), ks(t))
     assert [(v.tolist(), d) for v, d in asked] == [([t], 32)]
@@ -347,7 +395,9 @@ def test_odd_sizes_are_padded_at_the_end_and_come_back(dims):
     assert model(x, ks(5)).shape == (1, 3, *size)
     padded, down = seen[0]
     assert padded.shape[2:] == (10, 8, 12)[:dims] and down[2:] == (5, 4, 6)[:dims]
-    assert (not padded[:, :, -1].any() and padded[:, :, 0].any() and not padded[..., -1].any()) or dims == 2
+    assert (
+        not padded[:, :, -1].any() and padded[:, :, 0].any() and not padded[..., -1].any()
+    ) or dims == 2
 
 
 def test_network_starts_as_haiku_starts():
@@ -361,7 +411,9 @@ def test_network_starts_as_haiku_starts():
         module = model.get_submodule(name)
         sd = fan_in**-0.5
         assert module.weight.abs().max() <= 2 * sd * 1.0001
-        assert module.weight.std().item() == pytest.approx(0.8796 * sd, rel=0.06)  # of a normal cut at 2 sigma
+        assert module.weight.std().item() == pytest.approx(
+            0.8796 * sd, rel=0.06
+        )  # of a normal cut at 2 sigma
         assert module.bias is None or not module.bias.any()
     assert all(p.any() for k, p in model.named_parameters() if k.endswith("weight"))
 
@@ -460,7 +512,11 @@ def test_with_an_oracle_recycling_changes_nothing(target):
     for recycle in ("prev", "max", "none"):
         f = Spy(oracle_of(batch, target))
         ((loss, _),) = D.training_losses(
-            f, Spy(oracle_of(batch, target)), replace(config, recycle=recycle), batch, draw_for(batch)
+            f,
+            Spy(oracle_of(batch, target)),
+            replace(config, recycle=recycle),
+            batch,
+            draw_for(batch),
         )
         seen[recycle] = f.calls[0][0]
         # fp32, and at k = 5 rounding of the noise is multiplied by 157; D4 takes the rest
@@ -473,10 +529,14 @@ def test_noise_loss_wants_the_noise_of_the_second_pass():
     batch = batch_of((2, 3))
     eps, other = draw_for(batch)("eps"), draw_for(batch)("eps of the first pass")
     f = Spy(lambda image, xk, t, prev: eps)
-    ((loss, _),) = D.training_losses(f, Spy(ignorant), D.Config(target="eps"), batch, draw_for(batch))
+    ((loss, _),) = D.training_losses(
+        f, Spy(ignorant), D.Config(target="eps"), batch, draw_for(batch)
+    )
     xk = f.calls[0][0]
     p = ((D.x0_of(S5, "eps", eps, xk, batch.k) + 1) / 2).clamp(1e-5, 1)
-    seg = D.segmentation_loss(p.log(), batch.label, True)  # against the truth, though eps leads to the recycled mask
+    seg = D.segmentation_loss(
+        p.log(), batch.label, True
+    )  # against the truth, though eps leads to the recycled mask
     torch.testing.assert_close(loss, seg)
     assert ((eps - other) ** 2).mean() > 1
 
@@ -490,10 +550,14 @@ def two_modules(**flags):
 
 @pytest.mark.parametrize("target", ["x0", "eps"])
 @pytest.mark.parametrize("recycle", ["prev", "max", "none", "self-condition", "recursive"])
-def test_no_gradient_reaches_the_first_pass_and_every_weight_has_one_from_the_second(recycle, target):
+def test_no_gradient_reaches_the_first_pass_and_every_weight_has_one_from_the_second(
+    recycle, target
+):
     config, model, first = two_modules(recycle=recycle, target=target)
     batch = batch_of((2, 5), coin=(True, False))
-    for loss, _ in D.training_losses(D.caller(model, None), D.caller(first, None), config, batch, draw_for(batch)):
+    for loss, _ in D.training_losses(
+        D.caller(model, None), D.caller(first, None), config, batch, draw_for(batch)
+    ):
         assert loss.shape == (2,)
         loss.mean().backward()
     assert all(p.grad is None for p in first.parameters())
@@ -517,7 +581,9 @@ def test_gradient_is_that_of_the_loss_with_x_k_held_fixed():
     spy = Spy(f)
     next(D.training_losses(spy, f, config, batch, draw_for(batch)))
     model.zero_grad()
-    D.segmentation_loss(f(batch.image, spy.calls[0][0].detach(), S5.t[batch.k]), batch.label, True).mean().backward()
+    D.segmentation_loss(
+        f(batch.image, spy.calls[0][0].detach(), S5.t[batch.k]), batch.label, True
+    ).mean().backward()
     for a, p in zip(got, model.parameters()):
         torch.testing.assert_close(a, p.grad)
 
@@ -530,13 +596,19 @@ def test_self_condition_shows_half_of_the_samples_their_first_prediction():
     (xj, tj, zeros, _), (xk, t, prev, _) = look.calls[0], f.calls[0]
     assert tj.tolist() == [251, 1000] and t.tolist() == [251, 501, 1000] and not zeros.any()
     torch.testing.assert_close(xj, xk[[0, 2]])
-    torch.testing.assert_close(xk, D.q_sample(S5, D.mask_to_x0(batch.label, 3), draw_for(batch)("eps"), batch.k))
+    torch.testing.assert_close(
+        xk, D.q_sample(S5, D.mask_to_x0(batch.label, 3), draw_for(batch)("eps"), batch.k)
+    )
     torch.testing.assert_close(prev[[0, 2]], 2 * (3 * xj).softmax(dim=1) - 1)
     assert not prev[1].any()
     look = Spy(ignorant)
     list(
         D.training_losses(
-            Spy(ignorant), look, config, batch._replace(coin=torch.zeros(3, dtype=torch.bool)), draw_for(batch)
+            Spy(ignorant),
+            look,
+            config,
+            batch._replace(coin=torch.zeros(3, dtype=torch.bool)),
+            draw_for(batch),
         )
     )
     assert not look.calls
@@ -545,13 +617,19 @@ def test_self_condition_shows_half_of_the_samples_their_first_prediction():
 def test_recursive_walks_the_chain_and_the_truth_enters_the_loss_only():
     batch = batch_of((2, 3))
     f = Spy(lambda image, xk, t, prev: (2 * xk).requires_grad_())
-    out = list(D.training_losses(f, Spy(ignorant), D.Config(recycle="recursive"), batch, draw_for(batch)))
+    out = list(
+        D.training_losses(f, Spy(ignorant), D.Config(recycle="recursive"), batch, draw_for(batch))
+    )
     assert [t.tolist() for _, t in out] == [[v, v] for v in (1000, 750, 501, 251, 1)]
     draw, xk = draw_for(batch), draw_for(batch)("eps")
     for j, (seen, *_) in zip((5, 4, 3, 2, 1), f.calls):
         torch.testing.assert_close(seen, xk)
         assert not seen.requires_grad or seen.is_leaf
-        xk = D.q_sample(S5, 2 * (2 * xk).softmax(dim=1) - 1, draw(f"eps {j - 1}"), ks(j - 1, j - 1)) if j > 1 else xk
+        xk = (
+            D.q_sample(S5, 2 * (2 * xk).softmax(dim=1) - 1, draw(f"eps {j - 1}"), ks(j - 1, j - 1))
+            if j > 1
+            else xk
+        )
     other = batch._replace(label=torch.zeros_like(batch.label))
     g = Spy(lambda image, xk, t, prev: (2 * xk).requires_grad_())
     list(D.training_losses(g, Spy(ignorant), D.Config(recycle="recursive"), other, draw_for(batch)))
@@ -561,9 +639,13 @@ def test_recursive_walks_the_chain_and_the_truth_enters_the_loss_only():
 
 def test_unet_sees_the_image_only():
     batch, f = batch_of((2, 3)), Spy(lambda image, xk, t, prev: torch.zeros(2, 3, 8, 8, 8))
-    ((loss, _),) = D.training_losses(f, Spy(ignorant), D.Config(method="unet"), batch, draw_for(batch))
+    ((loss, _),) = D.training_losses(
+        f, Spy(ignorant), D.Config(method="unet"), batch, draw_for(batch)
+    )
     assert f.calls[0][0] is None and loss.shape == (2,)
-    torch.testing.assert_close(loss, D.segmentation_loss(torch.zeros(2, 3, 8, 8, 8), batch.label, True))
+    torch.testing.assert_close(
+        loss, D.segmentation_loss(torch.zeros(2, 3, 8, 8, 8), batch.label, True)
+    )
 
 
 @pytest.mark.parametrize("flags", [{}, {"method": "unet"}, {"dims": 2}], ids=str)
@@ -608,13 +690,23 @@ def run_sampler(f, config, shape=(1, 3, 4, 4, 4), dtype=torch.float64):
         return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(k))
 
     shown = []
-    out = list(D.sample(f, torch.zeros(1, 1, *shape[2:], dtype=dtype), noise_of, config, lambda t, *x: shown.append(t)))
+    out = list(
+        D.sample(
+            f,
+            torch.zeros(1, 1, *shape[2:], dtype=dtype),
+            noise_of,
+            config,
+            lambda t, *x: shown.append(t),
+        )
+    )
     return out, draws, shown
 
 
 @pytest.mark.parametrize("target", ["x0", "eps"])
 @pytest.mark.parametrize(
-    "flags", [{}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 0.5}, {"variance": "large"}], ids=str
+    "flags",
+    [{}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 0.5}, {"variance": "large"}],
+    ids=str,
 )
 @pytest.mark.parametrize("steps", [5, 50])
 def test_sampler_returns_the_truth_of_an_oracle(target, flags, steps):
@@ -626,7 +718,9 @@ def test_sampler_returns_the_truth_of_an_oracle(target, flags, steps):
     out, draws, shown = run_sampler(f, config)
     assert [k for k, _ in out] == list(range(steps, 0, -1)) and len(f.calls) == steps
     assert shown[0] == 1000 and shown[-1] == 1 and [c[1].item() for c in f.calls] == shown
-    assert draws == (list(range(steps, 0, -1)) if flags.get("sampler") != "ddim" or "eta" in flags else [steps])
+    assert draws == (
+        list(range(steps, 0, -1)) if flags.get("sampler") != "ddim" or "eta" in flags else [steps]
+    )
     for _, x0 in out:
         torch.testing.assert_close(x0, D.mask_to_x0(label, 3).double(), atol=1e-6, rtol=0)
     assert torch.equal(D.mask_of(D.probability(config, out[-1][1])[0]), label[0].to(torch.uint8))
@@ -638,7 +732,9 @@ def test_sampler_starts_from_its_noise_and_follows_the_posterior():
     z = [
         None,
         *(
-            torch.randn(1, 3, 4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
+            torch.randn(
+                1, 3, 4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(k)
+            )
             for k in range(1, 6)
         ),
     ]
@@ -673,18 +769,24 @@ def test_self_condition_hands_each_step_the_last_prediction():
 def test_noise_at_the_last_level_is_multiplied_by_157_unless_clipped():
     output, xk = vec(1.01, -0.99), vec(1, -1)
     assert (1 - S5.abar[5]).sqrt() / S5.abar[5].sqrt() == pytest.approx(157.4, abs=0.05)
-    free, clipped = (D.x0hat_of(D.Config(target="eps", clip_x0=c), S5, output, xk, ks(5)) for c in ("off", "on"))
+    free, clipped = (
+        D.x0hat_of(D.Config(target="eps", clip_x0=c), S5, output, xk, ks(5)) for c in ("off", "on")
+    )
     assert free.abs().max() > 1.5 and clipped.abs().max() == 1
 
 
 def test_probabilities_of_predicted_noise_are_clipped_and_sum_to_1():
     p = D.probability(D.Config(target="eps"), vec(1.5, 0.0, -3.0))
     close(p, 1 / 1.5, 0.5 / 1.5, 0, atol=1e-7)
-    close(D.probability(D.Config(target="eps"), vec(-1.5, -1, -3)), 1 / 3, 1 / 3, 1 / 3)  # no channel says yes
+    close(
+        D.probability(D.Config(target="eps"), vec(-1.5, -1, -3)), 1 / 3, 1 / 3, 1 / 3
+    )  # no channel says yes
     close(D.probability(D.Config(), vec(0.5, 0.0, -0.5)), 0.75, 0.5, 0.25)
 
 
-@pytest.mark.parametrize("values, largest", [((1.2, 1.5, -1.0), 1), ((-1.2, -1.1, -1.5), 1), ((0.2, -3.0, 0.1), 0)])
+@pytest.mark.parametrize(
+    "values, largest", [((1.2, 1.5, -1.0), 1), ((-1.2, -1.1, -1.5), 1), ((0.2, -3.0, 0.1), 0)]
+)
 def test_largest_channel_stays_the_largest_where_nothing_is_clipped(values, largest):
     p = D.probability(D.Config(target="eps", clip_x0="off"), vec(*values))
     assert int(p.argmax(1)) == largest and float(p.sum()) == pytest.approx(1) and float(p.min()) > 0
@@ -723,13 +825,19 @@ def test_volume_of_the_training_size_is_one_pass_and_a_smaller_one_is_padded():
             D.caller(model, None),
             image[None],
             lambda k: torch.randn(
-                3, 8, 8, 8, generator=torch.Generator().manual_seed(D.seed_of(0, "sample", "a", 0, k))
+                3,
+                8,
+                8,
+                8,
+                generator=torch.Generator().manual_seed(D.seed_of(0, "sample", "a", 0, k)),
             )[None],
             config,
         )
     )
     for k, x0 in steps.items():
-        torch.testing.assert_close(probs[k], D.probability(config, x0.detach())[0], atol=1e-7, rtol=0)
+        torch.testing.assert_close(
+            probs[k], D.probability(config, x0.detach())[0], atol=1e-7, rtol=0
+        )
     calls.clear()
     small = D.sample_member(net, torch.rand(1, 5, 8, 7), "a", 0)
     assert len(calls) == 5 and set(calls) == {(1, 4, 8, 8, 8)} and small[1].shape == (3, 5, 8, 7)
@@ -762,11 +870,19 @@ def test_sampling_spreads_the_image_as_training_did():
 def test_windows_of_a_constant_are_that_constant():
     class Constant(nn.Module):
         def forward(self, x, t):
-            return torch.tensor([0.5, 2.0, -1.0]).reshape(1, 3, 1, 1, 1).expand(len(x), 3, *x.shape[2:])
+            return (
+                torch.tensor([0.5, 2.0, -1.0])
+                .reshape(1, 3, 1, 1, 1)
+                .expand(len(x), 3, *x.shape[2:])
+            )
 
-    probs = D.sample_member(network(D.Config(**SMALL), Constant()), torch.rand(1, 13, 8, 20), "a", 0)
+    probs = D.sample_member(
+        network(D.Config(**SMALL), Constant()), torch.rand(1, 13, 8, 20), "a", 0
+    )
     expected = torch.tensor([0.5, 2.0, -1.0]).softmax(0)
-    torch.testing.assert_close(probs[1], expected.reshape(3, 1, 1, 1).expand(3, 13, 8, 20), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        probs[1], expected.reshape(3, 1, 1, 1).expand(3, 13, 8, 20), atol=1e-6, rtol=0
+    )
 
 
 def test_windows_that_overlap_see_the_same_noise_and_image():
@@ -780,7 +896,11 @@ def test_windows_that_overlap_see_the_same_noise_and_image():
     image = torch.rand(1, 12, 8, 8)
     D.sample_member(network(D.Config(**SMALL), Copy()), image, "a", 0)
     first, second = (x for t, x in seen if t == 1000)
-    assert len(seen) == 10 and torch.equal(first[:, 4:], second[:, :4]) and torch.equal(first[:1], image[:, :8])
+    assert (
+        len(seen) == 10
+        and torch.equal(first[:, 4:], second[:, :4])
+        and torch.equal(first[:1], image[:, :8])
+    )
     last = [x for t, x in seen if t == 1]
     assert torch.equal(last[0][:, 4:], last[1][:, :4])  # a network that looks at single voxels only
 
@@ -805,13 +925,19 @@ def test_a_large_volume_is_weighted_by_the_gaussian():
 def test_slices_are_windowed_in_the_plane_only():
     config = D.Config(**SMALL, dims=2)
     full, window, inside = D.padded((6, 20, 30), config)
-    assert (full, window) == ([8, 20, 30], [8, 8, 30]) and inside[0] == slice(1, 7) and inside[2] == slice(0, 30)
+    assert (
+        (full, window) == ([8, 20, 30], [8, 8, 30])
+        and inside[0] == slice(1, 7)
+        and inside[2] == slice(0, 30)
+    )
 
 
 def members(config, model, case="a"):
     return list(
         D.sample_ensemble(
-            network(config, model), torch.rand(1, 8, 8, 8, generator=torch.Generator().manual_seed(0)), case
+            network(config, model),
+            torch.rand(1, 8, 8, 8, generator=torch.Generator().manual_seed(0)),
+            case,
         )
     )
 
@@ -829,16 +955,24 @@ def test_members_depend_on_seed_case_and_number_only():
 @pytest.mark.parametrize("combine, expected", [("mean", 0), ("vote", 1)])
 def test_ensemble_is_the_mean_probability_or_a_vote(monkeypatch, combine, expected):
     values = iter([(0.9, 0.1, 0.0), (0.4, 0.6, 0.0), (0.45, 0.55, 0.0)])
-    monkeypatch.setattr(D, "sample_member", lambda *a: {1: torch.tensor(next(values)).reshape(3, 1, 1, 1)})
-    *_, last = D.sample_ensemble(network(D.Config(ensemble=3, combine=combine), None), torch.zeros(1, 1, 1, 1), "a")
+    monkeypatch.setattr(
+        D, "sample_member", lambda *a: {1: torch.tensor(next(values)).reshape(3, 1, 1, 1)}
+    )
+    *_, last = D.sample_ensemble(
+        network(D.Config(ensemble=3, combine=combine), None), torch.zeros(1, 1, 1, 1), "a"
+    )
     assert last.size == 3 and last.mask.item() == expected
     close(last.prob.flatten(), 1.75 / 3, 1.25 / 3, 0.0, atol=1e-6)
 
 
 def test_votes_that_are_equal_go_to_the_lower_class(monkeypatch):
     values = iter([(0.0, 0.1, 0.9), (0.1, 0.9, 0.0)])
-    monkeypatch.setattr(D, "sample_member", lambda *a: {1: torch.tensor(next(values)).reshape(3, 1, 1, 1)})
-    *_, last = D.sample_ensemble(network(D.Config(ensemble=2, combine="vote"), None), torch.zeros(1, 1, 1, 1), "a")
+    monkeypatch.setattr(
+        D, "sample_member", lambda *a: {1: torch.tensor(next(values)).reshape(3, 1, 1, 1)}
+    )
+    *_, last = D.sample_ensemble(
+        network(D.Config(ensemble=2, combine="vote"), None), torch.zeros(1, 1, 1, 1), "a"
+    )
     assert last.mask.item() == 1
 
 
@@ -861,8 +995,12 @@ def test_affine_moves_a_voxel_to_its_computed_place():
     got = place_of((20, 10, 9), (0.05, -0.03, 0.088), (1.1, 0.9, 1), (3, -2, 1))
     np.testing.assert_allclose(got, (22.0950076822, 7.1436029918, 10.1267577882), atol=1e-9)
     quarter = math.pi / 2
-    np.testing.assert_allclose(place_of((24, 16, 8), (0, 0, quarter), (1, 1, 1), (0, 0, 0)), (16, 8, 8), atol=1e-9)
-    np.testing.assert_allclose(place_of((16, 24, 8), (quarter, 0, 0), (1, 1, 1), (0, 0, 0)), (16, 16, 4), atol=1e-9)
+    np.testing.assert_allclose(
+        place_of((24, 16, 8), (0, 0, quarter), (1, 1, 1), (0, 0, 0)), (16, 8, 8), atol=1e-9
+    )
+    np.testing.assert_allclose(
+        place_of((16, 24, 8), (quarter, 0, 0), (1, 1, 1), (0, 0, 0)), (16, 16, 4), atol=1e-9
+    )
 
 
 @pytest.mark.parametrize(
@@ -887,7 +1025,10 @@ def test_augmentation_reads_the_image_linearly_and_zero_outside():
     ramp = torch.arange(9.0).reshape(1, 1, 9, 1, 1).expand(1, 1, 9, 5, 5)
     m = D.pull(np.eye(3), np.array((0.5, 0, 0)), (9, 5, 5))
     out = D.augment(
-        D.Batch(ramp, (ramp[:, 0] > 3).to(torch.uint8), torch.from_numpy(m)[None], *[torch.zeros(1)] * 3), CPU
+        D.Batch(
+            ramp, (ramp[:, 0] > 3).to(torch.uint8), torch.from_numpy(m)[None], *[torch.zeros(1)] * 3
+        ),
+        CPU,
     )
     close(out.image[0, 0, 1:, 2, 2], *(i + 0.5 for i in range(8)), atol=1e-4)
     third = D.pull(np.eye(3), np.array((0.3, 0, 0)), (9, 5, 5))
@@ -896,10 +1037,19 @@ def test_augmentation_reads_the_image_linearly_and_zero_outside():
     assert torch.equal(out.label, label)  # the nearest voxel; between two values there is none
     m = D.pull(np.eye(3), np.array((4.0, 0, 0)), (9, 5, 5))
     out = D.augment(
-        D.Batch(1 + ramp, torch.ones(1, 9, 5, 5, dtype=torch.uint8), torch.from_numpy(m)[None], *[torch.zeros(1)] * 3),
+        D.Batch(
+            1 + ramp,
+            torch.ones(1, 9, 5, 5, dtype=torch.uint8),
+            torch.from_numpy(m)[None],
+            *[torch.zeros(1)] * 3,
+        ),
         CPU,
     )
-    assert not out.image[0, 0, :4].any() and not out.label[0, :4].any() and (out.label[0, 4:] == 1).all()
+    assert (
+        not out.image[0, 0, :4].any()
+        and not out.label[0, :4].any()
+        and (out.label[0, 4:] == 1).all()
+    )
 
 
 def test_image_noise_has_an_sd_of_its_own_for_each_sample_up_to_the_given():
@@ -908,15 +1058,22 @@ def test_image_noise_has_an_sd_of_its_own_for_each_sample_up_to_the_given():
     config = D.Config(image_noise=0.3)
     sd = D.with_image_noise(still, config).image.flatten(1).std(dim=1)
     assert 0.28 < sd.max() < 0.32 and sd.min() < 0.01
-    assert abs(sd.mean() - 0.15) < 0.02  # uniform from 0; a mean of 0.3 / sqrt(3) would be another law
+    assert (
+        abs(sd.mean() - 0.15) < 0.02
+    )  # uniform from 0; a mean of 0.3 / sqrt(3) would be another law
     few = D.Batch(*(v[7:9] for v in still))
     torch.testing.assert_close(D.with_image_noise(few, config).image.flatten(1).std(dim=1), sd[7:9])
     other = replace(config, seed=1)
-    assert not torch.equal(D.with_image_noise(few, other).image, D.with_image_noise(few, config).image)
+    assert not torch.equal(
+        D.with_image_noise(few, other).image, D.with_image_noise(few, config).image
+    )
 
 
 def test_augmentation_without_strength_is_the_identity_bit_for_bit():
-    volumes = D.Volumes(tiny_data(), D.Config(**SMALL | {"size": (16, 16, 16)}, rotate=0, scale=0, translate=(0, 0, 0)))
+    volumes = D.Volumes(
+        tiny_data(),
+        D.Config(**SMALL | {"size": (16, 16, 16)}, rotate=0, scale=0, translate=(0, 0, 0)),
+    )
     batch = torch.utils.data.default_collate([volumes[0], volumes[1]])
     assert torch.equal(batch.affine.float(), torch.eye(3, 4).expand(2, 3, 4))
     out = D.augment(batch, CPU)
@@ -933,7 +1090,9 @@ def test_drawn_affines_keep_the_foreground_inside_and_use_the_whole_range():
         m = D.draw_affine(rng, label, (1, 1, 2.5), config)
         box = np.array(np.meshgrid([10, 20], [9, 13], [3, 8])).reshape(3, -1)
         there = np.linalg.solve(m[:, :3], box - m[:, 3:])
-        assert (there > -1e-9).all() and (there.max(axis=1) < np.array(label.shape) - 1 + 1e-9).all()
+        assert (there > -1e-9).all() and (
+            there.max(axis=1) < np.array(label.shape) - 1 + 1e-9
+        ).all()
         shifts.append(there.mean(axis=1) - (15, 11, 5.5))
     assert (np.ptp(shifts, axis=0) > (12, 10, 6)).all()
 
@@ -948,7 +1107,10 @@ def test_a_foreground_too_large_to_stay_inside_is_centred():
 def test_default_shift_is_that_of_the_prostate_data_and_empty_labels_are_not_limited():
     rng = np.random.default_rng(0)
     config = D.Config(rotate=0.0, scale=0.0)
-    shifts = [D.draw_affine(rng, np.zeros((256, 256, 48), np.uint8), (1, 1, 1), config)[:, 3] for _ in range(400)]
+    shifts = [
+        D.draw_affine(rng, np.zeros((256, 256, 48), np.uint8), (1, 1, 1), config)[:, 3]
+        for _ in range(400)
+    ]
     most = np.abs(shifts).max(axis=0)
     assert (most <= (20, 20, 4)).all() and (most > (19, 19, 3.8)).all()
 
@@ -967,7 +1129,9 @@ def test_volumes_are_a_function_of_seed_and_number():
         for first, second in zip(a[n], b[n]):
             np.testing.assert_array_equal(first, second)
         assert a[n].image.shape == (1, 16, 16, 12) and a[n].n == n and 1 <= a[n].k <= 5
-    assert not np.array_equal(a[0].affine, D.Volumes(tiny_data(), replace(config, seed=4))[0].affine)
+    assert not np.array_equal(
+        a[0].affine, D.Volumes(tiny_data(), replace(config, seed=4))[0].affine
+    )
     drawn = [a[n] for n in range(60)]
     assert {v.k for v in drawn} == {1, 2, 3, 4, 5} and 15 < sum(v.coin for v in drawn) < 45
 
@@ -975,8 +1139,15 @@ def test_volumes_are_a_function_of_seed_and_number():
 def test_volumes_are_padded_in_the_middle_or_cut_at_random():
     data = tiny_data()
     padded = D.Volumes(data, D.Config(**SMALL | {"size": (20, 16, 16)}))[0]
-    assert not padded.image[:, :2].any() and not padded.image[:, 18:].any() and not padded.image[..., 14:].any()
-    assert any(np.array_equal(padded.image[0, 2:18, :, 2:14], data.image(c)[0]) for c in data.cases("train"))
+    assert (
+        not padded.image[:, :2].any()
+        and not padded.image[:, 18:].any()
+        and not padded.image[..., 14:].any()
+    )
+    assert any(
+        np.array_equal(padded.image[0, 2:18, :, 2:14], data.image(c)[0])
+        for c in data.cases("train")
+    )
     cut = D.Volumes(data, D.Config(**SMALL))
     places = set()
     for n in range(12):
@@ -1012,15 +1183,21 @@ def test_labels_are_checked_all_at_once_and_absent_classes_are_named(fake, tmp_p
         label[:2, 0, 0] = value
         np.save(tmp_path / "data/cases" / case / "label.npy", label)
     data = loaders.open_prepared(tmp_path / "data")
-    with pytest.raises(InputError, match=f"{first}/.*value 7 in 2 voxels.*{third}/.*value 9 in 2 voxels") as error:
+    with pytest.raises(
+        InputError, match=f"{first}/.*value 7 in 2 voxels.*{third}/.*value 9 in 2 voxels"
+    ) as error:
         D.absent_classes(data, data.cases("train"))
     assert "knows [0, 1, 2]" in str(error.value) and f"{second}/" not in str(error.value)
-    assert D.absent_classes(data, [second]) == [name for name, value in data.classes.items() if value == 2]
+    assert D.absent_classes(data, [second]) == [
+        name for name, value in data.classes.items() if value == 2
+    ]
 
 
 def test_shards_divide_the_global_batch():
     config = D.Config(**SMALL, batch=8, accumulate=2, steps=3)
-    whole = [n for part in D.Sharded(replace(config, accumulate=1), Ranks(0, 1, 0, CPU), 1) for n in part]
+    whole = [
+        n for part in D.Sharded(replace(config, accumulate=1), Ranks(0, 1, 0, CPU), 1) for n in part
+    ]
     assert whole == list(range(8, 24))
     shards = [list(D.Sharded(config, Ranks(r, 2, r, CPU), 1)) for r in (0, 1)]
     assert [len(part) for part in shards[0]] == [2, 2, 2, 2]
@@ -1039,14 +1216,26 @@ def test_noise_depends_on_name_and_number_only():
 
 
 def test_learning_rate_equals_spec_values():
-    expected = {0: 1e-5, 50: 5.5e-5, 100: 1e-4, 2575: 8.55017857e-5, 5050: 5.05e-5, 10000: 1e-6, 12499: 1e-6}
+    expected = {
+        0: 1e-5,
+        50: 5.5e-5,
+        100: 1e-4,
+        2575: 8.55017857e-5,
+        5050: 5.05e-5,
+        10000: 1e-6,
+        12499: 1e-6,
+    }
     for step, value in expected.items():
         assert D.learning_rate(D.Config(), step) == pytest.approx(value, rel=1e-8)
     small = D.Config(lr=1e-3, lr_steps=0, steps=2000)
-    assert D.learning_rate(small, 100) == 1e-3 and D.learning_rate(small, 2000) == pytest.approx(1e-5)
+    assert D.learning_rate(small, 100) == 1e-3 and D.learning_rate(small, 2000) == pytest.approx(
+        1e-5
+    )
 
 
-@pytest.mark.parametrize("recycle, accumulate", [("prev", 1), ("prev", 2), ("recursive", 1), ("recursive", 2)])
+@pytest.mark.parametrize(
+    "recycle, accumulate", [("prev", 1), ("prev", 2), ("recursive", 1), ("recursive", 2)]
+)
 def test_training_step_averages_over_samples_parts_and_passes(recycle, accumulate):
     config = D.Config(**SMALL, recycle=recycle, accumulate=accumulate, batch=2, workers=0, steps=2)
     data, ranks = tiny_data(), Ranks(0, 1, 0, CPU)
@@ -1060,7 +1249,10 @@ def test_training_step_averages_over_samples_parts_and_passes(recycle, accumulat
     by_t = D.runtime.LossByTime(D.T, CPU)
     norm = D.train_step(run, run.model, run.model, iter(loader), ranks, by_t)
     torch.testing.assert_close(norm, expected, atol=1e-6, rtol=1e-4)
-    assert by_t.row(ranks)["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4) and run.step == 1
+    assert (
+        by_t.row(ranks)["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+        and run.step == 1
+    )
 
 
 def test_ema_forgets_its_start():

@@ -19,7 +19,14 @@ def score_rows(dice, cases=("c0", "c1")):
     """Rows with this Dice of each class, the same in all cases; None: held by the case, but never predicted."""
     empty = dict.fromkeys(metrics.COLUMNS[4:], math.nan)
     return [
-        {**empty, "case": case, "class": name, "dice": value or 0.0, "iou": (value or 0.0) ** 2, "nsd": 0.0}
+        {
+            **empty,
+            "case": case,
+            "class": name,
+            "dice": value or 0.0,
+            "iou": (value or 0.0) ** 2,
+            "nsd": 0.0,
+        }
         | {"volume_true_ml": 1.0, "volume_pred_ml": float(value is not None)}
         for case in cases
         for name, value in dice.items()
@@ -33,7 +40,14 @@ def run(tmp_path):
     def make(strategy, n, draw, scores, cases=("c0", "c1"), slices=None, **config):
         folder = tmp_path / "-".join(map(str, (strategy, n, draw, *config.values())))
         folder.mkdir()
-        known = {"strategy": strategy, "labels": str(n), "draw": draw, "dice": "joint", "variant": "S", "lr": 1e-4}
+        known = {
+            "strategy": strategy,
+            "labels": str(n),
+            "draw": draw,
+            "dice": "joint",
+            "variant": "S",
+            "lr": 1e-4,
+        }
         known |= {"init": "pre.pt", "t": 0, "steps": 10 * n} | config
         (folder / "config.json").write_text(json.dumps(known))
         picked = slices or [[f"case{draw}", k] for k in range(n)]
@@ -73,7 +87,9 @@ def test_t_interval_of_five_draws_takes_t_2776():
     r = metrics.t_interval(d)
     half = 2.776 * np.std(d, ddof=1) / math.sqrt(5)
     assert (r["n"], r["positive"]) == (5, 4)
-    assert [r["mean"], r["low"], r["high"]] == pytest.approx([0.14, 0.14 - half, 0.14 + half], abs=1e-4)
+    assert [r["mean"], r["low"], r["high"]] == pytest.approx(
+        [0.14, 0.14 - half, 0.14 + half], abs=1e-4
+    )
 
 
 def test_t_interval_equals_scipy():
@@ -118,9 +134,13 @@ def test_over_classes_leaves_out_what_no_case_holds_and_none_is_given():
 
 
 def test_over_classes_weighs_classes_alike_however_many_cases_hold_them():
-    rows = score_rows({"a": 0.9, "rare": 0.1}, ["c0"]) + score_rows({"a": 0.7, "rare": None}, ["c1"])
+    rows = score_rows({"a": 0.9, "rare": 0.1}, ["c0"]) + score_rows(
+        {"a": 0.7, "rare": None}, ["c1"]
+    )
     rows[-1] |= {"dice": math.nan, "iou": math.nan, "volume_true_ml": 0.0}
-    assert metrics.over_classes(rows)["dice"] == pytest.approx((0.8 + 0.1) / 2)  # per case first: (0.5 + 0.7) / 2
+    assert metrics.over_classes(rows)["dice"] == pytest.approx(
+        (0.8 + 0.1) / 2
+    )  # per case first: (0.5 + 0.7) / 2
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -142,7 +162,15 @@ def test_draws_prints_mean_and_sd_over_the_draws(runs, capsys):
     code, out, err = call(capsys, f"{runs}/*-?")
     assert (code, err) == (0, "")
     cells = table_line(out, "decoder", "4", "1.14")
-    assert [c.strip() for c in cells[3:]] == ["joint", "S", "3", "0.550±0.132", "0.314±0.154", "0.550±0.132", "0"]
+    assert [c.strip() for c in cells[3:]] == [
+        "joint",
+        "S",
+        "3",
+        "0.550±0.132",
+        "0.314±0.154",
+        "0.550±0.132",
+        "0",
+    ]
     assert "over 2 cases, then over 1 classes" in out
 
 
@@ -187,21 +215,42 @@ def test_draws_pairs_each_dice_loss_and_variant_with_its_own(run):
         paths.append(run("full", 4, 0, 0.2 + 0.1 * k, dice=dice, variant=variant))
     rows = [r for r in metrics.draws(named(paths), "scratch") if r["method"] == "full"]
     found = {(r["dice_loss"], r["variant"]): r["diff_mean"] for r in rows}
-    assert found == pytest.approx({("joint", "S"): 0.1, ("per-class", "S"): 0.2, ("joint", "L"): 0.3})
+    assert found == pytest.approx(
+        {("joint", "S"): 0.1, ("per-class", "S"): 0.2, ("joint", "L"): 0.3}
+    )
 
 
 def test_draws_names_what_differs_between_runs_of_one_strategy(run):
-    paths = [run("linear", 4, 0, 0.1, t=200), run("linear", 4, 0, 0.2, t=300), run("linear", 39, 0, 0.2, t=200)]
-    paths += [run("decoder", 4, 0, 0.1), run("decoder", 39, 0, 0.1), run("decoder", 4, 0, 0.1, init="none")]
+    paths = [
+        run("linear", 4, 0, 0.1, t=200),
+        run("linear", 4, 0, 0.2, t=300),
+        run("linear", 39, 0, 0.2, t=200),
+    ]
+    paths += [
+        run("decoder", 4, 0, 0.1),
+        run("decoder", 39, 0, 0.1),
+        run("decoder", 4, 0, 0.1, init="none"),
+    ]
     paths += [run("scratch", 4, 0, 0.1, lr=lr) for lr in (1e-4, 3e-4)]
     methods = [r["method"] for r in named(paths)]
-    assert methods[:3] == ["linear, t=200", "linear, t=300", "linear, t=200"]  # also where there is one t only
-    assert methods[3:6] == ["decoder", "decoder", "decoder, random encoder"]  # its steps differ by labels: no method
+    assert methods[:3] == [
+        "linear, t=200",
+        "linear, t=300",
+        "linear, t=200",
+    ]  # also where there is one t only
+    assert methods[3:6] == [
+        "decoder",
+        "decoder",
+        "decoder, random encoder",
+    ]  # its steps differ by labels: no method
     assert methods[6:] == ["scratch, lr=0.0001", "scratch, lr=0.0003"]
 
 
 def test_draws_of_scratch_ignore_t_and_init(run):
-    paths = [run("scratch", 4, draw, 0.1, t=t, init=init) for draw, t, init in ((0, 0, "none"), (1, 200, "a.pt"))]
+    paths = [
+        run("scratch", 4, draw, 0.1, t=t, init=init)
+        for draw, t, init in ((0, 0, "none"), (1, 200, "a.pt"))
+    ]
     assert [r["method"] for r in named(paths)] == ["scratch", "scratch"]
 
 
@@ -240,7 +289,9 @@ def test_draws_refuses_different_test_cases(run, capsys):
 
 def test_draws_refuses_different_slices_in_one_draw(run, capsys):
     a, b = run("scratch", 2, 0, 0.1), run("decoder", 2, 0, 0.1, slices=[["case0", 0], ["case0", 7]])
-    refused(capsys, (a, b), str(a), str(b), "draw 0 of 2 labels", "different slices", "train both again")
+    refused(
+        capsys, (a, b), str(a), str(b), "draw 0 of 2 labels", "different slices", "train both again"
+    )
 
 
 def test_draws_takes_the_same_slices_in_another_order(run, capsys):
@@ -261,7 +312,10 @@ def test_draws_names_the_methods_where_against_is_none_of_them(run, capsys):
 @pytest.mark.parametrize(
     "file, text",
     [
-        ("config.json", '{"strategy": "full", "dice": "joint", "variant": "S", "draw": 0, "t": 0, "lr": 1}'),
+        (
+            "config.json",
+            '{"strategy": "full", "dice": "joint", "variant": "S", "draw": 0, "t": 0, "lr": 1}',
+        ),
         ("labels.json", "[1]"),
         ("labels.json", "{"),
         ("config.json", None),
@@ -286,18 +340,26 @@ def test_draws_refuses_a_run_that_was_not_evaluated(run, capsys):
 def spot(path, n, dice, n_range, dice_range):
     """Colour of the pixel where a point belongs: the panel is 620 x 300 at (86, 42), with 4 % of room on each side."""
     x, y = (
-        (value - low) / (high - low) for value, (low, high) in ((np.log10(n), np.log10(n_range)), (dice, dice_range))
+        (value - low) / (high - low)
+        for value, (low, high) in ((np.log10(n), np.log10(n_range)), (dice, dice_range))
     )
     column, row = 86 + (0.04 + x) / 1.08 * 620, 42 + (1.04 - y) / 1.08 * 300
     return Image.open(path).convert("RGB").getpixel((round(column), round(row)))
 
 
 def test_draws_picture_has_every_run_at_its_place_over_logarithmic_labels(run, tmp_path, capsys):
-    points = {"decoder": [(4, 0.5), (4, 0.9), (40, 0.6), (400, 0.8)], "scratch": [(4, 0.1), (4, 0.3), (40, 0.4)]}
-    paths = [run(s, n, draw, dice) for s, found in points.items() for draw, (n, dice) in enumerate(found)]
+    points = {
+        "decoder": [(4, 0.5), (4, 0.9), (40, 0.6), (400, 0.8)],
+        "scratch": [(4, 0.1), (4, 0.3), (40, 0.4)],
+    }
+    paths = [
+        run(s, n, draw, dice) for s, found in points.items() for draw, (n, dice) in enumerate(found)
+    ]
     assert call(capsys, *paths, "--plot", tmp_path / "d.png")[0] == 0
     for (_, found), colour in zip(points.items(), (ORANGE, BLUE)):
-        assert [spot(tmp_path / "d.png", n, d, (4, 400), (0.1, 0.9)) for n, d in found] == [colour] * len(found)
+        assert [spot(tmp_path / "d.png", n, d, (4, 400), (0.1, 0.9)) for n, d in found] == [
+            colour
+        ] * len(found)
 
 
 def test_scatter_line_runs_through_the_means(tmp_path):
@@ -314,19 +376,29 @@ def test_scatter_of_one_place_draws_no_mean_that_looks_like_a_point(tmp_path):
     assert np.count_nonzero(np.diff(rows) > 1) == 2  # three dots, and no line from one to the next
 
 
-def test_scatter_has_a_tick_at_each_number_of_labels_and_one_legend_entry_a_name(tmp_path, monkeypatch):
+def test_scatter_has_a_tick_at_each_number_of_labels_and_one_legend_entry_a_name(
+    tmp_path, monkeypatch
+):
     written, legend = [], []
     write, real = figures._write, figures._legend
     monkeypatch.setattr(
-        figures, "_write", lambda c, xy, lines, *a, **k: (written.extend(lines), write(c, xy, lines, *a, **k))
+        figures,
+        "_write",
+        lambda c, xy, lines, *a, **k: (written.extend(lines), write(c, xy, lines, *a, **k)),
     )
-    monkeypatch.setattr(figures, "_legend", lambda entries: (legend.extend(entries), real(entries))[1])
-    figures.scatter({"a": ([4, 39, 350], [0.1, 0.2, 0.3]), "b": ([4, 39], [0.1, 0.2])}, tmp_path / "s.png")
+    monkeypatch.setattr(
+        figures, "_legend", lambda entries: (legend.extend(entries), real(entries))[1]
+    )
+    figures.scatter(
+        {"a": ([4, 39, 350], [0.1, 0.2, 0.3]), "b": ([4, 39], [0.1, 0.2])}, tmp_path / "s.png"
+    )
     assert [w for w in written if w in ("4", "39", "350", "100", "1", "2")] == ["4", "39", "350"]
     assert legend == [("a", ORANGE), ("b", BLUE)]
 
 
-@pytest.mark.parametrize("points", [{}, {"a": ([4], [math.nan])}, {"a": ([0, 4], [0.1, 0.2])}], ids=str)
+@pytest.mark.parametrize(
+    "points", [{}, {"a": ([4], [math.nan])}, {"a": ([0, 4], [0.1, 0.2])}], ids=str
+)
 def test_scatter_refuses_what_has_no_place(points, tmp_path):
     with pytest.raises(ValueError, match="expected one or more, each with x above 0"):
         figures.scatter(points, tmp_path / "s.png")

@@ -33,8 +33,12 @@ def write_log(path: Path, columns: dict[str, list]) -> Path:
 
 def curve(picture: np.ndarray, colour: tuple) -> np.ndarray:
     """Mean row of a colour in each column of the upper panel's inside; NaN where the colour is not."""
-    inside = (picture[:, 100:690] == colour).all(axis=-1)[45:300]  # below the panel's name and top edge
-    return np.array([np.flatnonzero(column).mean() if column.any() else np.nan for column in inside.T])
+    inside = (picture[:, 100:690] == colour).all(axis=-1)[
+        45:300
+    ]  # below the panel's name and top edge
+    return np.array(
+        [np.flatnonzero(column).mean() if column.any() else np.nan for column in inside.T]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- loss curve
@@ -50,17 +54,24 @@ def test_loss_curve_falls_and_rises_where_the_data_do(tmp_path):
 
 def test_loss_curve_is_logarithmic_only_above_a_decade(tmp_path):
     step = list(range(1, 91))
-    for span, straight in ((3.0, False), (1000.0, True)):  # the same exponential decay over less and more than a decade
+    for span, straight in (
+        (3.0, False),
+        (1000.0, True),
+    ):  # the same exponential decay over less and more than a decade
         loss = [span ** (-s / 90) for s in step]
         log = write_log(tmp_path / "log.csv", {"step": step, "loss": loss})
         rows = curve(pixels(figures.loss_curve(log, tmp_path / "loss.png")), BLACK)
         bend = abs(rows[300] - (rows[100] + rows[500]) / 2)
-        assert (bend < 2) == straight, f"span {span}: the middle is {bend:.1f} pixels off the straight line"
+        assert (bend < 2) == straight, (
+            f"span {span}: the middle is {bend:.1f} pixels off the straight line"
+        )
 
 
 def test_loss_curve_smoothing_follows_the_mean_not_the_noise(tmp_path):
     noise = np.random.default_rng(0).normal(size=10_000)
-    log = write_log(tmp_path / "log.csv", {"step": list(range(10_000)), "loss": (5 + noise).tolist()})
+    log = write_log(
+        tmp_path / "log.csv", {"step": list(range(10_000)), "loss": (5 + noise).tolist()}
+    )
     picture = pixels(figures.loss_curve(log, tmp_path / "loss.png"))
     rows = curve(picture, BLACK)
     assert np.nanmax(rows) - np.nanmin(rows) < 40  # of 260; the raw line fills most of the height
@@ -70,7 +81,10 @@ def test_loss_curve_smoothing_follows_the_mean_not_the_noise(tmp_path):
 
 def test_loss_curve_begins_where_the_finite_values_begin(tmp_path):
     columns = {"step": list(range(50)), "loss": [float("nan")] * 25 + [2.0] * 25}
-    rows = curve(pixels(figures.loss_curve(write_log(tmp_path / "log.csv", columns), tmp_path / "loss.png")), BLACK)
+    rows = curve(
+        pixels(figures.loss_curve(write_log(tmp_path / "log.csv", columns), tmp_path / "loss.png")),
+        BLACK,
+    )
     assert np.isfinite(rows[320:560]).all() and np.isnan(rows[:250]).all()
 
 
@@ -78,7 +92,9 @@ def test_loss_curve_second_panel_stands_only_where_dice_was_measured(tmp_path):
     columns = {"step": [1, 2, 3], "loss": [3, 2, 1], "val_dice_mean": [None, None, None]}
     without = pixels(figures.loss_curve(write_log(tmp_path / "a.csv", columns), tmp_path / "a.png"))
     columns["val_dice_mean"] = [0.2, None, 0.8]
-    with_dice = pixels(figures.loss_curve(write_log(tmp_path / "b.csv", columns), tmp_path / "b.png"))
+    with_dice = pixels(
+        figures.loss_curve(write_log(tmp_path / "b.csv", columns), tmp_path / "b.png")
+    )
     assert with_dice.shape[0] > without.shape[0] + 200
     rows, cols = where(with_dice[:, :700], ORANGE)
     assert rows[cols < 110].mean() > rows[cols > 680].mean() + 100  # 0.2 stands below 0.8
@@ -87,10 +103,15 @@ def test_loss_curve_second_panel_stands_only_where_dice_was_measured(tmp_path):
 
 @pytest.mark.parametrize("rows", [0, 1, 2])
 def test_loss_curve_draws_the_first_rows_of_a_run(tmp_path, rows):
-    log = write_log(tmp_path / "log.csv", {"step": [10, 20][:rows], "loss": [0.5, 0.4][:rows], "lr": [1, 1][:rows]})
+    log = write_log(
+        tmp_path / "log.csv",
+        {"step": [10, 20][:rows], "loss": [0.5, 0.4][:rows], "lr": [1, 1][:rows]},
+    )
     picture = pixels(figures.loss_curve(log, tmp_path / "loss.png"))
     drawn = np.isfinite(curve(picture, BLACK)).sum()
-    assert (drawn > 400) if rows == 2 else (drawn > 4)  # two points: a line; one: a dot; none: a sentence
+    assert (
+        (drawn > 400) if rows == 2 else (drawn > 4)
+    )  # two points: a line; one: a dot; none: a sentence
 
 
 def test_loss_curve_ignores_the_line_that_is_just_being_written(tmp_path):
@@ -148,9 +169,14 @@ def test_mask_slices_patients_right_is_left_and_front_is_up(tmp_path):
     mask = np.zeros((40, 40, 3), dtype=np.uint8)
     mask[30:36, 15:25, 1] = 1  # RAS+: a high x is the patient's right
     mask[15:25, 30:36, 1] = 2  # a high y is the front
-    path = figures.mask_slices(np.zeros(mask.shape), {"m": mask}, tmp_path / "a.png", (1, 1, 1), ["right", "front"])
+    path = figures.mask_slices(
+        np.zeros(mask.shape), {"m": mask}, tmp_path / "a.png", (1, 1, 1), ["right", "front"]
+    )
     picture = pixels(path)[:, :270]  # without the legend
-    (right_rows, right_cols), (front_rows, front_cols) = where(picture, ORANGE), where(picture, BLUE)
+    (right_rows, right_cols), (front_rows, front_cols) = (
+        where(picture, ORANGE),
+        where(picture, BLUE),
+    )
     assert right_cols.max() < front_cols.min()
     assert front_rows.max() < right_rows.min()
 
@@ -160,7 +186,9 @@ def test_mask_slices_proportions_follow_the_spacing(tmp_path, spacing):
     mask = np.zeros((60, 40, 3), dtype=np.uint8)
     mask[10:50, 10:30, 1] = 1  # 40 by 20 voxels
     path = figures.mask_slices(mask, {"m": mask}, tmp_path / "a.png", spacing, {"organ": 1})
-    rows, cols = where(pixels(path), tuple(round(0.55 * 255 + 0.45 * c) for c in ORANGE))  # the fill, over white
+    rows, cols = where(
+        pixels(path), tuple(round(0.55 * 255 + 0.45 * c) for c in ORANGE)
+    )  # the fill, over white
     height, width = np.ptp(rows) + 3, np.ptp(cols) + 3  # with one pixel of contour on each side
     assert width / height == pytest.approx(40 * spacing[0] / (20 * spacing[1]), rel=0.05)
 
@@ -168,12 +196,16 @@ def test_mask_slices_proportions_follow_the_spacing(tmp_path, spacing):
 def test_mask_slices_letters_stand_on_their_side(tmp_path):
     volume = np.ones((30, 30, 1))  # a flat image is mid-grey
     picture = pixels(figures.mask_slices(volume, {}, tmp_path / "a.png", (1, 1, 1), []))
-    grey = (picture == 128).all(axis=-1)  # single pixels of a letter's edge may have the cell's grey, no whole row has
+    grey = (picture == 128).all(
+        axis=-1
+    )  # single pixels of a letter's edge may have the cell's grey, no whole row has
     cell = picture[grey.sum(axis=1) > 100][:, grey.sum(axis=0) > 100]
     for corner, letter in ((cell[:24, :24], "R"), (cell[:24, -24:], "L")):
         rows, cols = np.nonzero(corner[..., 0] > 200)
         upper = np.ptp(cols[rows < (rows.min() + rows.max()) / 2 - 1]) / np.ptp(cols)
-        assert (upper > 0.5) == (letter == "R")  # the bow of an R is as wide as its legs, the stem of an L is thin
+        assert (upper > 0.5) == (
+            letter == "R"
+        )  # the bow of an R is as wide as its legs, the stem of an L is thin
 
 
 def test_window_of_an_empty_and_of_a_sparse_image_shows_the_background_black():
@@ -181,7 +213,10 @@ def test_window_of_an_empty_and_of_a_sparse_image_shows_the_background_black():
     sparse[3, 5] = 7  # less than half a per cent of the pixels
     for image, bright in ((np.zeros((40, 40)), []), (sparse, [(3, 5)])):
         shown = figures._grey(image, figures._limits(image, (0.5, 99.5)))[..., 0]
-        assert [tuple(at) for at in np.argwhere(shown > 0)] == bright and set(np.unique(shown)) <= {0, 255}
+        assert [tuple(at) for at in np.argwhere(shown > 0)] == bright and set(np.unique(shown)) <= {
+            0,
+            255,
+        }
 
 
 def test_classes_of_the_largest_data_set_have_different_colours():
@@ -209,13 +244,18 @@ def test_mask_slices_lists_everything_that_does_not_fit(tmp_path):
     masks = {"truth": np.zeros((4, 4, 3), int), "soft": np.zeros((4, 4, 4))}
     with pytest.raises(ValueError) as error:
         figures.mask_slices(np.zeros((4, 4, 4)), masks, tmp_path / "a.png", (1, 1), ["organ"])
-    assert all(word in str(error.value) for word in ("'truth'", "(4, 4, 3)", "'soft'", "float64", "spacing"))
+    assert all(
+        word in str(error.value)
+        for word in ("'truth'", "(4, 4, 3)", "'soft'", "float64", "spacing")
+    )
 
 
 # --------------------------------------------------------------------------------------------- montage, strip, heat map
 def test_heat_map_ends_of_the_scale_have_the_end_colours(tmp_path):
     values = np.array([[0.2, 0.9], [0.5, 0.4]])
-    picture = pixels(figures.heat_map(values, ["a", "b"], ["c", "d"], tmp_path / "h.png"))[:, :175]  # no colour bar
+    picture = pixels(figures.heat_map(values, ["a", "b"], ["c", "d"], tmp_path / "h.png"))[
+        :, :175
+    ]  # no colour bar
     low, high = where(picture, tuple(figures.HEAT[0])), where(picture, tuple(figures.HEAT[-1]))
     assert len(low[0]) > 1500 and len(high[0]) > 1500
     assert low[1].max() < high[1].min() and abs(low[0].mean() - high[0].mean()) < 5
@@ -223,13 +263,21 @@ def test_heat_map_ends_of_the_scale_have_the_end_colours(tmp_path):
 
 def test_heat_map_missing_value_is_grey_and_hatched(tmp_path):
     full = pixels(figures.heat_map(np.array([[0.2, 0.9]]), ["a"], ["c", "d"], tmp_path / "a.png"))
-    missing = pixels(figures.heat_map(np.array([[0.2, np.nan]]), ["a"], ["c", "d"], tmp_path / "b.png"))
-    infinite = pixels(figures.heat_map(np.array([[0.2, np.inf]]), ["a"], ["c", "d"], tmp_path / "c.png"))
+    missing = pixels(
+        figures.heat_map(np.array([[0.2, np.nan]]), ["a"], ["c", "d"], tmp_path / "b.png")
+    )
+    infinite = pixels(
+        figures.heat_map(np.array([[0.2, np.inf]]), ["a"], ["c", "d"], tmp_path / "c.png")
+    )
     assert len(where(full, figures.MISSING)[0]) == 0
     rows, cols = where(missing, figures.MISSING)
-    hatched, plain = (p[rows.min() : rows.max(), cols.min() : cols.max()] for p in (missing, infinite))
+    hatched, plain = (
+        p[rows.min() : rows.max(), cols.min() : cols.max()] for p in (missing, infinite)
+    )
     assert len(where(hatched, (255, 255, 255))[0]) > 100
-    assert len(where(plain, (255, 255, 255))[0]) == 0 and len(where(plain, figures.MISSING)[0]) > 1500
+    assert (
+        len(where(plain, (255, 255, 255))[0]) == 0 and len(where(plain, figures.MISSING)[0]) > 1500
+    )
 
 
 def test_montage_heat_has_one_scale_for_all_images(tmp_path):
@@ -248,7 +296,9 @@ def test_montage_starts_a_new_row_after_its_columns(tmp_path):
 
 def test_denoising_strip_has_one_window_for_all_panels(tmp_path):
     panels = [np.full((16, 16), v) for v in (-1.0, 0.0, 5.0)]
-    picture = pixels(figures.denoising_strip({"x": panels}, ["t = 2", "t = 1", "t = 0"], tmp_path / "s.png"))
+    picture = pixels(
+        figures.denoising_strip({"x": panels}, ["t = 2", "t = 1", "t = 0"], tmp_path / "s.png")
+    )
     row = picture[100, :, 0]
     left = figures.MARGIN + figures._width("x") + figures.GAP
     assert [int(row[left + 72 + k * 152]) for k in range(3)] == [0, 128, 255]
@@ -277,25 +327,41 @@ def test_wrong_numbers_of_titles_are_errors(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- all of them
 def draw_all(folder: Path, name: str) -> list[Path]:
     """One picture of each kind, with this text wherever a text can be given."""
-    log = write_log(folder / "log.csv", {"step": [1, 10**7], "loss": [1e-5, 1e5], f"val_dice_{name}": [0, 1]})
-    volume, mask = np.arange(4096.0).reshape(16, 16, 16), np.eye(16, dtype=int)[..., None].repeat(16, 2)
+    log = write_log(
+        folder / "log.csv", {"step": [1, 10**7], "loss": [1e-5, 1e5], f"val_dice_{name}": [0, 1]}
+    )
+    volume, mask = (
+        np.arange(4096.0).reshape(16, 16, 16),
+        np.eye(16, dtype=int)[..., None].repeat(16, 2),
+    )
     flat = volume[..., 0]
     return [
         figures.loss_curve(log, folder / "loss.png", name),
-        figures.mask_slices(volume, {name: mask}, folder / "slices.png", (1, 5, 1), [name] * 1, name, 2),
+        figures.mask_slices(
+            volume, {name: mask}, folder / "slices.png", (1, 5, 1), [name] * 1, name, 2
+        ),
         figures.mask_slices(flat, {name: mask[..., 0]}, folder / "flat.png", (9, 1), [name], name),
         figures.montage([flat] * 3, [name] * 3, folder / "montage.png", 2, name, "heat", unit=name),
         figures.denoising_strip({name: [flat]}, [name], folder / "strip.png", name),
-        figures.heat_map(flat[:2, :2], [name] * 2, [name] * 2, folder / "heat.png", name, name, name, name),
+        figures.heat_map(
+            flat[:2, :2], [name] * 2, [name] * 2, folder / "heat.png", name, name, name, name
+        ),
     ]
 
 
-@pytest.mark.parametrize("name", ["", "é σ × 𝕏", "long name " * 25, "W" * 150], ids=["none", "signs", "words", "word"])
+@pytest.mark.parametrize(
+    "name", ["", "é σ × 𝕏", "long name " * 25, "W" * 150], ids=["none", "signs", "words", "word"]
+)
 def test_no_text_touches_the_border(tmp_path, name):
     for path in draw_all(tmp_path, name):
         picture = pixels(path)
         border = np.concatenate(
-            [picture[:6].ravel(), picture[-6:].ravel(), picture[:, :6].ravel(), picture[:, -6:].ravel()]
+            [
+                picture[:6].ravel(),
+                picture[-6:].ravel(),
+                picture[:, :6].ravel(),
+                picture[:, -6:].ravel(),
+            ]
         )
         assert (border == 255).all(), f"{path.name} is cut off at its border"
 
@@ -322,7 +388,9 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_curves_draws_each_line_in_its_colour_and_refuses_nothing(tmp_path):
     x = np.arange(20)
     path = figures.curves(
-        {"up": (x, x / 20), "down": (x, 1 - x / 20), "gone": (x, x * np.nan)}, tmp_path / "c.png", "both"
+        {"up": (x, x / 20), "down": (x, 1 - x / 20), "gone": (x, x * np.nan)},
+        tmp_path / "c.png",
+        "both",
     )
     pixels = np.asarray(Image.open(path).convert("RGB"))
     counts = [int((pixels[:, :700] == colour).all(-1).sum()) for colour in figures.class_colours(3)]
@@ -333,8 +401,13 @@ def test_curves_draws_each_line_in_its_colour_and_refuses_nothing(tmp_path):
 
 def test_curves_breaks_an_axis_name_that_is_wider_than_the_panel(tmp_path):
     names = [", ".join(f"{k} vena cava" for k in range(count)) for count in (2, 12)]
-    sizes = [Image.open(figures.curves({"a": ([0, 1], [0, 1])}, tmp_path / f"{n}.png", "", n)).size for n in names]
-    assert sizes[0][0] == sizes[1][0] and sizes[1][1] == sizes[0][1] + figures.LINE  # a second line, nothing cut
+    sizes = [
+        Image.open(figures.curves({"a": ([0, 1], [0, 1])}, tmp_path / f"{n}.png", "", n)).size
+        for n in names
+    ]
+    assert (
+        sizes[0][0] == sizes[1][0] and sizes[1][1] == sizes[0][1] + figures.LINE
+    )  # a second line, nothing cut
 
 
 def test_case_sheet_shows_members_only_of_an_ensemble(tmp_path):
@@ -348,6 +421,8 @@ def test_case_sheet_shows_members_only_of_an_ensemble(tmp_path):
     widths = []
     for members in (0, 3):
         diary.members = [label] * members
-        figures.case_sheet(tmp_path / str(members), "a", image, label, (1, 1, 1), {"x": 1}, diary, none + 0.1)
+        figures.case_sheet(
+            tmp_path / str(members), "a", image, label, (1, 1, 1), {"x": 1}, diary, none + 0.1
+        )
         widths.append(Image.open(tmp_path / str(members) / "a_ensemble.png").width)
     assert widths[1] > widths[0] + 500  # three pictures more

@@ -52,7 +52,11 @@ def published(root: Path) -> Path:
         touch(root / LABELLED / "images", f"FLARE22_Tr_{i:04d}_0000.nii.gz")
         touch(root / LABELLED / "labels", f"FLARE22_Tr_{i:04d}.nii.gz")
     for i in range(1, 2001):
-        part = f"UnlabeledCase{250 * ((i - 1) // 250) + 1}" if i <= 1000 else "FLARE22_UnlabeledCase1001-2000"
+        part = (
+            f"UnlabeledCase{250 * ((i - 1) // 250) + 1}"
+            if i <= 1000
+            else "FLARE22_UnlabeledCase1001-2000"
+        )
         touch(root / part, f"Case_{i:05d}_0000.nii.gz")
     return root
 
@@ -80,7 +84,8 @@ def test_pretraining_is_on_unlabelled_cases_1_to_1000(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "later, words", [(True, "use later unlabelled cases, pre-training train too"), (False, "use train")]
+    "later, words",
+    [(True, "use later unlabelled cases, pre-training train too"), (False, "use train")],
 )
 def test_what_stands_in_for_missing_cases_is_said(later, words, tmp_path):
     for i in range(1, 6):
@@ -93,7 +98,11 @@ def test_what_stands_in_for_missing_cases_is_said(later, words, tmp_path):
 
 def test_split_is_40_0_10_shuffled_by_seed_0(tmp_path):
     splits = listed(published(tmp_path)).splits
-    assert {part: len(cases) for part, cases in splits.items()} == {"train": 40, "val": 0, "test": 10}
+    assert {part: len(cases) for part, cases in splits.items()} == {
+        "train": 40,
+        "val": 0,
+        "test": 10,
+    }
     order = [f"FLARE22_Tr_{i:04d}" for i in range(1, 51)]
     np.random.RandomState(0).shuffle(order)
     assert splits["train"] + splits["test"] == order
@@ -131,20 +140,42 @@ def test_organs_lie_where_the_body_has_them(done):
     data = open_slices(str(done))
     assert data.meta["cases"]["FLARE22_Tr_0002"]["original"]["orientation"] == "LAS"
     for case in data.cases("train") + data.cases("test"):
-        labels = np.stack([data.slice_label(case, k) for k in range(data.depth(case))])  # [Z, rows, columns]
-        place = {name: np.argwhere(labels == data.classes[name])[:, 2].mean() for name in ("liver", "spleen")}
+        labels = np.stack(
+            [data.slice_label(case, k) for k in range(data.depth(case))]
+        )  # [Z, rows, columns]
+        place = {
+            name: np.argwhere(labels == data.classes[name])[:, 2].mean()
+            for name in ("liver", "spleen")
+        }
         assert place["liver"] < 16 < place["spleen"]
 
 
 def test_counts_are_printed_beside_the_papers(made, tmp_path, capsys):
-    assert flare22.main(["--src", str(made), "--dst", str(tmp_path / "p"), "--side", "32", "--quiet"]) == 0
+    assert (
+        flare22.main(["--src", str(made), "--dst", str(tmp_path / "p"), "--side", "32", "--quiet"])
+        == 0
+    )
     out = capsys.readouterr().out
-    assert "train 48 (paper 3,879)" in out and "test 12 (paper 915)" in out and "pretrain 72 (paper 207,029)" in out
+    assert (
+        "train 48 (paper 3,879)" in out
+        and "test 12 (paper 915)" in out
+        and "pretrain 72 (paper 207,029)" in out
+    )
     assert "labelled cases 5 of 50, unlabelled cases 1-1000 6 of 1000" in out
 
 
 def test_split_sizes_cut_the_same_order(made, tmp_path):
-    flags = ["--src", str(made), "--dst", str(tmp_path / "p"), "--side", "32", "--quiet", "--split-sizes", "3,1,1"]
+    flags = [
+        "--src",
+        str(made),
+        "--dst",
+        str(tmp_path / "p"),
+        "--side",
+        "32",
+        "--quiet",
+        "--split-sizes",
+        "3,1,1",
+    ]
     assert flare22.main(flags) == 0
     splits = open_slices(str(tmp_path / "p")).meta["splits"]
     usual = flare22.split([f"FLARE22_Tr_{i:04d}" for i in range(1, 6)])
@@ -154,10 +185,15 @@ def test_split_sizes_cut_the_same_order(made, tmp_path):
 def test_without_unlabelled_cases_the_labelled_ones_serve(src, tmp_path, capsys):
     for folder in src.glob("FLARE22_Unlabeled*"):
         shutil.rmtree(folder)
-    assert flare22.main(["--src", str(src), "--dst", str(tmp_path / "p"), "--side", "32", "--quiet"]) == 0
+    assert (
+        flare22.main(["--src", str(src), "--dst", str(tmp_path / "p"), "--side", "32", "--quiet"])
+        == 0
+    )
     assert "no unlabelled case 1-1000" in capsys.readouterr().err
     data = open_slices(str(tmp_path / "p"))
-    assert data.cases("pretrain") == data.cases("train") and data.meta["normalisation"]["high"] > 100
+    assert (
+        data.cases("pretrain") == data.cases("train") and data.meta["normalisation"]["high"] > 100
+    )
 
 
 def test_other_files_are_counted_and_left_out(src, capsys):
@@ -168,7 +204,9 @@ def test_other_files_are_counted_and_left_out(src, capsys):
 
 def test_image_without_label_is_a_fault(src, capsys):
     (src / LABELLED / "labels" / "FLARE22_Tr_0002.nii.gz").unlink()
-    assert "FLARE22_Tr_0002_0000.nii.gz: has no label, expected FLARE22_Tr_0002.nii.gz" in refused(src, capsys)
+    assert "FLARE22_Tr_0002_0000.nii.gz: has no label, expected FLARE22_Tr_0002.nii.gz" in refused(
+        src, capsys
+    )
 
 
 def test_label_without_image_is_a_fault(src, capsys):
@@ -201,7 +239,9 @@ def test_an_unknown_label_value_is_refused(src, capsys):
     assert "unknown label value 14 in 3 voxels" in refused(src, capsys)
 
 
-@pytest.mark.parametrize(("archive", "remedy"), [(False, "check --src"), (True, "unpack the archives first")])
+@pytest.mark.parametrize(
+    ("archive", "remedy"), [(False, "check --src"), (True, "unpack the archives first")]
+)
 def test_a_folder_without_cases_is_refused(tmp_path, capsys, archive, remedy):
     touch(tmp_path, *["FLARE22_UnlabeledCase1-1000.zip"] * archive)
     line = refused(tmp_path, capsys)

@@ -15,7 +15,18 @@ import patchddm
 from common.old import loaders, metrics, runtime
 from common.old.unet import GroupNorm, lean_forward
 
-NET = ["--num-channels", "4", "--channel-mult", "1,2", "--num-groups", "2", "--patch", "16", "--batch", "2"]
+NET = [
+    "--num-channels",
+    "4",
+    "--channel-mult",
+    "1,2",
+    "--num-groups",
+    "2",
+    "--patch",
+    "16",
+    "--batch",
+    "2",
+]
 FAST = [*NET, "--sampling-steps", "2", "--limit", "1", "--quiet"]
 NETWORK = {"num_channels": 4, "channel_mult": (1, 2), "num_groups": 2, "patch": (8,), "batch": 2}
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, none is here")
@@ -42,7 +53,9 @@ def test_groupnorm_on_a_gpu_equals_the_cpu_and_keeps_no_fp32_copy(dtype):
         y = norm(x)
     y.float().square().mean().backward()
     assert y.dtype == dtype and torch.isfinite(x.grad).all()
-    torch.testing.assert_close(y.float().cpu(), expected, atol=3e-2 if dtype != torch.float32 else 1e-5, rtol=1e-2)
+    torch.testing.assert_close(
+        y.float().cpu(), expected, atol=3e-2 if dtype != torch.float32 else 1e-5, rtol=1e-2
+    )
     if dtype != torch.float32:
         assert max(t.numel() for t in kept if t.dtype == torch.float32) <= 8
 
@@ -51,7 +64,18 @@ def test_groupnorm_on_a_gpu_equals_the_cpu_and_keeps_no_fp32_copy(dtype):
 @gpu
 @pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
 def test_training_on_a_gpu_saves_and_continues(tmp_path, amp):
-    argv = ["train", *FAST, "--device", "cuda", "--amp", amp, "--out", str(tmp_path / "run"), "--workers", "2"]
+    argv = [
+        "train",
+        *FAST,
+        "--device",
+        "cuda",
+        "--amp",
+        amp,
+        "--out",
+        str(tmp_path / "run"),
+        "--workers",
+        "2",
+    ]
     assert patchddm.main([*argv, "--steps", "2"]) == 0
     assert patchddm.main([*argv, "--steps", "4"]) == 0
     assert patchddm.main([*argv, "--steps", "5", "--device", "cpu", "--amp", "off"]) == 0
@@ -70,7 +94,9 @@ def test_a_training_step_never_waits_for_the_gpu(amp, target):
     run = patchddm.Training(config, loaders.data_record(data), device, dtype)
     batches = iter(DataLoader(patchddm.Patches(data, config), 2, sampler=range(8), pin_memory=True))
     losses = runtime.LossByTime(1000, device)
-    patchddm.train_step(run, run.model, batches, ranks, losses)  # tables and the optimiser's state are made here
+    patchddm.train_step(
+        run, run.model, batches, ranks, losses
+    )  # tables and the optimiser's state are made here
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(2):
@@ -84,16 +110,25 @@ def test_a_training_step_never_waits_for_the_gpu(amp, target):
 @gpu
 @pytest.mark.parametrize(
     "flags",
-    [{}, {"recycle": "self-condition", "amp": "fp16"}, {"method": "unet", "image_noise": 0.1}, {"target": "eps"}],
+    [
+        {},
+        {"recycle": "self-condition", "amp": "fp16"},
+        {"method": "unet", "image_noise": 0.1},
+        {"target": "eps"},
+    ],
 )
 def test_a_recycled_step_never_waits_for_the_gpu(flags):
     device, data = torch.device("cuda:0"), loaders.Phantoms(0, (3, 1, 1), shape=(16, 16, 16))
-    config = diffseg.Config(num_channels=4, channel_mult=(1, 2), size=(16, 16, 16), batch=2, **flags)
+    config = diffseg.Config(
+        num_channels=4, channel_mult=(1, 2), size=(16, 16, 16), batch=2, **flags
+    )
     ranks, dtype = runtime.Ranks(0, 1, 0, device), runtime.number_format(config.amp, device)[0]
     run = diffseg.Training(config, loaders.data_record(data), device, dtype)
     batches = iter(DataLoader(diffseg.Volumes(data, config), 2, sampler=range(12), pin_memory=True))
     losses = runtime.LossByTime(1000, device)
-    for number in range(6):  # tables, the optimiser's state and both sides of the coin are met in the first
+    for number in range(
+        6
+    ):  # tables, the optimiser's state and both sides of the coin are met in the first
         torch.cuda.set_sync_debug_mode("error" if number > 2 else "default")
         try:
             diffseg.train_step(run, run.model, run.model, batches, ranks, losses)
@@ -105,17 +140,26 @@ def test_a_recycled_step_never_waits_for_the_gpu(flags):
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize(
-    "flags", [{}, {"method": "ddpm", "amp": "fp16"}, {"method": "mae", "vit": "small"}, {"loss": "l1"}]
+    "flags",
+    [{}, {"method": "ddpm", "amp": "fp16"}, {"method": "mae", "vit": "small"}, {"loss": "l1"}],
 )
 def test_a_masked_step_never_waits_for_the_gpu(flags):
-    small = {"num_channels": 32, "channel_mult": (1, 1), "num_res_blocks": 1, "attention_resolutions": (2,)}
+    small = {
+        "num_channels": 32,
+        "channel_mult": (1, 1),
+        "num_res_blocks": 1,
+        "attention_resolutions": (2,),
+    }
     small |= {"num_head_channels": 32, "crop": 32, "tile": 8, "batch": 2}
     device, data = torch.device("cuda:0"), loaders.Tissue(0, (4, 2), (40, 56))
     config = masked_diffusion.Config(**small, **flags)
     ranks, dtype = runtime.Ranks(0, 1, 0, device), runtime.number_format(config.amp, device)[0]
     run = masked_diffusion.Training(config, loaders.data_record(data), device, dtype)
     crops = masked_diffusion.Crops(data, config, data.cases("train"))
-    batches, losses = iter(DataLoader(crops, 2, sampler=range(8), pin_memory=True)), runtime.LossByTime(1000, device)
+    batches, losses = (
+        iter(DataLoader(crops, 2, sampler=range(8), pin_memory=True)),
+        runtime.LossByTime(1000, device),
+    )
     for number in range(4):  # tables and the optimiser's state are made in the first
         torch.cuda.set_sync_debug_mode("error" if number else "default")
         try:
@@ -137,7 +181,13 @@ def test_a_masked_step_never_waits_for_the_gpu(flags):
     ],
 )
 def test_a_step_on_slices_never_waits_for_the_gpu(stage, flags):
-    small = {"num_channels": 32, "channel_mult": (1, 1), "num_res_blocks": 1, "num_head_channels": 32, "size": 16}
+    small = {
+        "num_channels": 32,
+        "channel_mult": (1, 1),
+        "num_res_blocks": 1,
+        "num_head_channels": 32,
+        "size": 16,
+    }
     device, data = torch.device("cuda:0"), loaders.CtPhantoms(0, side=16)
     config = ddpm.Config(**small, batch=2, blocks=(1,), **flags)
     ranks, dtype = runtime.Ranks(0, 1, 0, device), runtime.number_format(config.amp, device)[0]
@@ -145,7 +195,10 @@ def test_a_step_on_slices_never_waits_for_the_gpu(stage, flags):
     slices = ddpm.Samples(data, config, ddpm.pretraining_slices(data), stage == "finetune")
     if stage == "finetune":
         slices.slices = ddpm.labelled_slices(data, config)[0]
-    batches, losses = iter(DataLoader(slices, 2, sampler=range(8), pin_memory=True)), runtime.LossByTime(1000, device)
+    batches, losses = (
+        iter(DataLoader(slices, 2, sampler=range(8), pin_memory=True)),
+        runtime.LossByTime(1000, device),
+    )
     run.model.train()
     for number in range(4):  # tables and the optimiser's state are made in the first
         torch.cuda.set_sync_debug_mode("error" if number else "default")
@@ -177,7 +230,16 @@ def test_recycled_training_on_a_gpu_continues_and_samples_as_the_cpu(tmp_path, a
     for device, steps in (("cuda", "2"), ("cuda", "4"), ("cpu", "5")):
         assert (
             diffseg.main(
-                ["train", *argv, "--amp", amp if device == "cuda" else "off", "--device", device, "--steps", steps]
+                [
+                    "train",
+                    *argv,
+                    "--amp",
+                    amp if device == "cuda" else "off",
+                    "--device",
+                    device,
+                    "--steps",
+                    steps,
+                ]
             )
             == 0
         )
@@ -186,7 +248,9 @@ def test_recycled_training_on_a_gpu_continues_and_samples_as_the_cpu(tmp_path, a
     dices = []
     for device in ("cuda", "cpu"):  # noise is drawn on the CPU: the same sample on both
         assert diffseg.main(["evaluate", *argv, "--amp", "off", "--device", device]) == 0
-        dices.append([row["dice"] for row in metrics.read_metrics_csv(tmp_path / "run/test-1/metrics.csv")])
+        dices.append(
+            [row["dice"] for row in metrics.read_metrics_csv(tmp_path / "run/test-1/metrics.csv")]
+        )
     assert dices[0] == pytest.approx(dices[1], abs=0.02)
 
 
@@ -205,7 +269,10 @@ def test_the_decoder_on_a_second_device_gives_the_same_numbers():
         )  # the same on all devices
         with torch.no_grad():
             net.out[2].weight.copy_(head)
-            results += [net(x.to(device), t.to(device)).cpu(), lean_forward(net, [x.to(device)], t.to(device)).cpu()]
+            results += [
+                net(x.to(device), t.to(device)).cpu(),
+                lean_forward(net, [x.to(device)], t.to(device)).cpu(),
+            ]
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], atol=1e-3, rtol=1e-3)
 
@@ -225,8 +292,12 @@ def test_lean_on_a_gpu_is_the_plain_result_from_less_memory(amp):
             call = lambda form=form: net(x, t) if form is None else lean_forward(net, [x], t, form)  # noqa: E731
             result = call().float()
             found[form] = (result, runtime.measure(call, device)[1])
-    torch.testing.assert_close(found[0][0], found[None][0], atol=0 if dtype else 1e-5, rtol=0 if dtype else 1e-4)
-    torch.testing.assert_close(found[16][0], found[None][0], atol=5e-2 if dtype else 1e-4, rtol=5e-2 if dtype else 1e-4)
+    torch.testing.assert_close(
+        found[0][0], found[None][0], atol=0 if dtype else 1e-5, rtol=0 if dtype else 1e-4
+    )
+    torch.testing.assert_close(
+        found[16][0], found[None][0], atol=5e-2 if dtype else 1e-4, rtol=5e-2 if dtype else 1e-4
+    )
     assert found[0][1] < 0.8 * found[None][1] and found[16][1] < 0.7 * found[None][1]
 
 
@@ -234,7 +305,19 @@ def test_lean_on_a_gpu_is_the_plain_result_from_less_memory(amp):
 def test_compiled_training_has_nearly_the_plain_weights(tmp_path):
     states = []
     for flag in ("--no-compile", "--compile"):
-        argv = ["train", *FAST, "--device", "cpu", "--amp", "off", "--out", str(tmp_path / flag), "--steps", "3", flag]
+        argv = [
+            "train",
+            *FAST,
+            "--device",
+            "cpu",
+            "--amp",
+            "off",
+            "--out",
+            str(tmp_path / flag),
+            "--steps",
+            "3",
+            flag,
+        ]
         assert patchddm.main(argv) == 0
         states.append(runtime.load_checkpoint(tmp_path / flag / "last.pt", "patchddm")["model"])
     for k in states[0]:

@@ -17,8 +17,25 @@ from common.old import metrics, runtime
 ROOT = Path(__file__).parents[1]
 NAMES = ("patchddm", "diffseg3d_recycle", "masked_diffusion", "ddpm_pretrain_finetune")
 SCRIPTS = [ROOT / f"{name}.py" for name in NAMES if (ROOT / f"{name}.py").exists()]
-BANNERS = ["Config", "Model", "Diffusion", "Data", "Train", "Sample", "Evaluate", "Predict", "Command line"]
-LESSON = ["DistributedDataParallel", "no_sync", "GradScaler", "clip_grad_norm_", "optim.Adam", ".backward("]
+BANNERS = [
+    "Config",
+    "Model",
+    "Diffusion",
+    "Data",
+    "Train",
+    "Sample",
+    "Evaluate",
+    "Predict",
+    "Command line",
+]
+LESSON = [
+    "DistributedDataParallel",
+    "no_sync",
+    "GradScaler",
+    "clip_grad_norm_",
+    "optim.Adam",
+    ".backward(",
+]
 HEADINGS = ["Paper", "Idea", "Symbols", "Equations", "Differs", "Usage", "Expect"]
 LONGEST = 80  # lines of a function; only the training loop of a script may be longer
 PACKAGES = {"torch", "numpy", "nibabel", "PIL", "scipy", "tqdm"}
@@ -26,8 +43,13 @@ by_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
 
 
 def sources() -> list[Path]:
-    files = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    return [ROOT / f for f in files if (ROOT / f).exists()] or [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]
+    files = subprocess.run(
+        ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
+    return [ROOT / f for f in files if (ROOT / f).exists()] or [
+        *ROOT.glob("*.py"),
+        *ROOT.glob("*/*.py"),
+    ]
 
 
 def test_there_is_a_script():
@@ -126,14 +148,20 @@ def test_no_unsafe_load_and_no_pickle():
         if file.parent.name != "tests":
             text = file.read_text()
             assert "pickle.load" not in text and "allow_pickle=True" not in text, file
-            assert all("weights_only=True" in call for call in re.findall(r"torch\.load\(.*", text)), file
+            assert all(
+                "weights_only=True" in call for call in re.findall(r"torch\.load\(.*", text)
+            ), file
 
 
 def pickle_words(file: Path) -> list[str]:
     """What a file takes from the module pickle, in order; an import of a part of it by name counts as "from"."""
     words = []
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "pickle":
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "pickle"
+        ):
             words.append(node.attr)
         if isinstance(node, ast.ImportFrom) and node.module == "pickle":
             words.append("from")
@@ -143,8 +171,15 @@ def pickle_words(file: Path) -> list[str]:
 
 
 def test_only_the_restricted_reader_unpickles():
-    found = {f.name: set(pickle_words(f)) for f in sources() if f.parent.name != "tests" and pickle_words(f)}
-    assert found == {"runtime.py": {"UnpicklingError"}, "loaders.py": {"Unpickler", "UnpicklingError"}}
+    found = {
+        f.name: set(pickle_words(f))
+        for f in sources()
+        if f.parent.name != "tests" and pickle_words(f)
+    }
+    assert found == {
+        "runtime.py": {"UnpicklingError"},
+        "loaders.py": {"Unpickler", "UnpicklingError"},
+    }
     tree = ast.parse((ROOT / "common" / "old" / "loaders.py").read_text())
     uses = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "Unpickler"]
     bases = [base for n in ast.walk(tree) if isinstance(n, ast.ClassDef) for base in n.bases]
@@ -154,14 +189,20 @@ def test_only_the_restricted_reader_unpickles():
 @by_script
 def test_script_can_be_taken_away_with_common(script, tmp_path):
     shutil.copy(script, tmp_path)
-    shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
-    done = subprocess.run([sys.executable, script.name, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    shutil.copytree(
+        ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    done = subprocess.run(
+        [sys.executable, script.name, "--help"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "--data" in done.stdout, done.stderr
 
 
 def with_loops(text: str) -> str:
     """A shell file with the first value of each `for NAME in ...`, or a default, in the place of $NAME."""
-    first = dict(re.findall(r"\$\{(\w+):-([^\s}]+)", text)) | dict(re.findall(r"for (\w+) in ([^\s;$]+)", text))
+    first = dict(re.findall(r"\$\{(\w+):-([^\s}]+)", text)) | dict(
+        re.findall(r"for (\w+) in ([^\s;$]+)", text)
+    )
     first.pop("PYTHON", None)
     return re.sub(r"\$(\w+)\b", lambda found: first.get(found[1], found[0]), text)
 
@@ -171,13 +212,18 @@ def commands() -> list[str]:
     text = (ROOT / "README.md").read_text()
     text += "".join(with_loops(f.read_text()) for f in sorted((ROOT / "results").glob("*.sh")))
     text += "".join(ast.get_docstring(ast.parse(s.read_text())) or "" for s in SCRIPTS)
-    parts = [part.strip() for line in text.replace("\\\n", " ").splitlines() for part in line.split("&&")]
+    parts = [
+        part.strip() for line in text.replace("\\\n", " ").splitlines() for part in line.split("&&")
+    ]
     return [part for part in parts if re.match(r"(python|torchrun|\$PYTHON) ", part)]
 
 
 def test_readme_names_the_commands_of_each_part():
     found = "\n".join(commands())
-    assert all(part in found for part in ("patchddm.py", "data_prep.msd", "common.metrics", "torchrun", "pytest"))
+    assert all(
+        part in found
+        for part in ("patchddm.py", "data_prep.msd", "common.metrics", "torchrun", "pytest")
+    )
 
 
 @pytest.mark.parametrize("command", commands())
@@ -187,16 +233,26 @@ def test_documented_command_parses(command):
     if words[1] == "-m" and words[0] != "torchrun":
         assert words[2] in ("pytest", "venv", "pip") or importlib.util.find_spec(words[2])
         if words[2] == "common.metrics":
-            metrics.make_parser().parse_args([re.sub(r"^\$METRICS$", "dice", word) for word in words[3:]])
+            metrics.make_parser().parse_args(
+                [re.sub(r"^\$METRICS$", "dice", word) for word in words[3:]]
+            )
         return
     if stem in NAMES:
         module = importlib.import_module(stem)
         argv = words[words.index(f"{stem}.py") + 1 :]
         choices = {
-            f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(module.Config) if "Literal" in str(f.type)
+            f"--{f.name.replace('_', '-')}"
+            for f in dataclasses.fields(module.Config)
+            if "Literal" in str(f.type)
         }
-        argv = [w for at, w in enumerate(argv) if not (w in choices and argv[at + 1].startswith("$"))]
-        argv = [w for at, w in enumerate(argv) if not (w.startswith("$") and not argv[at - 1].startswith("--"))]
+        argv = [
+            w for at, w in enumerate(argv) if not (w in choices and argv[at + 1].startswith("$"))
+        ]
+        argv = [
+            w
+            for at, w in enumerate(argv)
+            if not (w.startswith("$") and not argv[at - 1].startswith("--"))
+        ]
         argv = [re.sub(r"\$\{?\w+\}?", "8", w) if w.startswith("$") else w for w in argv]
         runtime.parse_flags(module.Config, argv, module.VERBS, module.PRESETS, "", module.ONLY)
     else:

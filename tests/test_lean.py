@@ -41,7 +41,13 @@ class Live(TorchDispatchMode):
 def network(seed: int = 0, outputs: int = 2, **flags) -> P.UNet:
     """A small network none of whose layers is zero, as new ones are."""
     torch.manual_seed(seed)
-    settings = {"num_channels": 6, "channel_mult": (1, 2, 3), "num_groups": 3, "num_res_blocks": 2, "patch": (8,)}
+    settings = {
+        "num_channels": 6,
+        "channel_mult": (1, 2, 3),
+        "num_groups": 3,
+        "num_res_blocks": 2,
+        "patch": (8,),
+    }
     net = P.build_model(P.Config(**settings | flags), 4, outputs).eval()
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.3 / math.sqrt(p[0].numel()) if p.ndim > 1 else 0.3)
@@ -72,7 +78,9 @@ def peak(net: P.UNet, x: torch.Tensor, form: int | None) -> int:
 SKIPS, LAYOUTS = ("average", "concat"), (torch.contiguous_format, torch.channels_last_3d)
 
 
-@pytest.mark.parametrize("skips, layout, number", [*product(SKIPS, LAYOUTS, (None, torch.bfloat16))])
+@pytest.mark.parametrize(
+    "skips, layout, number", [*product(SKIPS, LAYOUTS, (None, torch.bfloat16))]
+)
 def test_lean_is_the_plain_result_bit_by_bit(skips, layout, number):
     net = network(skips=skips).to(memory_format=layout)
     x, t = torch.randn(2, 4, 8, 12, 16), torch.tensor([3, 700])
@@ -102,7 +110,9 @@ def test_slabs_see_the_volumes_ends_and_their_neighbours():
         spiked[:, :, at, 4, 4] = 50
         with torch.no_grad():
             plain = net(spiked, t)
-        assert (unet.lean_forward(net, [spiked], t, 4) - plain).abs().max() < 1e-5 * plain.abs().max()
+        assert (
+            unet.lean_forward(net, [spiked], t, 4) - plain
+        ).abs().max() < 1e-5 * plain.abs().max()
 
 
 def test_a_network_trained_for_scale_and_shift_or_attention_is_read_the_same():
@@ -127,7 +137,9 @@ def test_a_network_trained_for_scale_and_shift_or_attention_is_read_the_same():
                     unet.EmbedSequential(block(8, 16), unet.AttentionBlock(16, 8, 4)),
                 ]
             )
-            self.middle_block = unet.EmbedSequential(block(16, 16), unet.AttentionBlock(16, 8, 4), block(16, 16))
+            self.middle_block = unet.EmbedSequential(
+                block(16, 16), unet.AttentionBlock(16, 8, 4), block(16, 16)
+            )
             self.output_blocks = torch.nn.ModuleList(
                 [
                     unet.EmbedSequential(block(32, 16)),
@@ -136,7 +148,9 @@ def test_a_network_trained_for_scale_and_shift_or_attention_is_read_the_same():
                     unet.EmbedSequential(block(16, 8)),
                 ]
             )
-            self.out = torch.nn.Sequential(unet.GroupNorm(4, 8), torch.nn.SiLU(), unet.conv(2, 8, 2))
+            self.out = torch.nn.Sequential(
+                unet.GroupNorm(4, 8), torch.nn.SiLU(), unet.conv(2, 8, 2)
+            )
 
         def forward(self, x, t):
             emb, skips = self.time_embed(unet.timestep_embedding(t, 8)), []

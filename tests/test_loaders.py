@@ -45,11 +45,15 @@ from common.old.loaders import (
 
 MR = {"channels": [loaders.PERCENTILES]}
 ORIENTATIONS = [
-    (axes, signs) for axes in itertools.permutations(range(3)) for signs in itertools.product((1, -1), repeat=3)
+    (axes, signs)
+    for axes in itertools.permutations(range(3))
+    for signs in itertools.product((1, -1), repeat=3)
 ]
 
 
-def affine_of(axes=(0, 1, 2), signs=(1, 1, 1), spacing=(1.0, 1.0, 1.0), origin=(-11.0, 7.0, 3.0)) -> np.ndarray:
+def affine_of(
+    axes=(0, 1, 2), signs=(1, 1, 1), spacing=(1.0, 1.0, 1.0), origin=(-11.0, 7.0, 3.0)
+) -> np.ndarray:
     """Column i has length spacing[i] and points along world axis axes[i], forwards or backwards."""
     affine = np.eye(4)
     affine[:3, :3] = 0
@@ -107,7 +111,9 @@ def test_read_nifti_finds_a_flipped_checksum(tmp_path):
     blob = bytearray(file.read_bytes())
     blob[-6] ^= 1  # the last 8 bytes are CRC and length
     file.write_bytes(blob)
-    assert error_of(read_nifti, file).startswith(f"{file}: the gzip stream is damaged or cut off (CRC check failed")
+    assert error_of(read_nifti, file).startswith(
+        f"{file}: the gzip stream is damaged or cut off (CRC check failed"
+    )
 
 
 @pytest.mark.parametrize("behind", [False, True])
@@ -122,18 +128,25 @@ def test_read_nifti_finds_damage_inside_and_behind_the_voxels(tmp_path, behind):
 def test_read_nifti_names_an_empty_file(tmp_path):
     file = tmp_path / "zero.nii.gz"
     file.touch()
-    assert error_of(read_nifti, file) == f"{file}: the file is empty (0 bytes), expected a NIfTI volume; copy it again"
+    assert (
+        error_of(read_nifti, file)
+        == f"{file}: the file is empty (0 bytes), expected a NIfTI volume; copy it again"
+    )
 
 
 def test_read_nifti_names_a_missing_file(tmp_path):
     file = tmp_path / "none.nii"
-    assert error_of(read_nifti, file).startswith(f"{file}: cannot be read (No such file or directory)")
+    assert error_of(read_nifti, file).startswith(
+        f"{file}: cannot be read (No such file or directory)"
+    )
 
 
 def test_read_nifti_names_a_web_page(tmp_path):
     file = tmp_path / "page.nii.gz"
     file.write_text("\n<!DOCTYPE html><html>404</html>")
-    assert error_of(read_nifti, file).startswith(f"{file}: holds an HTML or XML page, not a NIfTI volume")
+    assert error_of(read_nifti, file).startswith(
+        f"{file}: holds an HTML or XML page, not a NIfTI volume"
+    )
 
 
 @pytest.mark.parametrize("content", [b"PK\x03\x04" * 200, b"ObjectType = Image\n", bytes(400)])
@@ -155,7 +168,10 @@ def test_read_nifti_refuses_a_header_of_32767_cubed_before_taking_memory(tmp_pat
         assert tracemalloc.get_traced_memory()[1] < 10e6
     finally:
         tracemalloc.stop()
-    assert f"{file}: the header promises 32767 x 32767 x 32767 voxels (140,724,603,846,652 bytes), more than" in text
+    assert (
+        f"{file}: the header promises 32767 x 32767 x 32767 voxels (140,724,603,846,652 bytes), more than"
+        in text
+    )
 
 
 def test_read_nifti_refuses_what_memory_cannot_hold(tmp_path, monkeypatch):
@@ -169,13 +185,17 @@ def test_read_nifti_refuses_a_gzip_that_promises_more_than_it_holds(tmp_path):
     blob = bytearray(file.read_bytes())
     blob[46:48] = np.array([11], "<i2").tobytes()
     (packed := tmp_path / "x.nii.gz").write_bytes(gzip.compress(blob))
-    assert "promises 10 x 10 x 11 voxels (4,400 bytes), the file holds 4,000 bytes" in error_of(read_nifti, packed)
+    assert "promises 10 x 10 x 11 voxels (4,400 bytes), the file holds 4,000 bytes" in error_of(
+        read_nifti, packed
+    )
 
 
 def test_read_nifti_refuses_a_plain_file_short_by_one_byte(tmp_path):
     file = save(tmp_path / "x.nii", noise())
     file.write_bytes(file.read_bytes()[:-1])
-    assert "promises 7 x 6 x 5 voxels (840 bytes), more than the file of 1,191 bytes" in error_of(read_nifti, file)
+    assert "promises 7 x 6 x 5 voxels (840 bytes), more than the file of 1,191 bytes" in error_of(
+        read_nifti, file
+    )
 
 
 @pytest.mark.parametrize(("at", "value", "type_", "text"), [
@@ -205,7 +225,9 @@ def test_read_nifti_counts_voxels_that_are_no_numbers(tmp_path, value):
     array = noise()
     array.flat[[3, 50, 77]] = value
     file = save(tmp_path / "nan.nii.gz", array)
-    assert error_of(read_nifti, file).startswith(f"{file}: 3 voxels are NaN or Inf, expected numbers")
+    assert error_of(read_nifti, file).startswith(
+        f"{file}: 3 voxels are NaN or Inf, expected numbers"
+    )
 
 
 def test_read_nifti_applies_an_offset_to_unsigned_ct_exactly(tmp_path):
@@ -254,7 +276,9 @@ def test_read_nifti_warns_where_the_file_holds_no_position(tmp_path):
 
 
 @pytest.mark.parametrize("shift, warned", [(0.7, True), (0.4, False)])  # mm, of voxels of 1 mm
-def test_read_nifti_warns_where_sform_and_qform_differ_by_more_than_half_a_voxel(tmp_path, shift, warned):
+def test_read_nifti_warns_where_sform_and_qform_differ_by_more_than_half_a_voxel(
+    tmp_path, shift, warned
+):
     image = nib.Nifti1Image(noise(), np.eye(4))
     image.set_qform(np.eye(4), code=1)
     image.set_sform(nib.affines.from_matvec(np.eye(3), [shift, 0, 0]), code=1)
@@ -291,11 +315,18 @@ def test_read_nifti_gives_spacing_along_the_arrays_axes(tmp_path):
 
 def test_channels_first_moves_the_last_axis_to_the_front(tmp_path):
     array = noise((7, 6, 5, 2))
-    np.testing.assert_array_equal(channels_first(read_nifti(save(tmp_path / "x.nii", array)))[1], array[..., 1])
+    np.testing.assert_array_equal(
+        channels_first(read_nifti(save(tmp_path / "x.nii", array)))[1], array[..., 1]
+    )
 
 
 def test_channels_first_leaves_out_trailing_single_axes(tmp_path):
-    assert channels_first(read_nifti(save(tmp_path / "x.nii", noise((7, 6, 5, 1, 1))))).shape == (1, 7, 6, 5)
+    assert channels_first(read_nifti(save(tmp_path / "x.nii", noise((7, 6, 5, 1, 1))))).shape == (
+        1,
+        7,
+        6,
+        5,
+    )
 
 
 def test_channels_first_names_a_2d_image(tmp_path):
@@ -322,7 +353,10 @@ def test_write_nifti_keeps_grid_matrices_and_codes(tmp_path):
     np.testing.assert_array_equal(np.asarray(after.dataobj), mask)
     np.testing.assert_array_equal(after.affine, before.affine)
     for form in ("get_sform", "get_qform"):
-        (old, old_code), (new, new_code) = getattr(before, form)(coded=True), getattr(after, form)(coded=True)
+        (old, old_code), (new, new_code) = (
+            getattr(before, form)(coded=True),
+            getattr(after, form)(coded=True),
+        )
         np.testing.assert_array_equal(old, new)
         assert old_code == new_code
     blob = gzip.decompress((tmp_path / "out.nii.gz").read_bytes())
@@ -338,7 +372,9 @@ def test_write_nifti_never_writes_onto_its_input(tmp_path):
         text = error_of(write_nifti, target, like.data, like, np.float32)
         assert text.startswith(f"{target}: the output would overwrite the input {file}")
     assert file.read_bytes() == before
-    assert error_of(check_not_input, link, [tmp_path / "none", file]).startswith(f"{link}: the output would overwrite")
+    assert error_of(check_not_input, link, [tmp_path / "none", file]).startswith(
+        f"{link}: the output would overwrite"
+    )
 
 
 def test_write_nifti_leaves_the_old_file_where_the_disk_is_full(tmp_path, monkeypatch):
@@ -367,7 +403,9 @@ def test_write_nifti_gives_the_same_bytes_twice(tmp_path):
 
 
 def pair(tmp_path, label_shape=(7, 6, 5), label_affine=None, image_affine=None):
-    image = read_nifti(save(tmp_path / "image.nii", noise(), affine_of() if image_affine is None else image_affine))
+    image = read_nifti(
+        save(tmp_path / "image.nii", noise(), affine_of() if image_affine is None else image_affine)
+    )
     affine = affine_of() if label_affine is None else label_affine
     return image, read_nifti(save(tmp_path / "label.nii", np.zeros(label_shape, np.uint8), affine))
 
@@ -379,12 +417,21 @@ def test_check_same_grid_prints_both_shapes(tmp_path):
 
 def test_check_same_grid_prints_both_spacings(tmp_path):
     text = error_of(check_same_grid, *pair(tmp_path, label_affine=affine_of(spacing=(1, 1, 1.5))))
-    assert f"{tmp_path / 'label.nii'}: spacing 1 x 1 x 1.5 mm, while image.nii has 1 x 1 x 1 mm" in text
+    assert (
+        f"{tmp_path / 'label.nii'}: spacing 1 x 1 x 1.5 mm, while image.nii has 1 x 1 x 1 mm"
+        in text
+    )
 
 
 def test_check_same_grid_prints_both_affines_and_the_flag(tmp_path):
-    text = error_of(check_same_grid, *pair(tmp_path, label_affine=np.eye(4), image_affine=affine_of(signs=(-1, -1, 1))))
-    assert "affine [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]], while image.nii has [[-1, 0, 0, -11], " in text
+    text = error_of(
+        check_same_grid,
+        *pair(tmp_path, label_affine=np.eye(4), image_affine=affine_of(signs=(-1, -1, 1))),
+    )
+    assert (
+        "affine [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]], while image.nii has [[-1, 0, 0, -11], "
+        in text
+    )
     assert "identity-like" in text and "--allow-affine-mismatch" in text
 
 
@@ -470,7 +517,9 @@ def test_normalise_uses_percentiles_of_the_nonzero_voxels_where_a_tenth_is_zero(
     values[0, 5:] = noise((5, 10, 10))
     low, high = np.percentile(values[0, 5:], [1, 99])
     out = normalise(values, MR)
-    np.testing.assert_allclose(out[0, 5:], np.clip((values[0, 5:] - low) / (high - low), 0, 1), atol=1e-6)
+    np.testing.assert_allclose(
+        out[0, 5:], np.clip((values[0, 5:] - low) / (high - low), 0, 1), atol=1e-6
+    )
     assert (out[0, :5] == 0).all()
 
 
@@ -499,7 +548,10 @@ def test_normalise_keeps_small_differences_of_large_numbers():
 
 
 def test_normalise_names_a_wrong_number_of_channels():
-    assert error_of(normalise, noise((2, 3, 3, 3)), MR) == "the image has 2 channels, expected 1; give one for each"
+    assert (
+        error_of(normalise, noise((2, 3, 3, 3)), MR)
+        == "the image has 2 channels, expected 1; give one for each"
+    )
 
 
 # --- windows ---------------------------------------------------------------------------------------------------------
@@ -535,13 +587,32 @@ def prepared(root: Path, shape=(6, 7, 8), channels=1, **meta) -> Path:
     facts = {}
     for i, case in enumerate("abcu"):
         (folder := root / "cases" / case).mkdir(parents=True)
-        np.save(folder / "image.npy", np.clip(noise((channels, *shape), i) / 200, 0, 1).astype(np.float16))
+        np.save(
+            folder / "image.npy",
+            np.clip(noise((channels, *shape), i) / 200, 0, 1).astype(np.float16),
+        )
         if case != "u":
             np.save(folder / "label.npy", (noise(shape, i) > 100).astype(np.uint8))
-        facts[case] = {"shape": shape, "spacing_mm": (1, 1, 2), "affine": affine_of().tolist(), "labelled": case != "u"}
+        facts[case] = {
+            "shape": shape,
+            "spacing_mm": (1, 1, 2),
+            "affine": affine_of().tolist(),
+            "labelled": case != "u",
+        }
     splits = {"train": ["a"], "val": ["b"], "test": ["c"], "unlabelled": ["u"]}
-    record = {"format": 1, "name": "toy", "source": "", "channels": ["MR"] * channels, "classes": {"organ": 1}}
-    record |= {"label_values": {"0": 0, "1": 4}, "spacing": None, "orientation": "RAS", "normalisation": MR}
+    record = {
+        "format": 1,
+        "name": "toy",
+        "source": "",
+        "channels": ["MR"] * channels,
+        "classes": {"organ": 1},
+    }
+    record |= {
+        "label_values": {"0": 0, "1": 4},
+        "spacing": None,
+        "orientation": "RAS",
+        "normalisation": MR,
+    }
     record |= {"statistics": {}, "splits": splits, "cases": facts} | meta
     (root / "dataset.json").write_text(json.dumps(record))
     return root
@@ -558,13 +629,21 @@ def test_open_prepared_gives_memory_maps_and_geometry(tmp_path):
 def test_open_prepared_prints_the_command_where_nothing_is_prepared(tmp_path):
     command = "prepare it first: python -m data_prep.msd --src DIR --dst"
     missing = tmp_path / "none"
-    assert error_of(open_prepared, missing) == f"{missing}: the data folder does not exist; {command} {missing}"
-    assert error_of(open_prepared, tmp_path) == f"{tmp_path}: the data folder is empty; {command} {tmp_path}"
+    assert (
+        error_of(open_prepared, missing)
+        == f"{missing}: the data folder does not exist; {command} {missing}"
+    )
+    assert (
+        error_of(open_prepared, tmp_path)
+        == f"{tmp_path}: the data folder is empty; {command} {tmp_path}"
+    )
 
 
 def test_open_prepared_tells_an_unfinished_preparation(tmp_path):
     (tmp_path / "prepare.json").write_text("{}")
-    assert "was not prepared to its end; run the same preparation again" in error_of(open_prepared, tmp_path)
+    assert "was not prepared to its end; run the same preparation again" in error_of(
+        open_prepared, tmp_path
+    )
 
 
 def test_open_prepared_lists_all_faults_at_once(tmp_path):
@@ -584,7 +663,9 @@ def test_open_prepared_lists_all_faults_at_once(tmp_path):
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 1}'])
 def test_open_prepared_names_a_damaged_description(tmp_path, content):
     (tmp_path / "dataset.json").write_text(content)
-    assert f"{tmp_path / 'dataset.json'}: not a description of prepared data" in error_of(open_prepared, tmp_path)
+    assert f"{tmp_path / 'dataset.json'}: not a description of prepared data" in error_of(
+        open_prepared, tmp_path
+    )
 
 
 def test_open_prepared_refuses_a_newer_format(tmp_path):
@@ -608,7 +689,9 @@ def test_open_prepared_names_splits_that_cannot_be(tmp_path, splits, words):
 def test_open_prepared_names_what_its_description_lacks(tmp_path, key):
     file = prepared(tmp_path) / "dataset.json"
     file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != key}))
-    assert f"not a description of prepared data (KeyError: '{key}')" in error_of(open_prepared, tmp_path)
+    assert f"not a description of prepared data (KeyError: '{key}')" in error_of(
+        open_prepared, tmp_path
+    )
 
 
 def test_prepared_label_names_a_case_without_one(tmp_path):
@@ -679,7 +762,16 @@ def test_prepared_keeps_no_file_open(tmp_path):
 def test_data_record_holds_plain_types_and_all_that_predict_needs(tmp_path):
     record = data_record(open_prepared(prepared(tmp_path, grid=[8, 8, 8])))
     assert ast.literal_eval(repr(record)) == record
-    keys = {"channels", "classes", "label_values", "spacing", "orientation", "normalisation", "statistics", "grid"}
+    keys = {
+        "channels",
+        "classes",
+        "label_values",
+        "spacing",
+        "orientation",
+        "normalisation",
+        "statistics",
+        "grid",
+    }
     assert keys <= set(record)
 
 
@@ -693,7 +785,9 @@ def test_data_record_passes_on_regions_and_words_where_the_set_has_them(tmp_path
 def test_scored_are_the_regions_where_the_set_names_some_else_the_classes(tmp_path):
     classes, regions = {"core": 1, "rim": 2}, {"all": [1, 2], "core": [1]}
     assert open_prepared(prepared(tmp_path / "a", classes=classes)).scored == classes
-    assert open_prepared(prepared(tmp_path / "b", classes=classes, regions=regions)).scored == regions
+    assert (
+        open_prepared(prepared(tmp_path / "b", classes=classes, regions=regions)).scored == regions
+    )
     phantoms = loaders.Phantoms()
     assert phantoms.scored == phantoms.classes
 
@@ -712,7 +806,8 @@ def test_make_splits_gives_the_published_brats_validation_set():
 
 
 @pytest.mark.parametrize(
-    ("n", "sizes"), [(0, (0, 0, 0)), (1, (1, 0, 0)), (2, (1, 1, 0)), (3, (1, 1, 1)), (16, (13, 2, 1))]
+    ("n", "sizes"),
+    [(0, (0, 0, 0)), (1, (1, 0, 0)), (2, (1, 1, 0)), (3, (1, 1, 1)), (16, (13, 2, 1))],
 )
 def test_make_splits_leaves_no_split_empty_from_three_cases_on(n, sizes):
     splits = make_splits([f"{i:02d}" for i in range(n)])
@@ -727,11 +822,18 @@ def test_make_splits_does_not_depend_on_the_order_given():
 
 # --- prediction ------------------------------------------------------------------------------------------------------
 
-RECORD = {"channels": ["MR"], "label_values": {"0": 0, "1": 1, "2": 4}, "spacing": None, "normalisation": MR}
+RECORD = {
+    "channels": ["MR"],
+    "label_values": {"0": 0, "1": 1, "2": 4},
+    "spacing": None,
+    "normalisation": MR,
+}
 
 
 @pytest.mark.parametrize(("axes", "signs"), ORIENTATIONS)
-def test_restore_gives_back_a_mask_exactly_from_a_finer_grid_in_each_orientation(tmp_path, axes, signs):
+def test_restore_gives_back_a_mask_exactly_from_a_finer_grid_in_each_orientation(
+    tmp_path, axes, signs
+):
     affine = oblique(0.2) @ affine_of(axes, signs, (1.0, 1.5, 2.0))
     file = save(tmp_path / "x.nii", noise((6, 5, 4)), affine)
     published = np.random.default_rng(1).choice([0, 1, 4], (6, 5, 4)).astype(np.uint8)
@@ -758,7 +860,10 @@ def test_restore_map_puts_a_ramp_back_where_it_was(tmp_path):
 
 def test_load_for_prediction_reads_channels_from_files_or_from_one_4d_file(tmp_path):
     array = noise((6, 5, 4, 2))
-    record = RECORD | {"channels": ["T2", "ADC"], "normalisation": {"channels": [loaders.PERCENTILES] * 2}}
+    record = RECORD | {
+        "channels": ["T2", "ADC"],
+        "normalisation": {"channels": [loaders.PERCENTILES] * 2},
+    }
     single, _ = load_for_prediction([save(tmp_path / "both.nii", array)], record)
     files = [save(tmp_path / f"x_{i:04d}.nii", array[..., i]) for i in range(2)]
     several, restore = load_for_prediction(files, record)
@@ -785,7 +890,10 @@ def test_load_for_prediction_names_a_2d_file(tmp_path):
 
 
 def test_load_for_prediction_names_channels_on_different_grids(tmp_path):
-    files = [save(tmp_path / "a.nii", noise()), save(tmp_path / "b.nii", noise(), affine_of(spacing=(1, 1, 3)))]
+    files = [
+        save(tmp_path / "a.nii", noise()),
+        save(tmp_path / "b.nii", noise(), affine_of(spacing=(1, 1, 3))),
+    ]
     text = error_of(load_for_prediction, files, RECORD | {"channels": ["T2", "ADC"]})
     assert text.startswith(f"{files[1]}: spacing 1 x 1 x 3 mm, while a.nii has 1 x 1 x 1 mm")
 
@@ -797,7 +905,15 @@ def touch(folder: Path, *names: str) -> Path:
 
 
 def test_find_inputs_sorts_by_number_and_leaves_out_dot_files(tmp_path):
-    touch(tmp_path, "case10.nii.gz", "case2.nii", "._case2.nii.gz", ".DS_Store", "notes.txt", "case1.nii.gz")
+    touch(
+        tmp_path,
+        "case10.nii.gz",
+        "case2.nii",
+        "._case2.nii.gz",
+        ".DS_Store",
+        "notes.txt",
+        "case1.nii.gz",
+    )
     assert [name for name, _ in find_inputs([tmp_path], 1)] == ["case1", "case2", "case10"]
 
 
@@ -821,7 +937,9 @@ def test_a_foreign_file_is_not_written_over_and_an_own_one_is(tmp_path):
     assert "was not written by" in error_of(loaders.check_output, target, [image.path])
     assert "would overwrite the input" in error_of(loaders.check_output, image.path, [image.path])
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "true.png")
-    assert "was not written by" in error_of(loaders.check_output, tmp_path / "true.png", [image.path])
+    assert "was not written by" in error_of(
+        loaders.check_output, tmp_path / "true.png", [image.path]
+    )
 
 
 def test_find_inputs_groups_channel_files(tmp_path):
@@ -841,7 +959,10 @@ def test_find_inputs_takes_case_numbers_of_four_digits_for_cases(tmp_path):
 def test_find_inputs_names_an_incomplete_set_of_channels(tmp_path):
     touch(tmp_path, "a_0000.nii.gz")
     text = error_of(find_inputs, [tmp_path], 2)
-    assert text == f"{tmp_path / 'a_0000.nii.gz'}: channel files 0000 of a, expected 0000 to 0001; complete it"
+    assert (
+        text
+        == f"{tmp_path / 'a_0000.nii.gz'}: channel files 0000 of a, expected 0000 to 0001; complete it"
+    )
 
 
 def test_find_inputs_takes_as_many_files_as_channels_for_one_case(tmp_path):
@@ -850,19 +971,30 @@ def test_find_inputs_takes_as_many_files_as_channels_for_one_case(tmp_path):
 
 
 def test_find_inputs_names_what_is_not_there(tmp_path):
-    assert error_of(find_inputs, [tmp_path / "x.nii"], 1).startswith(f"{tmp_path / 'x.nii'}: no such file or folder")
-    assert error_of(find_inputs, [tmp_path], 1).startswith(f"{tmp_path}: no .nii or .nii.gz file found")
+    assert error_of(find_inputs, [tmp_path / "x.nii"], 1).startswith(
+        f"{tmp_path / 'x.nii'}: no such file or folder"
+    )
+    assert error_of(find_inputs, [tmp_path], 1).startswith(
+        f"{tmp_path}: no .nii or .nii.gz file found"
+    )
 
 
 def test_find_inputs_refuses_one_name_twice(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         touch(tmp_path / folder, "case.nii")
-    assert error_of(find_inputs, [tmp_path / "a", tmp_path / "b"], 1).startswith("case: found more than once")
+    assert error_of(find_inputs, [tmp_path / "a", tmp_path / "b"], 1).startswith(
+        "case: found more than once"
+    )
 
 
 BRATS = ["t1", "t1ce", "t2", "flair"]
-SUFFIXES = {"t1": ["t1", "t1n"], "t1ce": ["t1ce", "t1c"], "t2": ["t2", "t2w"], "flair": ["flair", "t2f"]}
+SUFFIXES = {
+    "t1": ["t1", "t1n"],
+    "t1ce": ["t1ce", "t1c"],
+    "t2": ["t2", "t2w"],
+    "flair": ["flair", "t2f"],
+}
 
 
 def named(found: list[tuple[str, list[Path]]]) -> list[tuple[str, list[str]]]:
@@ -870,7 +1002,15 @@ def named(found: list[tuple[str, list[Path]]]) -> list[tuple[str, list[str]]]:
 
 
 def test_find_inputs_tells_channels_by_their_names_in_any_order(tmp_path):
-    touch(tmp_path, "b_ADC.nii.gz", "b_t2.nii", "a-adc.nii", "a-x_T2.nii.gz", "a-x-Adc.nii", "a_T2.nii.gz")
+    touch(
+        tmp_path,
+        "b_ADC.nii.gz",
+        "b_t2.nii",
+        "a-adc.nii",
+        "a-x_T2.nii.gz",
+        "a-x-Adc.nii",
+        "a_T2.nii.gz",
+    )
     found = [("a", ["a_T2.nii.gz", "a-adc.nii"]), ("a-x", ["a-x_T2.nii.gz", "a-x-Adc.nii"])]
     found.append(("b", ["b_t2.nii", "b_ADC.nii.gz"]))
     assert named(find_inputs([tmp_path], ["T2", "ADC"])) == found
@@ -879,7 +1019,11 @@ def test_find_inputs_tells_channels_by_their_names_in_any_order(tmp_path):
 
 
 def test_find_inputs_tells_channels_by_a_sets_own_words(tmp_path):
-    touch(tmp_path, *(f"p-001_{name}.nii" for name in BRATS), *(f"q-t1c-{w}.nii" for w in ("T2F", "t1n", "t2w", "t1c")))
+    touch(
+        tmp_path,
+        *(f"p-001_{name}.nii" for name in BRATS),
+        *(f"q-t1c-{w}.nii" for w in ("T2F", "t1n", "t2w", "t1c")),
+    )
     assert named(find_inputs([tmp_path], BRATS, SUFFIXES)) == [
         ("p-001", [f"p-001_{name}.nii" for name in BRATS]),
         ("q-t1c", ["q-t1c-t1n.nii", "q-t1c-t1c.nii", "q-t1c-t2w.nii", "q-t1c-T2F.nii"]),
@@ -896,7 +1040,11 @@ def test_find_inputs_takes_the_longest_word_and_the_folder_of_a_bare_one(tmp_pat
 def test_find_inputs_searches_below_a_folder_without_volumes_and_says_what_it_leaves_out(tmp_path):
     for case in ("x/HGG/p10", "x/LGG/p2"):
         (tmp_path / case).mkdir(parents=True)
-        touch(tmp_path / case, *(f"{Path(case).name}_{w}.nii.gz" for w in ("T2", "ADC", "seg")), "._p_T2.nii.gz")
+        touch(
+            tmp_path / case,
+            *(f"{Path(case).name}_{w}.nii.gz" for w in ("T2", "ADC", "seg")),
+            "._p_T2.nii.gz",
+        )
     (tmp_path / "x/__MACOSX").mkdir()
     touch(tmp_path / "x/__MACOSX", "p3_T2.nii.gz")
     (tmp_path / "x/LGG/loop").symlink_to(tmp_path / "x")
@@ -913,7 +1061,11 @@ def test_find_inputs_takes_an_unpackers_folder_for_the_file_in_it(tmp_path):
     (folder := tmp_path / "p1_ADC.nii").mkdir()
     touch(folder, "0057_brain.nii")
     touch(tmp_path, "p1_T2.nii")
-    for paths in ([tmp_path], [folder, tmp_path / "p1_T2.nii"], [folder / "0057_brain.nii", tmp_path / "p1_T2.nii"]):
+    for paths in (
+        [tmp_path],
+        [folder, tmp_path / "p1_T2.nii"],
+        [folder / "0057_brain.nii", tmp_path / "p1_T2.nii"],
+    ):
         assert named(find_inputs(paths, ["T2", "ADC"])) == [("p1", ["p1_T2.nii", "0057_brain.nii"])]
 
 
@@ -935,7 +1087,10 @@ def test_find_inputs_names_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(folder))
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert error_of(find_inputs, [tmp_path], 1) == f"{tmp_path}: cannot be read (Permission denied); check the rights"
+    assert (
+        error_of(find_inputs, [tmp_path], 1)
+        == f"{tmp_path}: cannot be read (Permission denied); check the rights"
+    )
 
 
 def test_find_inputs_keeps_the_order_given_unless_a_name_tells_another(tmp_path):
@@ -1000,7 +1155,10 @@ def test_read_image_unpacks_tif(tmp_path, compression):
 def test_read_image_reads_jpg(tmp_path):
     smooth = np.tile(np.arange(0, 240, 8, dtype=np.uint8)[:, None, None], (1, 20, 3))
     image = loaders.read_image(draw(tmp_path / "x.jpg", smooth, quality=95))
-    assert image.shape == (3, 30, 20) and np.abs(image.astype(int) - smooth.transpose(2, 0, 1)).max() < 6
+    assert (
+        image.shape == (3, 30, 20)
+        and np.abs(image.astype(int) - smooth.transpose(2, 0, 1)).max() < 6
+    )
 
 
 def test_read_image_tells_the_format_by_content(tmp_path):
@@ -1010,7 +1168,9 @@ def test_read_image_tells_the_format_by_content(tmp_path):
 
 def test_read_image_reads_bytes_that_a_path_only_names(tmp_path):
     blob = draw(tmp_path / "x.png", tissue()).read_bytes()
-    np.testing.assert_array_equal(loaders.read_image("a.zip/x.png", blob), tissue().transpose(2, 0, 1))
+    np.testing.assert_array_equal(
+        loaders.read_image("a.zip/x.png", blob), tissue().transpose(2, 0, 1)
+    )
 
 
 def test_read_image_keeps_grey_as_one_channel(tmp_path):
@@ -1035,7 +1195,9 @@ def png_of_16_bits(file: Path, shape=(4, 5)) -> Path:
     rows = b"".join(b"\0" + bytes(shape[1] * 6) for _ in range(shape[0]))
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", shape[1], shape[0], 16, 2, 0, 0, 0))]
     chunks += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
+    parts = [
+        struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks
+    ]
     file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
     return file
 
@@ -1050,13 +1212,19 @@ def test_read_image_refuses_16_bit_grey(tmp_path):
 
 def test_read_image_refuses_16_bit_colour_which_pillow_would_halve(tmp_path):
     file = png_of_16_bits(tmp_path / "x.png")
-    assert Image.open(file).mode == "RGB" and "16 bits or more a channel" in error_of(loaders.read_image, file)
+    assert Image.open(file).mode == "RGB" and "16 bits or more a channel" in error_of(
+        loaders.read_image, file
+    )
 
 
 def test_read_image_refuses_floats_and_cmyk(tmp_path):
-    assert "floating point" in error_of(loaders.read_image, draw(tmp_path / "x.tif", np.ones((4, 5), np.float32)))
+    assert "floating point" in error_of(
+        loaders.read_image, draw(tmp_path / "x.tif", np.ones((4, 5), np.float32))
+    )
     Image.new("CMYK", (4, 5)).save(tmp_path / "y.jpg")
-    assert "colours are of kind CMYK, expected 8-bit grey or RGB" in error_of(loaders.read_image, tmp_path / "y.jpg")
+    assert "colours are of kind CMYK, expected 8-bit grey or RGB" in error_of(
+        loaders.read_image, tmp_path / "y.jpg"
+    )
 
 
 def test_read_image_refuses_a_tif_of_two_pages(tmp_path):
@@ -1068,11 +1236,15 @@ def test_read_image_refuses_a_tif_of_two_pages(tmp_path):
 @pytest.mark.parametrize("kind", ["png", "bmp", "jpg", "tif", "lzw.tif"])
 @pytest.mark.parametrize("kept", [10, 0.3, 0.6, 0.95])
 def test_read_image_names_half_a_file(tmp_path, kind, kept):
-    file = draw(tmp_path / f"x.{kind}", tissue(), **({"compression": "tiff_lzw"} if "lzw" in kind else {}))
+    file = draw(
+        tmp_path / f"x.{kind}", tissue(), **({"compression": "tiff_lzw"} if "lzw" in kind else {})
+    )
     blob = file.read_bytes()
     file.write_bytes(blob[: int(kept * len(blob)) if isinstance(kept, float) else kept])
     text = error_of(loaders.read_image, file)
-    assert text.startswith(f"{file}: the image is damaged or cut off") and text.endswith("; copy it again")
+    assert text.startswith(f"{file}: the image is damaged or cut off") and text.endswith(
+        "; copy it again"
+    )
 
 
 def test_read_image_names_a_jpg_without_its_last_bytes(tmp_path):
@@ -1090,7 +1262,9 @@ def test_read_image_refuses_a_decompression_bomb_before_taking_memory(tmp_path, 
     file.write_bytes(blob)
     tracemalloc.start()
     try:
-        assert error_of(loaders.read_image, file).startswith(f"{file}: claims more than 89,478,485 pixels")
+        assert error_of(loaders.read_image, file).startswith(
+            f"{file}: claims more than 89,478,485 pixels"
+        )
         assert tracemalloc.get_traced_memory()[1] < 10e6
     finally:
         tracemalloc.stop()
@@ -1102,7 +1276,10 @@ def test_read_image_says_what_else_it_found(tmp_path):
         (b"", "the file is empty (0 bytes)"),
         (b"<!DOCTYPE html>", "an HTML or XML page (a failed download?), expected a PNG"),
         (b"version https://git-lfs.github.com/spec/v1", "holds a Git LFS pointer"),
-        (b"GIF89a" + bytes(90), "b'GIF89a\\x00\\x00' at its start, expected a PNG, JPG, BMP or TIF image"),
+        (
+            b"GIF89a" + bytes(90),
+            "b'GIF89a\\x00\\x00' at its start, expected a PNG, JPG, BMP or TIF image",
+        ),
     ]:
         file.write_bytes(content)
         assert error_of(loaders.read_image, file).startswith(f"{file}: {words}")
@@ -1140,7 +1317,9 @@ def test_read_mask_takes_rgb_only_where_it_is_grey(tmp_path):
 
 
 def test_read_mask_refuses_jpeg(tmp_path):
-    assert "a mask in JPEG" in error_of(loaders.read_mask, draw(tmp_path / "x.jpg", tissue((20, 30))))
+    assert "a mask in JPEG" in error_of(
+        loaders.read_mask, draw(tmp_path / "x.jpg", tissue((20, 30)))
+    )
 
 
 # --- CIFAR-10 --------------------------------------------------------------------------------------------------------
@@ -1162,9 +1341,17 @@ def written(value) -> bytes:
     if isinstance(value, np.ndarray):
         shape = b"".join(b"J" + struct.pack("<i", n) for n in value.shape)
         dtype = (
-            b"cnumpy\ndtype\n(" + short(b"u1") + b"K\x00K\x01tR(K\x03" + short(b"|") + b"NNN" + 2 * MINUS + b"K\x00tb"
+            b"cnumpy\ndtype\n("
+            + short(b"u1")
+            + b"K\x00K\x01tR(K\x03"
+            + short(b"|")
+            + b"NNN"
+            + 2 * MINUS
+            + b"K\x00tb"
         )
-        start = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00t" + short(b"b") + b"tR"
+        start = (
+            b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00t" + short(b"b") + b"tR"
+        )
         return start + b"(K\x01(" + shape + b"t" + dtype + b"\x89" + short(value.tobytes()) + b"tb"
     if isinstance(value, list):
         return b"](" + b"".join(written(v) for v in value) + b"e"
@@ -1178,8 +1365,15 @@ TEN = [f"kind {i}" for i in range(10)]
 def cifar(root: Path, **files: bytes) -> Path:
     """cifar-10-batches-py with two training batches of 3 images and a test batch of 2."""
     root.mkdir(exist_ok=True)
-    for seed, (name, n) in enumerate({"data_batch_1": 3, "data_batch_3": 3, "test_batch": 2}.items()):
-        batch = {"batch_label": name, "labels": list(range(n)), "data": tissue((n, 3072), seed), "filenames": ["a"] * n}
+    for seed, (name, n) in enumerate(
+        {"data_batch_1": 3, "data_batch_3": 3, "test_batch": 2}.items()
+    ):
+        batch = {
+            "batch_label": name,
+            "labels": list(range(n)),
+            "data": tissue((n, 3072), seed),
+            "filenames": ["a"] * n,
+        }
         (root / name).write_bytes(python_2_pickle(batch))
     (root / "batches.meta").write_bytes(python_2_pickle({"label_names": TEN, "num_vis": 3072}))
     for name, blob in files.items():
@@ -1189,7 +1383,12 @@ def cifar(root: Path, **files: bytes) -> Path:
 
 def test_read_cifar10_gives_images_channels_first_and_all_batches_that_are_there(tmp_path):
     data = loaders.read_cifar10(cifar(tmp_path))
-    assert data["train_images"].shape == (6, 3, 32, 32) and data["test_images"].shape == (2, 3, 32, 32)
+    assert data["train_images"].shape == (6, 3, 32, 32) and data["test_images"].shape == (
+        2,
+        3,
+        32,
+        32,
+    )
     assert data["train_labels"].tolist() == [0, 1, 2, 0, 1, 2] and data["classes"] == TEN
     assert data["files"] == ["data_batch_1", "data_batch_3", "test_batch"]
     raw = tissue((3, 3072), 1)  # of data_batch_3
@@ -1231,13 +1430,18 @@ def test_read_cifar10_names_half_a_file(tmp_path):
     blob = (cifar(tmp_path) / "data_batch_1").read_bytes()
     for n in (0, 1, 40, 200, 5000, len(blob) - 1):
         (tmp_path / "data_batch_1").write_bytes(blob[:n])
-        assert f"{tmp_path / 'data_batch_1'}: not a CIFAR-10 batch" in error_of(loaders.read_cifar10, tmp_path)
+        assert f"{tmp_path / 'data_batch_1'}: not a CIFAR-10 batch" in error_of(
+            loaders.read_cifar10, tmp_path
+        )
 
 
 def test_read_cifar10_names_labels_that_do_not_fit(tmp_path):
     batch = python_2_pickle({"labels": [1, 10, 2], "data": tissue((3, 3072))})
     text = error_of(loaders.read_cifar10, cifar(tmp_path, data_batch_1=batch))
-    assert text == f"{tmp_path / 'data_batch_1'}: labels do not fit, expected 3 integers of 0 to 9; get it again"
+    assert (
+        text
+        == f"{tmp_path / 'data_batch_1'}: labels do not fit, expected 3 integers of 0 to 9; get it again"
+    )
 
 
 def test_read_cifar10_names_a_folder_that_is_still_packed(tmp_path):
@@ -1250,14 +1454,23 @@ def test_read_cifar10_names_a_folder_that_is_still_packed(tmp_path):
 
 def prepared_2d(root: Path, shape=(6, 7), **meta) -> Path:
     """Two labelled images, one of them with objects, and one unlabelled."""
-    record = {"format": 1, "name": "p2", "channels": ["red", "green", "blue"], "classes": {"gland": 1}}
+    record = {
+        "format": 1,
+        "name": "p2",
+        "channels": ["red", "green", "blue"],
+        "classes": {"gland": 1},
+    }
     record |= {
         "label_values": {"0": 0, "1": 1},
         "spacing": None,
         "orientation": "YX",
         "normalisation": {"kind": "none"},
     }
-    record |= {"statistics": {}, "splits": {"train": ["a", "b"], "pretrain": ["a", "b", "u"]}, "cases": {}}
+    record |= {
+        "statistics": {},
+        "splits": {"train": ["a", "b"], "pretrain": ["a", "b", "u"]},
+        "cases": {},
+    }
     for name in "abu":
         (root / "cases" / name).mkdir(parents=True)
         np.save(root / "cases" / name / "image.npy", np.zeros((3, *shape), np.uint8))
@@ -1274,8 +1487,17 @@ def prepared_2d(root: Path, shape=(6, 7), **meta) -> Path:
 
 def test_open_prepared_opens_images_labels_and_instances(tmp_path):
     data = open_prepared(prepared_2d(tmp_path, ignore=255))
-    assert (data.axes, data.ignore, data.shape("a"), data.spacing("a")) == (2, 255, (6, 7), (1.0, 1.0))
-    assert data.image("u").shape == (3, 6, 7) and data.label("b").shape == (6, 7) and not data.has_label("u")
+    assert (data.axes, data.ignore, data.shape("a"), data.spacing("a")) == (
+        2,
+        255,
+        (6, 7),
+        (1.0, 1.0),
+    )
+    assert (
+        data.image("u").shape == (3, 6, 7)
+        and data.label("b").shape == (6, 7)
+        and not data.has_label("u")
+    )
     assert data.instances("a").max() == 300 and data.instances("b") is None
     assert data.cases("pretrain") == ["a", "b", "u"]
 
@@ -1296,7 +1518,9 @@ def test_data_record_of_images_holds_what_predict_needs(tmp_path):
 
 def test_open_data_refuses_images_where_volumes_are_meant_and_the_reverse(tmp_path):
     flat, deep = prepared_2d(tmp_path / "flat"), prepared(tmp_path / "deep")
-    assert "holds images, expected volumes; choose another --data" in error_of(loaders.open_data, str(flat))
+    assert "holds images, expected volumes; choose another --data" in error_of(
+        loaders.open_data, str(flat)
+    )
     assert "holds volumes, expected images" in error_of(loaders.open_data, str(deep), 0, 2)
     assert loaders.open_data(str(flat), axes=2).axes == 2
 

@@ -32,7 +32,9 @@ def brute(pred, true, spacing, tolerance=1.0):
     """The definitions, word for word: erosion, then every distance between two surface voxels."""
     surfaces = []
     for mask in (pred, true):
-        eroded = ndimage.binary_erosion(mask, ndimage.generate_binary_structure(mask.ndim, 1), border_value=0)
+        eroded = ndimage.binary_erosion(
+            mask, ndimage.generate_binary_structure(mask.ndim, 1), border_value=0
+        )
         surfaces.append(np.argwhere(mask & ~eroded) * np.asarray(spacing))
     between = cdist(*surfaces)
     a, b = between.min(axis=1), between.min(axis=0)
@@ -66,13 +68,21 @@ def random_pair(shape, seed, density=0.15):
     "shift, spacing, expected",
     [
         ((1, 0, 0), ONE, {"nsd": 1, "hd95_mm": 1, "centroid_mm": 1, "assd_mm": 0.357142857}),
-        ((1, 0, 0), (0.75, 0.75, 2.5), {"nsd": 1, "hd95_mm": 0.75, "centroid_mm": 0.75, "assd_mm": 0.267857143}),
+        (
+            (1, 0, 0),
+            (0.75, 0.75, 2.5),
+            {"nsd": 1, "hd95_mm": 0.75, "centroid_mm": 0.75, "assd_mm": 0.267857143},
+        ),
         (
             (0, 0, 1),
             (0.75, 0.75, 2.5),
             {"nsd": 0.714285714, "hd95_mm": 2.5, "centroid_mm": 2.5, "assd_mm": 0.767857143},
         ),
-        ((1, 0, 0), (1.5, 1.5, 5), {"nsd": 0.642857143, "hd95_mm": 1.5, "centroid_mm": 1.5, "assd_mm": 0.535714286}),
+        (
+            (1, 0, 0),
+            (1.5, 1.5, 5),
+            {"nsd": 0.642857143, "hd95_mm": 1.5, "centroid_mm": 1.5, "assd_mm": 0.535714286},
+        ),
     ],
 )
 def test_surface_scores_of_a_shifted_cube_match_the_specification(shift, spacing, expected):
@@ -90,7 +100,9 @@ def test_surface_scores_with_one_far_voxel_match_the_specification():
     assert scores["nsd"] == pytest.approx(0.991150442, abs=1e-9)
     assert scores["hd95_mm"] == 0
     assert scores["centroid_mm"] == pytest.approx(0.146558145, abs=1e-9)
-    assert scores["assd_mm"] * 113 == pytest.approx(6.928203230, abs=1e-8)  # the far voxel's distance is all there is
+    assert scores["assd_mm"] * 113 == pytest.approx(
+        6.928203230, abs=1e-8
+    )  # the far voxel's distance is all there is
     assert metrics.dice(pred, true) == pytest.approx(0.992248062, abs=1e-9)
 
 
@@ -109,7 +121,9 @@ def twenty(change):
         (np.s_[0:4, 0:4, 16:20], 0.870967742, 30.385003845, 27.752472933),
     ],
 )
-def test_hd95_with_a_false_island_matches_the_specification_in_both_kinds(corner, dice, largest, pooled):
+def test_hd95_with_a_false_island_matches_the_specification_in_both_kinds(
+    corner, dice, largest, pooled
+):
     pred, true = twenty(lambda m: m.__setitem__(corner, True))
     assert metrics.dice(pred, true) == pytest.approx(dice, abs=1e-9)
     assert metrics.hd95(pred, true, (1, 1, 3)) == pytest.approx(largest, abs=1e-9)
@@ -130,14 +144,18 @@ def test_hd95_of_one_slice_uses_the_spacing_of_its_axis():
 
 
 def test_diagonal_matches_the_specification():
-    assert metrics.diagonal_mm((256, 256, 48), (0.75, 0.75, 2.5)) == pytest.approx(296.86, abs=0.005)
+    assert metrics.diagonal_mm((256, 256, 48), (0.75, 0.75, 2.5)) == pytest.approx(
+        296.86, abs=0.005
+    )
 
 
 # --- brute force, both algorithms ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["tree", "transform"])
-@pytest.mark.parametrize("shape, spacing", [((9, 11, 7), (0.7, 1.3, 2.9)), ((14, 9, 12), ONE), ((23, 31), (0.6, 1.7))])
+@pytest.mark.parametrize(
+    "shape, spacing", [((9, 11, 7), (0.7, 1.3, 2.9)), ((14, 9, 12), ONE), ((23, 31), (0.6, 1.7))]
+)
 def test_surface_scores_equal_brute_force_by_both_algorithms(monkeypatch, path, shape, spacing):
     force(monkeypatch, path)
     for seed in range(4):
@@ -153,19 +171,25 @@ def test_single_metrics_equal_brute_force():
     pred, true = random_pair((8, 9, 10), 5)
     spacing, expected = (0.7, 1.3, 2.9), brute(pred, true, (0.7, 1.3, 2.9), tolerance=1.5)
     assert metrics.hd95(pred, true, spacing) == pytest.approx(expected["hd95_mm"])
-    assert metrics.hd95(pred, true, spacing, kind="pooled") == pytest.approx(expected["hd95_pooled_mm"])
+    assert metrics.hd95(pred, true, spacing, kind="pooled") == pytest.approx(
+        expected["hd95_pooled_mm"]
+    )
     assert metrics.assd(pred, true, spacing) == pytest.approx(expected["assd_mm"])
     assert metrics.nsd(pred, true, spacing, tolerance_mm=1.5) == pytest.approx(expected["nsd"])
     assert metrics.centroid_distance(pred, true, spacing) == pytest.approx(expected["centroid_mm"])
 
 
-def test_cost_rule_takes_the_tree_for_near_surfaces_and_the_transform_for_concentric_ones(monkeypatch):
+def test_cost_rule_takes_the_tree_for_near_surfaces_and_the_transform_for_concentric_ones(
+    monkeypatch,
+):
     grid = np.stack(np.meshgrid(*[np.arange(-24, 25)] * 3, indexing="ij"))
     radius = np.linalg.norm(grid, axis=0)
     near, small, large = np.linalg.norm(grid - 1, axis=0) < 21, radius < 10, radius < 22
     calls = []
     original = metrics.distance_transform_edt
-    monkeypatch.setattr(metrics, "distance_transform_edt", lambda *a, **k: calls.append(1) or original(*a, **k))
+    monkeypatch.setattr(
+        metrics, "distance_transform_edt", lambda *a, **k: calls.append(1) or original(*a, **k)
+    )
     metrics.surface_scores(near, large, ONE)
     assert not calls
     metrics.surface_scores(small, large, ONE)
@@ -176,7 +200,9 @@ def test_surface_scores_are_the_same_for_fortran_order_and_for_swapped_arguments
     pred, true = random_pair((9, 11, 7), 1)
     spacing = (0.7, 1.3, 2.9)
     expected = metrics.surface_scores(pred, true, spacing)
-    assert metrics.surface_scores(np.asfortranarray(pred), np.asfortranarray(true), spacing) == pytest.approx(expected)
+    assert metrics.surface_scores(
+        np.asfortranarray(pred), np.asfortranarray(true), spacing
+    ) == pytest.approx(expected)
     assert metrics.surface_scores(np.asfortranarray(pred), true, spacing) == pytest.approx(expected)
     assert metrics.surface_scores(true, pred, spacing) == pytest.approx(expected)
 
@@ -206,7 +232,9 @@ def test_surface_uses_the_cross_not_the_full_neighbourhood():
 def test_surface_scores_of_drawn_2d_masks_are_known():
     pred, true = draw("......", ".##...", "......"), draw("......", ".##.#.", "......")
     scores = metrics.surface_scores(pred, true, (3.0, 0.5))
-    assert scores["assd_mm"] == pytest.approx(1.0 / 5)  # 0 0 from P, 0 0 and two columns of 0.5 from G
+    assert scores["assd_mm"] == pytest.approx(
+        1.0 / 5
+    )  # 0 0 from P, 0 0 and two columns of 0.5 from G
     assert scores["nsd"] == 1
     assert metrics.nsd(pred, true, (3.0, 0.5), tolerance_mm=0.9) == pytest.approx(4 / 5)
     assert scores["hd95_mm"] == pytest.approx(0.9)  # 95th percentile of 0 0 1
@@ -219,7 +247,9 @@ def test_surface_scores_of_drawn_2d_masks_are_known():
 @pytest.mark.parametrize("path", ["tree", "transform"])
 def test_nsd_counts_a_distance_equal_to_the_tolerance_in_any_place_of_the_grid(monkeypatch, path):
     force(monkeypatch, path)
-    for start in range(3, 40):  # index * 0.1 is rounded differently at each index; 3 * float32(0.1) is above 0.3
+    for start in range(
+        3, 40
+    ):  # index * 0.1 is rounded differently at each index; 3 * float32(0.1) is above 0.3
         pred, true = np.zeros((50, 3), dtype=bool), np.zeros((50, 3), dtype=bool)
         pred[start, 1], true[start + 3, 1] = True, True
         assert metrics.nsd(pred, true, (float(np.float32(0.1)), 1.0), tolerance_mm=0.3) == 1
@@ -235,14 +265,20 @@ def test_volume_is_in_millilitres():
 # --- empty masks and bad arguments -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pred, true, share", [(False, True, 0), (True, False, 0), (False, False, math.nan)])
+@pytest.mark.parametrize(
+    "pred, true, share", [(False, True, 0), (True, False, 0), (False, False, math.nan)]
+)
 def test_empty_masks_give_the_values_of_the_table(pred, true, share):
     p, t = np.full((4, 4, 4), pred), np.full((4, 4, 4), true)
     scores = metrics.surface_scores(p, t, ONE)
     for value in (metrics.dice(p, t), metrics.iou(p, t), metrics.nsd(p, t, ONE), scores.pop("nsd")):
         assert value == pytest.approx(share, nan_ok=True)
     assert set(scores) == {"hd95_mm", "hd95_pooled_mm", "assd_mm", "centroid_mm"}
-    singles = [metrics.hd95(p, t, ONE), metrics.assd(p, t, ONE), metrics.centroid_distance(p, t, ONE)]
+    singles = [
+        metrics.hd95(p, t, ONE),
+        metrics.assd(p, t, ONE),
+        metrics.centroid_distance(p, t, ONE),
+    ]
     assert np.isnan([*scores.values(), *singles]).all()
 
 
@@ -290,17 +326,24 @@ def labelled_cases():
     rows = []
     for case, classes in pairs.items():
         for name, (pred, true) in zip(("one", "two"), classes, strict=True):
-            rows += metrics.evaluate_case(case, pred.astype(np.uint8) * 3, true.astype(np.int64) * 3, ONE, {name: 3})
+            rows += metrics.evaluate_case(
+                case, pred.astype(np.uint8) * 3, true.astype(np.int64) * 3, ONE, {name: 3}
+            )
     return rows
 
 
 def test_evaluate_case_gives_the_columns_in_order_and_the_values_of_the_single_metrics():
     rng = np.random.default_rng(0)
-    pred, true = rng.integers(0, 4, (9, 8, 7), dtype=np.uint8), rng.integers(0, 4, (9, 8, 7), dtype=np.int16)
+    pred, true = (
+        rng.integers(0, 4, (9, 8, 7), dtype=np.uint8),
+        rng.integers(0, 4, (9, 8, 7), dtype=np.int16),
+    )
     spacing = (0.7, 1.3, 2.9)
     rows = metrics.evaluate_case("x", pred, true, spacing, {"a": 1, "c": 3}, tolerance_mm=0.8)
     header = "case,class,dice,iou,hd95_mm,hd95_pooled_mm,nsd,assd_mm,centroid_mm,volume_true_ml,volume_pred_ml"
-    assert [",".join(row) for row in rows] == [f"{header},share"] * 2  # the last one is not for the file
+    assert [",".join(row) for row in rows] == [
+        f"{header},share"
+    ] * 2  # the last one is not for the file
     assert [row["share"] for row in rows] == [(true == value).mean() for value in (1, 3)]
     assert [(row["case"], row["class"]) for row in rows] == [("x", "a"), ("x", "c")]
     p, t = pred == 3, true == 3
@@ -321,19 +364,25 @@ def test_evaluate_case_scores_unions_that_lie_inside_each_other():
     rows = metrics.evaluate_case("x", pred, true, (1.0, 1.0, 2.0), regions)
     # voxels of P, of G, of both: whole 5, 6, 4; core 3, 3, 2; enhancing 2, 2, 1; rest, with the background, 5, 5, 4
     assert [row["class"] for row in rows] == list(regions)
-    assert [row["dice"] for row in rows] == pytest.approx([2 * 4 / 11, 2 * 2 / 6, 2 * 1 / 4, 2 * 4 / 10])
+    assert [row["dice"] for row in rows] == pytest.approx(
+        [2 * 4 / 11, 2 * 2 / 6, 2 * 1 / 4, 2 * 4 / 10]
+    )
     assert [row["iou"] for row in rows] == pytest.approx([4 / 7, 2 / 4, 1 / 3, 4 / 6])
     assert [row["volume_pred_ml"] * 500 for row in rows] == pytest.approx([5, 3, 2, 5])
     assert [row["volume_true_ml"] * 500 for row in rows] == pytest.approx([6, 3, 2, 5])
     # P 1..5 and G 2..7: P's 1 is 2 mm off, G's 6 and 7 are 2 and 4 mm off; a row has only surface voxels
     assert rows[0]["assd_mm"] == pytest.approx((2 + 2 + 4) / 11)
-    assert rows[1]["centroid_mm"] == pytest.approx(2.0) and rows[2]["centroid_mm"] == pytest.approx(2.0)
+    assert rows[1]["centroid_mm"] == pytest.approx(2.0) and rows[2]["centroid_mm"] == pytest.approx(
+        2.0
+    )
 
 
 def test_evaluate_case_of_one_value_is_the_same_as_a_list_or_numpy_number():
     rng = np.random.default_rng(1)
     pred, true = rng.integers(0, 3, (2, 6, 7, 8))
-    rows = [metrics.evaluate_case("x", pred, true, ONE, {"a": v}) for v in (2, [2], (2, 2), np.int64(2))]
+    rows = [
+        metrics.evaluate_case("x", pred, true, ONE, {"a": v}) for v in (2, [2], (2, 2), np.int64(2))
+    ]
     assert all(row == rows[0] for row in rows)
     with pytest.raises(ValueError, match="class a has no label value"):
         metrics.evaluate_case("x", pred, true, ONE, {"a": []})
@@ -344,7 +393,10 @@ def test_summary_counts_each_pair_once():
     assert summary["images"] == 4 and summary["images_dropped"] == 1
     for name, entry in summary["classes"].items():
         distance = entry["hd95_mm"]
-        assert distance["n"] + distance["n_missed"] + distance["n_spurious"] + distance["n_excluded"] == 4, name
+        assert (
+            distance["n"] + distance["n_missed"] + distance["n_spurious"] + distance["n_excluded"]
+            == 4
+        ), name
     counts = {
         name: [entry["dice"][k] for k in ("n", "n_missed", "n_spurious", "n_excluded")]
         for name, entry in [*summary["classes"].items(), ("mean", summary["mean"])]
@@ -356,13 +408,17 @@ def test_summary_counts_each_pair_once():
 def test_summary_averages_classes_within_an_image_first():
     summary = metrics.summarise(labelled_cases())
     per_image = [0.75, (1 + 0) / 2, (0 + 0.75) / 2]  # a has class one alone; c is dropped
-    assert summary["mean"]["dice"]["mean"] == pytest.approx(np.mean(per_image))  # not the mean of 0.75, 1, 0, 0, 0.75
+    assert summary["mean"]["dice"]["mean"] == pytest.approx(
+        np.mean(per_image)
+    )  # not the mean of 0.75, 1, 0, 0, 0.75
     assert summary["mean"]["dice"]["sd"] == pytest.approx(np.std(per_image, ddof=1))
     assert summary["mean"]["dice"]["median"] == pytest.approx(0.5)
     assert summary["classes"]["one"]["dice"]["mean"] == pytest.approx((0.75 + 1 + 0) / 3)
     assert summary["mean"]["hd95_mm"]["mean"] == pytest.approx(np.mean([1, 0, 1]))
     single = summary["classes"]["two"]["hd95_mm"]  # one value: no spread, no interval
-    assert single["mean"] == single["median"] == 1 and np.isnan([single["sd"], *single["ci95"]]).all()
+    assert (
+        single["mean"] == single["median"] == 1 and np.isnan([single["sd"], *single["ci95"]]).all()
+    )
 
 
 def test_summary_nsd_valid_leaves_one_sided_pairs_out():
@@ -383,7 +439,9 @@ def test_summary_interval_is_a_deterministic_bootstrap_of_the_mean():
     x = np.random.default_rng(3).normal(0.8, 0.1, 60)
     low, high = metrics._bootstrap(x)
     assert [low, high] == metrics._bootstrap(x.copy())
-    half = 1.96 * x.std(ddof=1) / math.sqrt(60)  # for 60 normal values close to the textbook's interval
+    half = (
+        1.96 * x.std(ddof=1) / math.sqrt(60)
+    )  # for 60 normal values close to the textbook's interval
     assert low == pytest.approx(x.mean() - half, abs=0.15 * half)
     assert high == pytest.approx(x.mean() + half, abs=0.15 * half)
 
@@ -403,10 +461,14 @@ def test_metrics_csv_reads_back_the_same_rows_with_nan_as_an_empty_cell(tmp_path
     for one, two in zip(rows, back, strict=True):
         assert list(two) == list(metrics.COLUMNS)
         assert [two["case"], two["class"]] == [one["case"], one["class"]]
-        np.testing.assert_array_equal([two[c] for c in metrics.COLUMNS[2:]], [one[c] for c in metrics.COLUMNS[2:]])
+        np.testing.assert_array_equal(
+            [two[c] for c in metrics.COLUMNS[2:]], [one[c] for c in metrics.COLUMNS[2:]]
+        )
     text = (tmp_path / "metrics.csv").read_text()
     assert ",,,,,,," in text and "nan" not in text
-    assert [file.name for file in tmp_path.iterdir()] == ["metrics.csv"]  # no temporary file is left
+    assert [file.name for file in tmp_path.iterdir()] == [
+        "metrics.csv"
+    ]  # no temporary file is left
 
 
 def test_metrics_csv_with_a_wrong_header_or_cell_is_refused(tmp_path):
@@ -431,7 +493,16 @@ def test_summary_file_is_valid_json_with_null_and_reads_back(tmp_path):
     raw = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
     assert raw["classes"]["two"]["hd95_mm"]["sd"] is None
     assert raw["classes"]["two"]["hd95_mm"]["ci95"] == [None, None]
-    assert set(raw["mean"]["dice"]) == {"mean", "sd", "median", "ci95", "n", "n_missed", "n_spurious", "n_excluded"}
+    assert set(raw["mean"]["dice"]) == {
+        "mean",
+        "sd",
+        "median",
+        "ci95",
+        "n",
+        "n_missed",
+        "n_spurious",
+        "n_excluded",
+    }
     back = metrics.read_summary(tmp_path / "summary.json")
     assert str(back) == str(summary)  # as text, because NaN is not equal to itself
 
@@ -467,7 +538,12 @@ def test_printed_summary_has_the_counters_beside_the_distances():
         "spurious",
         "excluded",
     ]
-    assert lines[1].split()[:2] == ["one", "0.583±0.520"] and lines[1].split()[-4:] == ["3", "0", "1", "1"]
+    assert lines[1].split()[:2] == ["one", "0.583±0.520"] and lines[1].split()[-4:] == [
+        "3",
+        "0",
+        "1",
+        "1",
+    ]
     assert lines[2].split()[3] == "1.00" and lines[2].split()[-4:] == ["2", "1", "0", "2"]
     assert lines[3].split()[0] == "mean" and lines[3].split()[-4:] == ["3", "1", "1", "3"]
 
@@ -484,7 +560,9 @@ def test_best_interval_equals_a_search_over_all_rules():
         for high in range(low, 9):
             for inside in (True, False):
                 preds = [((i >= low / 8) & (i < high / 8)) == inside for i in images]
-                scores = [metrics.dice(p, label == 2) for p, label in zip(preds, labels, strict=True)]
+                scores = [
+                    metrics.dice(p, label == 2) for p, label in zip(preds, labels, strict=True)
+                ]
                 mean = float(np.mean([s for s in scores if s == s]))
                 for kind in ("interval", "threshold")[: 2 if low == 0 or high == 8 else 1]:
                     best[kind] = max(best[kind], mean)
@@ -496,8 +574,12 @@ def test_best_interval_separates_a_class_between_two_others():
     image = np.linspace(0, 1, 60).reshape(3, 4, 5)
     middle = ((image > 0.25) & (image < 0.75)).astype(int)
     assert metrics.best_interval_dice([image], [middle], 1)["interval"] == 1
-    assert metrics.best_interval_dice([image], [1 - middle], 1)["interval"] == 1  # the complement of an interval
-    assert metrics.best_interval_dice([image], [middle], 1)["threshold"] == pytest.approx(0.8, abs=0.01)
+    assert (
+        metrics.best_interval_dice([image], [1 - middle], 1)["interval"] == 1
+    )  # the complement of an interval
+    assert metrics.best_interval_dice([image], [middle], 1)["threshold"] == pytest.approx(
+        0.8, abs=0.01
+    )
     assert metrics.best_interval_dice([image], [(image > 0.5).astype(int)], 1)["threshold"] == 1
     assert metrics.best_interval_dice([image], [(image < 0.5).astype(int)], 1)["threshold"] == 1
     assert np.isnan(list(metrics.best_interval_dice([image], [middle], 7).values())).all()
@@ -560,7 +642,12 @@ def call(capsys, *words):
 
 
 def one_line(code, err, *parts):
-    assert code == 2 and err.startswith("metrics: ") and err.count("\n") == 1 and "Traceback" not in err
+    assert (
+        code == 2
+        and err.startswith("metrics: ")
+        and err.count("\n") == 1
+        and "Traceback" not in err
+    )
     for part in parts:
         assert part in err
 
@@ -573,8 +660,12 @@ def run_folder(tmp_path):
         rng = np.random.default_rng(seed)
         rows = []
         for case in range(cases):
-            pred = np.roll(cube((3, 3, 3)) | (rng.random((12, 12, 12)) < 0.005), rng.integers(0, 3), axis=0)
-            rows += metrics.evaluate_case(f"case{case}", pred * 1, cube((3, 3, 3)) * 1, ONE, {"organ": 1, "lesion": 2})
+            pred = np.roll(
+                cube((3, 3, 3)) | (rng.random((12, 12, 12)) < 0.005), rng.integers(0, 3), axis=0
+            )
+            rows += metrics.evaluate_case(
+                f"case{case}", pred * 1, cube((3, 3, 3)) * 1, ONE, {"organ": 1, "lesion": 2}
+            )
         folder = tmp_path / name
         folder.mkdir()
         metrics.write_metrics_csv(folder / "metrics.csv", rows)
@@ -619,7 +710,9 @@ def test_table_adds_steps_time_and_memory_of_the_logs(run_folder, capsys):
     (a / "summary.json").rename(a / "summary_ensemble1.json")
     files = a / "summary_ensemble1.json", b, c
     code, out, err = call(capsys, "table", *files, "--metric", "dice", "--markdown")
-    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[:5])
+    header, _, *rows = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[:5]
+    )
     assert (code, err) == (0, "") and header[-3:] == ["steps", "s/step", "memory GB"]
     assert [row[-3:] for row in rows] == [["60", "1.31", "2.5"], [""] * 3, [""] * 3]  # 78.5 / 60
     assert "s/step: training seconds over steps, without validation; memory: peak" in out
@@ -641,7 +734,11 @@ def test_compare_prints_the_tests_of_scipy_over_the_shared_cases(run_folder):
     assert (code, err) == (0, "")
     assert "6 cases paired; unpaired: 2 only in A, 0 only in B" in out
     x, y = (
-        [row["dice"] for row in metrics.read_metrics_csv(f / "metrics.csv") if row["class"] == "organ"][:6]
+        [
+            row["dice"]
+            for row in metrics.read_metrics_csv(f / "metrics.csv")
+            if row["class"] == "organ"
+        ][:6]
         for f in (a, b)
     )
     row = next(line for line in out.splitlines() if line.startswith("organ"))
@@ -664,13 +761,20 @@ def test_compare_leaves_a_class_that_one_run_missed_out_of_both_mean_distances(t
             row = dict.fromkeys(metrics.COLUMNS, 1.0) | {"case": case}
             out += [
                 row | {"class": "organ", "hd95_mm": 2.0},
-                row | {"class": "lesion", "hd95_mm": lesion, "volume_pred_ml": 0.0 if lesion != lesion else 1.0},
+                row
+                | {
+                    "class": "lesion",
+                    "hd95_mm": lesion,
+                    "volume_pred_ml": 0.0 if lesion != lesion else 1.0,
+                },
             ]
         return out
 
     metrics.write_metrics_csv(tmp_path / "a.csv", rows(6.0))
     metrics.write_metrics_csv(tmp_path / "b.csv", rows(math.nan))
-    _, out, _ = call(capsys, "compare", tmp_path / "a.csv", tmp_path / "b.csv", "--metric", "hd95_mm")
+    _, out, _ = call(
+        capsys, "compare", tmp_path / "a.csv", tmp_path / "b.csv", "--metric", "hd95_mm"
+    )
     mean = next(line for line in out.splitlines() if line.startswith("mean"))
     assert mean.split()[1:5] == ["2", "2.00", "2.00", "0.00"] and "0/0  2/0" in mean
 
@@ -686,7 +790,11 @@ def test_compare_of_seeds_tests_the_mean_of_each_case(run_folder, tmp_path, caps
         run_folder(name, seed)
     _, out, _ = call(capsys, "compare", tmp_path / "a-?", tmp_path / "b-0", "--metric", "dice")
     dice = {
-        f: [r["dice"] for r in metrics.read_metrics_csv(tmp_path / f / "metrics.csv") if r["class"] == "organ"]
+        f: [
+            r["dice"]
+            for r in metrics.read_metrics_csv(tmp_path / f / "metrics.csv")
+            if r["class"] == "organ"
+        ]
         for f in ("a-0", "a-1", "b-0")
     }
     p = stats.ttest_rel(np.mean([dice["a-0"], dice["a-1"]], axis=0), dice["b-0"]).pvalue
@@ -707,27 +815,41 @@ def test_table_over_seeds_gives_the_spread_of_the_means(run_folder, capsys):
     runs = [run_folder(name, seed) for name, seed in (("a-0", 1), ("a-1", 2), ("b-0", 3))]
     _, out, _ = call(capsys, "table", *runs, "--metric", "dice", "--seeds")
     means = [metrics.read_summary(run / "summary.json")["mean"]["dice"]["mean"] for run in runs]
-    rows = {line.split()[0].rpartition("/")[2]: line.split() for line in out.splitlines() if "-*" in line}
-    assert rows["a-*"][1] == "2" and rows["a-*"][-1] == f"{np.mean(means[:2]):.3f}±{np.std(means[:2], ddof=1):.3f}"
+    rows = {
+        line.split()[0].rpartition("/")[2]: line.split()
+        for line in out.splitlines()
+        if "-*" in line
+    }
+    assert (
+        rows["a-*"][1] == "2"
+        and rows["a-*"][-1] == f"{np.mean(means[:2]):.3f}±{np.std(means[:2], ddof=1):.3f}"
+    )
     assert rows["b-*"][1] == "1" and rows["b-*"][-1] == f"{means[2]:.3f}"
 
 
 # The paper's eight classes: rho of two orders with the p of both kinds (spec, section 1).
 @pytest.mark.parametrize(
     ("order", "rho", "exact", "approximate"),
-    [((2, 1, 4, 3, 7, 5, 8, 6), 0.8333, 0.0154, 0.0102), ((3, 1, 2, 6, 4, 5, 7, 8), 0.8571, 0.0107, 0.0065)],
+    [
+        ((2, 1, 4, 3, 7, 5, 8, 6), 0.8333, 0.0154, 0.0102),
+        ((3, 1, 2, 6, 4, 5, 7, 8), 0.8571, 0.0107, 0.0065),
+    ],
 )
 def test_rank_correlation_of_eight_classes_is_exact(order, rho, exact, approximate):
     r = metrics.rank_correlation(range(1, 9), order)
     assert r["exact"] and r["n"] == 8
-    assert r["rho"] == pytest.approx(rho, abs=1e-4) and r["rho"] == pytest.approx(stats.spearmanr(range(8), order)[0])
+    assert r["rho"] == pytest.approx(rho, abs=1e-4) and r["rho"] == pytest.approx(
+        stats.spearmanr(range(8), order)[0]
+    )
     assert r["p"] == pytest.approx(exact, abs=6e-5)
     assert stats.spearmanr(range(8), order)[1] == pytest.approx(approximate, abs=6e-5)
 
 
 def test_rank_correlation_is_two_sided():
     down = metrics.rank_correlation(range(8), [-v for v in (3, 1, 2, 6, 4, 5, 7, 8)])
-    assert down["rho"] == pytest.approx(-0.8571, abs=1e-4) and down["p"] == pytest.approx(0.0107, abs=6e-5)
+    assert down["rho"] == pytest.approx(-0.8571, abs=1e-4) and down["p"] == pytest.approx(
+        0.0107, abs=6e-5
+    )
 
 
 def test_rank_correlation_with_ties_counts_every_pairing():
@@ -740,7 +862,11 @@ def test_rank_correlation_with_ties_counts_every_pairing():
 def test_rank_correlation_of_many_classes_uses_the_t_approximation():
     x, y = np.arange(12), np.random.default_rng(0).permutation(12)
     r = metrics.rank_correlation(x, y)
-    assert (r["exact"], r["rho"], r["p"]) == (False, pytest.approx(stats.spearmanr(x, y)[0]), stats.spearmanr(x, y)[1])
+    assert (r["exact"], r["rho"], r["p"]) == (
+        False,
+        pytest.approx(stats.spearmanr(x, y)[0]),
+        stats.spearmanr(x, y)[1],
+    )
 
 
 @pytest.mark.parametrize(("x", "y"), [([1, 2], [2, 1]), ([1, 2, 3], [5, 5, 5]), ([], [])])
@@ -756,7 +882,9 @@ def three_balls(folder, shift):
         true[2 : 2 + edge, 2 : 2 + edge, 7 * value : 7 * value + edge] = value
     rows = []
     for case in "pq":
-        rows += metrics.evaluate_case(case, np.roll(true, shift, 0), true, ONE, {"small": 3, "middle": 1, "large": 2})
+        rows += metrics.evaluate_case(
+            case, np.roll(true, shift, 0), true, ONE, {"small": 3, "middle": 1, "large": 2}
+        )
     folder.mkdir()
     metrics.write_metrics_csv(folder / "metrics.csv", rows)
     metrics.write_summary(folder / "summary.json", metrics.summarise(rows))
@@ -766,15 +894,25 @@ def three_balls(folder, shift):
 def test_summary_holds_the_share_of_each_class(tmp_path):
     folder, true = three_balls(tmp_path / "a", 1)
     share = metrics.read_summary(folder / "summary.json")["share"]
-    assert metrics._by_share(metrics.read_summary(folder / "summary.json"), list(share)) == ["small", "middle", "large"]
-    assert share == {name: pytest.approx((true == v).mean()) for name, v in (("small", 3), ("middle", 1), ("large", 2))}
+    assert metrics._by_share(metrics.read_summary(folder / "summary.json"), list(share)) == [
+        "small",
+        "middle",
+        "large",
+    ]
+    assert share == {
+        name: pytest.approx((true == v).mean())
+        for name, v in (("small", 3), ("middle", 1), ("large", 2))
+    }
 
 
 def test_table_prints_whether_large_classes_are_easier_and_draws_them(tmp_path, capsys):
     (a, _), (b, _) = three_balls(tmp_path / "a", 1), three_balls(tmp_path / "b", 2)
     picture = tmp_path / "classes.png"
     code, out, _ = call(capsys, "table", a, b, "--plot", picture)
-    assert code == 0 and f"{a}: Spearman of class share against Dice 1.00, p = 0.333 (3 classes, exact)" in out
+    assert (
+        code == 0
+        and f"{a}: Spearman of class share against Dice 1.00, p = 0.333 (3 classes, exact)" in out
+    )
     with Image.open(picture) as image:
         assert min(image.size) > 200
     code, out, err = call(capsys, "table", a / "metrics.csv", "--plot", picture)
@@ -812,7 +950,9 @@ def test_score_of_nifti_folders_uses_the_header_spacing_and_writes_both_files(tm
     true = cube((3, 3, 3)) * 1 + cube((8, 8, 8)) * 2
     for case, pred in (("one", np.roll(true, 1, axis=2)), ("two", true)):
         save_nifti(tmp_path / "pred" / f"{case}.nii.gz", pred, (0.75, 0.75, 2.5))
-        save_nifti(tmp_path / "true" / f"{case}_0000.nii", true, (0.75, 0.75, 2.5), dtype=np.float32)
+        save_nifti(
+            tmp_path / "true" / f"{case}_0000.nii", true, (0.75, 0.75, 2.5), dtype=np.float32
+        )
     code, out, err = command(
         "score",
         "--pred",
@@ -842,7 +982,15 @@ def test_score_takes_unions_of_label_values(tmp_path, capsys):
     true = cube((3, 3, 3)) * 1 + cube((8, 8, 8)) * 4
     save_nifti(tmp_path / "pred" / "a.nii", np.where(true == 1, 2, true))
     save_nifti(tmp_path / "true" / "a.nii", true)
-    words = ("score", "--pred", tmp_path / "pred", "--true", tmp_path / "true", "--out", tmp_path / "out")
+    words = (
+        "score",
+        "--pred",
+        tmp_path / "pred",
+        "--true",
+        tmp_path / "true",
+        "--out",
+        tmp_path / "out",
+    )
     code, _, err = call(capsys, *words, "--classes", "whole tumour=1+2+4", "core=1+4,enhancing=4")
     assert (code, err) == (0, "")
     rows = metrics.read_metrics_csv(tmp_path / "out" / "metrics.csv")
@@ -856,11 +1004,24 @@ def test_score_without_classes_takes_every_value_of_any_file(tmp_path, capsys):
     save_nifti(tmp_path / "true" / "a.nii", cube((3, 3, 3)) * 2)
     save_nifti(tmp_path / "pred" / "b.nii", cube((3, 3, 3)) * 10)
     save_nifti(tmp_path / "true" / "b.nii", cube((3, 3, 3)) * 0)
-    words = ("score", "--pred", tmp_path / "pred", "--true", tmp_path / "true", "--out", tmp_path / "out")
+    words = (
+        "score",
+        "--pred",
+        tmp_path / "pred",
+        "--true",
+        tmp_path / "true",
+        "--out",
+        tmp_path / "out",
+    )
     code, _, _ = call(capsys, *words, "--empty-distance", "diagonal")
     assert code == 0
     rows = metrics.read_metrics_csv(tmp_path / "out" / "metrics.csv")
-    assert [(r["case"], r["class"]) for r in rows] == [("a", "2"), ("a", "10"), ("b", "2"), ("b", "10")]
+    assert [(r["case"], r["class"]) for r in rows] == [
+        ("a", "2"),
+        ("a", "10"),
+        ("b", "2"),
+        ("b", "10"),
+    ]
     summary = metrics.read_summary(tmp_path / "out" / "summary.json")
     assert [summary["classes"]["10"]["dice"][k] for k in ("n_spurious", "n_excluded")] == [1, 1]
     assert summary["classes"]["10"]["hd95_mm"]["mean"] == pytest.approx(math.sqrt(3) * 12)
@@ -875,11 +1036,32 @@ def test_score_of_png_folders_is_in_pixels(tmp_path, capsys):
         mask = np.zeros((20, 10), dtype=np.uint8)
         mask[5:15, column] = 255
         Image.fromarray(mask).save(tmp_path / side / "slide.png")
-    words = ("score", "--pred", tmp_path / "pred", "--true", tmp_path / "true", "--classes", "gland=255")
+    words = (
+        "score",
+        "--pred",
+        tmp_path / "pred",
+        "--true",
+        tmp_path / "true",
+        "--classes",
+        "gland=255",
+    )
     code, out, _ = call(capsys, *words)
     row = next(line for line in out.splitlines() if line.startswith("gland"))
     assert code == 0 and "Units: pixels" in out
-    assert row.split() == ["gland", "0.000", "0.000", "2.00", "2.00", "0.000", "2.00", "2.00", "1", "0", "0", "0"]
+    assert row.split() == [
+        "gland",
+        "0.000",
+        "0.000",
+        "2.00",
+        "2.00",
+        "0.000",
+        "2.00",
+        "2.00",
+        "1",
+        "0",
+        "0",
+        "0",
+    ]
 
 
 def test_score_names_every_faulty_case_in_one_line_and_writes_nothing(tmp_path):
@@ -923,7 +1105,17 @@ def test_score_names_every_faulty_case_in_one_line_and_writes_nothing(tmp_path):
         ("png", lambda b: b[:-30]),
         ("png", lambda b: b"no image"),
     ],
-    ids=["empty", "cut", "checksum", "changed", "cut-nii", "header-nii", "other-nii", "cut-png", "other-png"],
+    ids=[
+        "empty",
+        "cut",
+        "checksum",
+        "changed",
+        "cut-nii",
+        "header-nii",
+        "other-nii",
+        "cut-png",
+        "other-png",
+    ],
 )
 def test_score_names_a_damaged_file(tmp_path, capsys, kind, damage):
     labels = np.random.default_rng(0).integers(0, 5, (20, 20, 20), dtype=np.uint8)
@@ -952,7 +1144,9 @@ def test_score_refuses_folders_and_classes_that_cannot_be_used(tmp_path, capsys)
         ("true", "true", ("--classes", "organ"), "NAME=VALUE"),
         ("true", "true", ("--classes", "organ=1+"), "NAME=VALUE+VALUE for a union"),
     ):
-        code, _, err = call(capsys, "score", "--pred", tmp_path / pred, "--true", tmp_path / true, *more)
+        code, _, err = call(
+            capsys, "score", "--pred", tmp_path / pred, "--true", tmp_path / true, *more
+        )
         one_line(code, err, part)
 
 
@@ -975,7 +1169,9 @@ def test_calibration_error_is_zero_where_confidence_is_accuracy_and_their_gap_el
     truth[0, :2] = 0  # 20 of 1000 voxels are wrong below
     for confidence in (0.999, 0.98, 0.75):
         r = metrics.calibration([(binary(np.full(truth.shape, confidence)), truth, ONE)])
-        assert r["ece"] == pytest.approx(abs(confidence - 0.98)) and r["error"] == pytest.approx(0.02)
+        assert r["ece"] == pytest.approx(abs(confidence - 0.98)) and r["error"] == pytest.approx(
+            0.02
+        )
 
 
 def test_calibration_counts_the_voxels_near_the_foreground_only():
@@ -984,7 +1180,12 @@ def test_calibration_counts_the_voxels_near_the_foreground_only():
     prob = np.full(truth.shape, 0.01)
     prob[20] = 0.99
     prob[14] = 0.49  # still background
-    for margin, spacing, reached in ((5, ONE, False), (6, ONE, True), (6, (2, 1, 1), False), (12, (2, 1, 1), True)):
+    for margin, spacing, reached in (
+        (5, ONE, False),
+        (6, ONE, True),
+        (6, (2, 1, 1), False),
+        (12, (2, 1, 1), True),
+    ):
         r = metrics.calibration([(binary(prob), truth, spacing)], margin)
         doubtful = [share for entropy, _, share in r["bins"] if entropy > 0.9]
         assert doubtful == ([pytest.approx(1 / 13)] if reached else [])
@@ -995,7 +1196,9 @@ def test_calibration_entropy_is_a_share_of_log_c_and_errors_are_counted_by_it():
     truth[0] = 0
     truth[1] = 2
     prob = np.zeros((3, 4, 5, 5))
-    prob[:, :2] = np.array([0.25, 0.5, 0.25]).reshape(3, 1, 1, 1)  # wrong in both slices, entropy 0.946 (spec)
+    prob[:, :2] = np.array([0.25, 0.5, 0.25]).reshape(
+        3, 1, 1, 1
+    )  # wrong in both slices, entropy 0.946 (spec)
     prob[1, 2:] = 1
     r = metrics.calibration([(prob, truth, ONE)])
     assert r["bins"] == [(0, 0, 0.5), (pytest.approx(0.946394630, abs=1e-8), 1, 0.5)]
@@ -1006,7 +1209,10 @@ def test_calibration_auroc_equals_the_share_of_ordered_pairs():
     rng = np.random.default_rng(0)
     truth, p = rng.integers(0, 2, (6, 6, 6)), np.round(rng.random((6, 6, 6)), 1)
     r = metrics.calibration([(binary(p), truth, ONE)], 99)
-    doubt, wrong = np.abs(p - 0.5).round(3).ravel(), ((p > 0.5) != truth).ravel()  # 0.5: background, the first
+    doubt, wrong = (
+        np.abs(p - 0.5).round(3).ravel(),
+        ((p > 0.5) != truth).ravel(),
+    )  # 0.5: background, the first
     pairs = doubt[~wrong][:, None] - doubt[wrong][None]  # positive: the right one is surer
     assert r["auroc"] == pytest.approx(((pairs > 0) + 0.5 * (pairs == 0)).mean())
 
@@ -1018,10 +1224,14 @@ def test_calibration_over_cases_correlates_entropy_and_foreground_dice():
     for missed, false, p in ((0, 0, 0.95), (1, 0, 0.9), (0, 150, 0.8), (3, 0, 0.7)):
         prob = truth * p
         prob[2 : 2 + missed] = 0.0
-        prob.reshape(-1)[np.flatnonzero(truth == 0)[:false]] = p  # spoils the Dice of the background more
+        prob.reshape(-1)[np.flatnonzero(truth == 0)[:false]] = (
+            p  # spoils the Dice of the background more
+        )
         cases.append((binary(prob), truth, ONE))
     nothing = np.zeros_like(truth)
-    r = metrics.calibration([*cases[::-1], (binary(0.0 * truth), nothing, ONE)], 99)  # where nothing is there: no case
+    r = metrics.calibration(
+        [*cases[::-1], (binary(0.0 * truth), nothing, ONE)], 99
+    )  # where nothing is there: no case
     dices = [metrics.dice(c[0].argmax(0) == 1, truth == 1) for c in cases]
     doubt = [stats.entropy(c[0], axis=0).mean() for c in cases]
     assert r["n"] == 4 and r["rho"] == pytest.approx(stats.spearmanr(doubt, dices)[0])
@@ -1036,7 +1246,9 @@ def run_with_maps(folder, shift, data):
         truth = np.asarray(phantoms.label(case))
         onehot = np.stack([truth == v for v in (0, *phantoms.classes.values())]).astype(np.float32)
         prob = np.roll(ndimage.gaussian_filter(onehot, (0, 1, 1, 1)), shift, 1)
-        for name, p in zip(["background", *(name.replace(" ", "-") for name in phantoms.classes)], prob):
+        for name, p in zip(
+            ["background", *(name.replace(" ", "-") for name in phantoms.classes)], prob
+        ):
             file = folder / f"predictions/maps/{case}_mean_{name}.nii.gz"
             loaders.write_on_grid(file, p / prob.sum(0), phantoms.affine(case))
     return folder
@@ -1047,11 +1259,25 @@ def test_calibration_command_reads_maps_and_averages_runs(tmp_path, capsys):
         run_with_maps(tmp_path / name, shift, "synthetic")
     picture = tmp_path / "calibration.png"
     code, out, _ = call(
-        capsys, "calibration", tmp_path / "a-0", tmp_path / "a-?", tmp_path / "b", "--plot", picture, "--margin", 2
+        capsys,
+        "calibration",
+        tmp_path / "a-0",
+        tmp_path / "a-?",
+        tmp_path / "b",
+        "--plot",
+        picture,
+        "--margin",
+        2,
     )
     one, mean, far = (line.split() for line in out.splitlines()[1:4])
-    assert code == 0 and [one[1], mean[1], far[1]] == ["1", "2", "1"] and [one[2], far[2]] == ["2", "2"]
-    assert float(mean[4]) < float(one[4]) < float(far[4])  # share of wrong voxels: the shifts cancel in the mean
+    assert (
+        code == 0
+        and [one[1], mean[1], far[1]] == ["1", "2", "1"]
+        and [one[2], far[2]] == ["2", "2"]
+    )
+    assert (
+        float(mean[4]) < float(one[4]) < float(far[4])
+    )  # share of wrong voxels: the shifts cancel in the mean
     assert picture.exists()
 
 
@@ -1078,7 +1304,12 @@ def test_calibration_names_a_map_on_another_grid_than_the_truth(tmp_path, capsys
 
 
 def case_row(case: str, name: str, dice: float, nsd: float, pred: float = 1.0) -> dict:
-    row = dict.fromkeys(metrics.COLUMNS, float("nan")) | {"case": case, "class": name, "dice": dice, "iou": dice}
+    row = dict.fromkeys(metrics.COLUMNS, float("nan")) | {
+        "case": case,
+        "class": name,
+        "dice": dice,
+        "iou": dice,
+    }
     return row | {"nsd": nsd, "volume_pred_ml": pred, "volume_true_ml": 1.0}
 
 
@@ -1090,12 +1321,22 @@ def written(folder, rows) -> str:
 
 
 def test_valid_nsd_is_compared_where_both_found_the_structure(tmp_path, capsys):
-    a = [case_row(c, n, *v) for c in "xyz" for n, v in (("easy", (1.0, 1.0)), ("hard", (0.0, 0.0, 0.0)))]
+    a = [
+        case_row(c, n, *v)
+        for c in "xyz"
+        for n, v in (("easy", (1.0, 1.0)), ("hard", (0.0, 0.0, 0.0)))
+    ]
     b = [case_row(c, n, *v) for c in "xyz" for n, v in (("easy", (1.0, 1.0)), ("hard", (0.6, 0.6)))]
     folders = [written(tmp_path / name, rows) for name, rows in (("a", a), ("b", b))]
     assert metrics.main(["compare", *folders, "--metric", "nsd_valid"]) == 0
-    mean = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("mean"))
-    assert mean[2:5] == ["1.000", "1.000", "0.000"]  # the hard class, which A never found, counts for neither
+    mean = next(
+        line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("mean")
+    )
+    assert mean[2:5] == [
+        "1.000",
+        "1.000",
+        "0.000",
+    ]  # the hard class, which A never found, counts for neither
 
 
 def test_table_over_seeds_leaves_out_a_seed_that_missed_all_and_counts_it(tmp_path, capsys):
@@ -1128,7 +1369,11 @@ def test_flags_of_score_that_contradict_are_refused(tmp_path, flags, words, caps
 def test_scores_of_fewer_cases_do_not_replace_all(tmp_path):
     folder, mask = metrics.scores_folder, np.ones((2, 2, 2), np.uint8)
     assert folder(tmp_path, "test", 2) == tmp_path and folder(tmp_path, "val") == tmp_path / "val"
-    rows = [row for case in "abc" for row in metrics.evaluate_case(case, mask, mask, (1, 1, 1), {"organ": 1})]
+    rows = [
+        row
+        for case in "abc"
+        for row in metrics.evaluate_case(case, mask, mask, (1, 1, 1), {"organ": 1})
+    ]
     metrics.write_summary(tmp_path / "summary.json", metrics.summarise(rows))
     assert folder(tmp_path, "test", 2) == tmp_path / "test-2"
     assert folder(tmp_path, "test", 3) == folder(tmp_path, "test") == tmp_path

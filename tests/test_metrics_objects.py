@@ -91,7 +91,9 @@ def test_aji_equals_the_definition(seed):
 @pytest.mark.parametrize("seed", range(6))
 def test_object_dice_equals_the_definition(seed):
     pred, true = random_maps(seed)
-    assert metrics.object_dice(pred, true) == pytest.approx(brute_object_dice(pred, true), abs=1e-12)
+    assert metrics.object_dice(pred, true) == pytest.approx(
+        brute_object_dice(pred, true), abs=1e-12
+    )
 
 
 def test_aji_takes_the_smallest_id_of_partners_with_equal_iou():
@@ -104,7 +106,10 @@ def test_aji_lets_one_prediction_serve_two_objects():
     assert metrics.aji(drawn("3333"), drawn("1122")) == pytest.approx(4 / 8)
 
 
-TRUE_LONG, PRED_LONG = drawn("111111.........."), drawn("2233333333333333")  # 2: 2 of 6 pixels; 3: 4 of 16
+TRUE_LONG, PRED_LONG = (
+    drawn("111111.........."),
+    drawn("2233333333333333"),
+)  # 2: 2 of 6 pixels; 3: 4 of 16
 
 
 def test_aji_picks_the_partner_by_iou():
@@ -164,7 +169,10 @@ def test_components_have_four_neighbours():
 
 
 def test_components_below_a_size_become_background():
-    assert metrics.components(drawn("11.11|11..1"), min_pixels=4).tolist() == drawn("11...|11...").tolist()
+    assert (
+        metrics.components(drawn("11.11|11..1"), min_pixels=4).tolist()
+        == drawn("11...|11...").tolist()
+    )
 
 
 def test_iou_from_dice_has_the_specified_values():
@@ -174,7 +182,10 @@ def test_iou_from_dice_has_the_specified_values():
 
 def test_iou_from_dice_of_a_mean_is_below_the_mean_iou():
     values = np.array([0.2, 0.9])
-    assert metrics.iou_from_dice(values.mean()) < np.mean([metrics.iou_from_dice(v) for v in values]) - 0.05
+    assert (
+        metrics.iou_from_dice(values.mean())
+        < np.mean([metrics.iou_from_dice(v) for v in values]) - 0.05
+    )
 
 
 TRUTH, ANSWER = np.array([0, 0, 1, 1, 255, 2]), np.array([0, 1, 1, 1, 2, 2])
@@ -204,7 +215,9 @@ def test_miou_of_nothing_is_nan():
     assert np.isnan(metrics.miou(metrics.class_counts(np.zeros(3, int), np.full(3, 255), 2)))
 
 
-@pytest.mark.parametrize(("pred", "true"), [([0, 4], [0, 1]), ([0, 1], [0, 7]), ([0.0, 1.0], [0, 1])])
+@pytest.mark.parametrize(
+    ("pred", "true"), [([0, 4], [0, 1]), ([0, 1], [0, 7]), ([0.0, 1.0], [0, 1])]
+)
 def test_class_counts_refuse_what_is_no_class(pred, true):
     with pytest.raises(ValueError, match="expected integers of 0 to 3"):
         metrics.class_counts(np.array(pred), np.array(true), 4)
@@ -213,8 +226,17 @@ def test_class_counts_refuse_what_is_no_class(pred, true):
 def test_score_prints_object_metrics_of_instance_maps(tmp_path, capsys):
     for folder, array in (("pred", PRED), ("true", TRUE)):
         (tmp_path / folder).mkdir()
-        Image.fromarray(array.astype(np.uint16) * 300).save(tmp_path / folder / "a.png")  # ids above 255
-    flags = ["score", "--pred", str(tmp_path / "pred"), "--true", str(tmp_path / "true"), "--instances"]
+        Image.fromarray(array.astype(np.uint16) * 300).save(
+            tmp_path / folder / "a.png"
+        )  # ids above 255
+    flags = [
+        "score",
+        "--pred",
+        str(tmp_path / "pred"),
+        "--true",
+        str(tmp_path / "true"),
+        "--instances",
+    ]
     assert metrics.main(flags) == 0
     out = capsys.readouterr().out
     assert "0.3214" in out and "0.5243" in out and "0.5946" in out

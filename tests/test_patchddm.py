@@ -15,8 +15,16 @@ from common.old import loaders
 from common.old.runtime import Ranks
 from common.old.unet import load_public, public_flags
 
-FIXTURES = Path(os.environ.get("SHARED_DIR", Path(__file__).parents[2] / "shared")) / "data" / "fixtures"
-SMALL = {"num_channels": 4, "channel_mult": (1, 2), "num_res_blocks": 1, "num_groups": 4, "patch": (8,)}
+FIXTURES = (
+    Path(os.environ.get("SHARED_DIR", Path(__file__).parents[2] / "shared")) / "data" / "fixtures"
+)
+SMALL = {
+    "num_channels": 4,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "num_groups": 4,
+    "patch": (8,),
+}
 
 
 def times(*values: int) -> torch.Tensor:
@@ -31,7 +39,8 @@ def x64(value: float) -> torch.Tensor:
 
 
 @pytest.mark.skipif(
-    not FIXTURES.is_dir(), reason="the public network's weights are not beside this checkout (SHARED_DIR)"
+    not FIXTURES.is_dir(),
+    reason="the public network's weights are not beside this checkout (SHARED_DIR)",
 )
 def test_network_agrees_with_the_public_one():
     z = np.load(FIXTURES / "patchddm_tiny.npz")
@@ -65,14 +74,24 @@ def test_network_agrees_with_the_public_one():
         (8, (1, 2, 4), 8, 1, "average", 5, 1, 244_521),
     ],
 )
-def test_network_has_the_published_number_of_parameters(c, mult, groups, blocks, skips, c_in, c_out, count):
-    config = P.Config(num_channels=c, channel_mult=mult, num_groups=groups, num_res_blocks=blocks, skips=skips)
+def test_network_has_the_published_number_of_parameters(
+    c, mult, groups, blocks, skips, c_in, c_out, count
+):
+    config = P.Config(
+        num_channels=c, channel_mult=mult, num_groups=groups, num_res_blocks=blocks, skips=skips
+    )
     with torch.device("meta"):
         model = P.build_model(config, c_in, c_out)
     assert sum(p.numel() for p in model.parameters()) == count
     state = model.state_dict()
     found = public_flags(state)
-    assert found == {"num_channels": c, "channel_mult": mult, "num_res_blocks": blocks, "num_groups": c, "skips": skips}
+    assert found == {
+        "num_channels": c,
+        "channel_mult": mult,
+        "num_res_blocks": blocks,
+        "num_groups": c,
+        "skips": skips,
+    }
 
 
 def test_paper_network_has_412_tensors_of_which_76_start_at_zero():
@@ -143,7 +162,9 @@ def test_q_sample_equals_spec_values_and_iterated_equation_1():
     for t in range(1, 1001):
         beta = 1 - P.ABAR[t] / P.ABAR[t - 1]
         mean, variance = mean * np.sqrt(1 - beta), variance * (1 - beta) + beta
-    assert mean == pytest.approx(0.0063528, abs=1e-7) and variance == pytest.approx(0.9999596417, abs=1e-10)
+    assert mean == pytest.approx(0.0063528, abs=1e-7) and variance == pytest.approx(
+        0.9999596417, abs=1e-10
+    )
     one, zero = x64(1.0), x64(0.0)
     assert P.q_sample(one, zero, times(1000)).item() == pytest.approx(mean, rel=1e-10)
     assert P.q_sample(zero, one, times(1000)).item() ** 2 == pytest.approx(variance, rel=1e-10)
@@ -152,14 +173,18 @@ def test_q_sample_equals_spec_values_and_iterated_equation_1():
 def test_q_sample_takes_a_time_for_each_sample():
     x0, eps = torch.ones(2, 1, 2, 2, 2), torch.zeros(2, 1, 2, 2, 2)
     xt = P.q_sample(x0, eps, times(1, 1000))
-    assert xt[0].mean() == pytest.approx(0.99995, abs=1e-6) and xt[1].mean() == pytest.approx(0.0063528, abs=1e-6)
+    assert xt[0].mean() == pytest.approx(0.99995, abs=1e-6) and xt[1].mean() == pytest.approx(
+        0.0063528, abs=1e-6
+    )
     assert xt.dtype == torch.float32
 
 
 def test_v_target_equals_spec_value():
     xt = P.q_sample(x64(0.7), x64(-1.2), times(400))
     assert xt.item() == pytest.approx(-0.767335889654636, abs=1e-12)
-    assert P.target_of("v", x64(0.7), x64(-1.2), times(400)).item() == pytest.approx(-1.1581000096917053, abs=1e-12)
+    assert P.target_of("v", x64(0.7), x64(-1.2), times(400)).item() == pytest.approx(
+        -1.1581000096917053, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("kind", ["eps", "x0", "v"])
@@ -201,7 +226,11 @@ def test_loss_feeds_condition_then_mask_and_the_index():
         seen["x"], seen["index"] = x, index
         return torch.zeros(2, 1, 4, 4, 4)
 
-    cond, x0, eps = torch.randn(2, 3, 4, 4, 4), torch.rand(2, 1, 4, 4, 4), torch.randn(2, 1, 4, 4, 4)
+    cond, x0, eps = (
+        torch.randn(2, 3, 4, 4, 4),
+        torch.rand(2, 1, 4, 4, 4),
+        torch.randn(2, 1, 4, 4, 4),
+    )
     loss = P.diffusion_loss(model, "eps", cond, x0, times(1, 1000), eps)
     assert torch.equal(seen["index"], times(0, 999))
     assert torch.equal(seen["x"][:, :3], cond)
@@ -254,9 +283,13 @@ def test_public_grid_leaves_a_hundredth_of_noise():
 def test_ddim_step_has_the_coefficients_of_equation_5(t, s, cx, ce, sigma):
     for xt, e in ((1.0, 0.0), (0.0, 1.0), (0.3, -0.7)):
         x0 = P.x0_of("eps", x64(e), x64(xt), times(t))
-        assert P.ddim_step(x0, x64(xt), t, s, 0.0, None).item() == pytest.approx(cx * xt + ce * e, abs=1e-11)
+        assert P.ddim_step(x0, x64(xt), t, s, 0.0, None).item() == pytest.approx(
+            cx * xt + ce * e, abs=1e-11
+        )
     x0 = x64(0.5)
-    noise_part = P.ddim_step(x0, x64(0.2), t, s, 1.0, x64(1.0)) - P.ddim_step(x0, x64(0.2), t, s, 1.0, x64(0.0))
+    noise_part = P.ddim_step(x0, x64(0.2), t, s, 1.0, x64(1.0)) - P.ddim_step(
+        x0, x64(0.2), t, s, 1.0, x64(0.0)
+    )
     assert noise_part.item() == pytest.approx(sigma, abs=1e-12)
 
 
@@ -264,13 +297,21 @@ def test_ddim_step_computes_eps_again_from_the_clipped_x0():
     xt = x64(0.8)
     x0 = P.x0_of("eps", x64(-0.4), xt, times(500))
     assert x0.item() == pytest.approx(4.2233917439462445, abs=1e-11)
-    assert P.ddim_step(x0, xt, 500, 450, 0.0, None).item() == pytest.approx(1.1312924869472802, abs=1e-11)
+    assert P.ddim_step(x0, xt, 500, 450, 0.0, None).item() == pytest.approx(
+        1.1312924869472802, abs=1e-11
+    )
     clipped = x0.clamp(-1, 1)
-    assert P.ddim_step(clipped, xt, 500, 450, 0.0, None).item() == pytest.approx(0.8621888325531233, abs=1e-11)
-    assert P.ddim_step(clipped, xt, 500, 450, 0.5, x64(0.3)).item() == pytest.approx(0.9254610277894553, abs=1e-11)
+    assert P.ddim_step(clipped, xt, 500, 450, 0.0, None).item() == pytest.approx(
+        0.8621888325531233, abs=1e-11
+    )
+    assert P.ddim_step(clipped, xt, 500, 450, 0.5, x64(0.3)).item() == pytest.approx(
+        0.9254610277894553, abs=1e-11
+    )
     inside = P.x0_of("eps", x64(0.7), xt, times(500))
     assert inside.item() == pytest.approx(0.4568414629977992, abs=1e-12)
-    assert P.ddim_step(inside, xt, 500, 450, 0.0, None).item() == pytest.approx(0.8168434451992014, abs=1e-12)
+    assert P.ddim_step(inside, xt, 500, 450, 0.0, None).item() == pytest.approx(
+        0.8168434451992014, abs=1e-12
+    )
 
 
 def run_sampler(predict, steps, xt, **flags):
@@ -305,7 +346,12 @@ def test_sampler_returns_the_truth_of_an_oracle(steps):
 
 @pytest.mark.parametrize(
     "steps, value",
-    [(5, 0.562042376977696), (20, 0.7305454063828937), (50, 0.7705042527077284), (1000, 0.7975452280409517)],
+    [
+        (5, 0.562042376977696),
+        (20, 0.7305454063828937),
+        (50, 0.7705042527077284),
+        (1000, 0.7975452280409517),
+    ],
 )
 def test_ddim_converges_to_the_closed_form(steps, value):
     """Data N(0.3, 0.5^2) have an exact eps; from x_T = 1 the exact x_0 is 0.7990546302172612."""
@@ -332,7 +378,12 @@ def test_heun_step_equals_spec_value():
 
 @pytest.mark.parametrize(
     "steps, value",
-    [(5, 0.6192829231814944), (10, 0.734433466688525), (20, 0.7793409506264307), (50, 0.7947601163104451)],
+    [
+        (5, 0.6192829231814944),
+        (10, 0.734433466688525),
+        (20, 0.7793409506264307),
+        (50, 0.7947601163104451),
+    ],
 )
 def test_heun_converges_to_the_closed_form_with_two_evaluations_a_step(steps, value):
     def exact(x, index):
@@ -366,15 +417,21 @@ def test_ddpm_samples_have_the_data_distribution():
         return (1 - abar) ** 0.5 * (x - 0.3 * abar**0.5) / (0.25 * abar + 1 - abar)
 
     torch.manual_seed(0)
-    out, _ = run_sampler(exact, 200, torch.randn(1, 1, 40, 40, 10, dtype=torch.float64), clip="off", sampler="ddpm")
-    assert out.mean().item() == pytest.approx(0.3, abs=0.02) and out.std().item() == pytest.approx(0.5, abs=0.03)
+    out, _ = run_sampler(
+        exact, 200, torch.randn(1, 1, 40, 40, 10, dtype=torch.float64), clip="off", sampler="ddpm"
+    )
+    assert out.mean().item() == pytest.approx(0.3, abs=0.02) and out.std().item() == pytest.approx(
+        0.5, abs=0.03
+    )
 
 
 def test_clip_bounds_the_predicted_mask():
     out, _ = run_sampler(lambda x, i: torch.full_like(x, 5.0), 4, x64(0.3), target="x0")
     assert out.item() == 1.0
     for clip, low in (("unit", -1.0), ("mask", 0.0), ("off", -5.0)):
-        out, _ = run_sampler(lambda x, i: torch.full_like(x, -5.0), 4, x64(0.3), target="x0", clip=clip)
+        out, _ = run_sampler(
+            lambda x, i: torch.full_like(x, -5.0), 4, x64(0.3), target="x0", clip=clip
+        )
         assert out.item() == low
 
 
@@ -383,7 +440,12 @@ def test_clip_bounds_the_predicted_mask():
 
 def histogram_of_starts(size, patch, kind, n=60_000):
     rng = np.random.default_rng(0)
-    return np.bincount([P.draw_start(rng, size, patch, kind) for _ in range(n)], minlength=size - patch + 1) / n
+    return (
+        np.bincount(
+            [P.draw_start(rng, size, patch, kind) for _ in range(n)], minlength=size - patch + 1
+        )
+        / n
+    )
 
 
 def test_patch_starts_follow_the_trapezoid_of_figure_6():
@@ -394,20 +456,26 @@ def test_patch_starts_follow_the_trapezoid_of_figure_6():
     assert np.abs(p - expected).max() < 5 * np.sqrt(0.094 / 60_000)
 
 
-@pytest.mark.parametrize("kind, variance", [("paper", 758.6017), ("code", 874.6667), ("uniform", (129**2 - 1) / 12)])
+@pytest.mark.parametrize(
+    "kind, variance", [("paper", 758.6017), ("code", 874.6667), ("uniform", (129**2 - 1) / 12)]
+)
 def test_patch_starts_have_the_variance_of_their_distribution(kind, variance):
     p = histogram_of_starts(256, 128, kind)
     s = np.arange(129)
     assert (p * s).sum() == pytest.approx(64, abs=0.6)
     assert (p * (s - 64) ** 2).sum() == pytest.approx(variance, rel=0.02)
-    covered = {"paper": (0.0374, 0.5059), "code": (0.0478, 0.5052), "uniform": (0.1318, 0.5039)}[kind]
+    covered = {"paper": (0.0374, 0.5059), "code": (0.0478, 0.5052), "uniform": (0.1318, 0.5039)}[
+        kind
+    ]
     for voxel, probability in zip((16, 64), covered):
         assert p[: voxel + 1].sum() == pytest.approx(probability, abs=0.012)
 
 
 def test_patch_of_the_whole_volume_starts_at_zero():
     rng = np.random.default_rng(0)
-    assert {P.draw_start(rng, 16, 16, kind) for kind in ("paper", "code", "uniform") for _ in range(50)} == {0}
+    assert {
+        P.draw_start(rng, 16, 16, kind) for kind in ("paper", "code", "uniform") for _ in range(50)
+    } == {0}
 
 
 def test_coordinates_end_at_plus_minus_one_and_are_cut_with_the_patch():
@@ -416,7 +484,9 @@ def test_coordinates_end_at_plus_minus_one_and_are_cut_with_the_patch():
     np.testing.assert_allclose(whole[0, :, 2, 0], [-1, -1 / 3, 1 / 3, 1], atol=1e-7)
     np.testing.assert_allclose(whole[1, 3, :, 0], np.linspace(-1, 1, 6), atol=1e-7)
     assert not whole[2].any()
-    np.testing.assert_array_equal(P.coordinates((4, 6, 1), (1, 2, 0), (2, 3, 1)), whole[:, 1:3, 2:5])
+    np.testing.assert_array_equal(
+        P.coordinates((4, 6, 1), (1, 2, 0), (2, 3, 1)), whole[:, 1:3, 2:5]
+    )
 
 
 def test_condition_of_a_patch_is_the_cut_of_the_whole_volumes_condition():
@@ -426,8 +496,12 @@ def test_condition_of_a_patch_is_the_cut_of_the_whole_volumes_condition():
     whole = P.condition(image, full, (0, 0, 0), full, True)
     assert whole.shape == (5, 10, 10, 8) and whole.dtype == np.float32
     np.testing.assert_allclose(whole[:2, 0:9, :, 0:7], 2 * image.astype(np.float32) - 1)
-    assert (whole[:2, 9] == -1).all() and (whole[:2, :, :, 7] == -1).all()  # padding is background, -1 once scaled
-    np.testing.assert_array_equal(P.condition(image, full, (2, 1, 0), (8, 8, 8), True), whole[:, 2:10, 1:9])
+    assert (whole[:2, 9] == -1).all() and (
+        whole[:2, :, :, 7] == -1
+    ).all()  # padding is background, -1 once scaled
+    np.testing.assert_array_equal(
+        P.condition(image, full, (2, 1, 0), (8, 8, 8), True), whole[:, 2:10, 1:9]
+    )
     assert P.condition(image, full, (2, 1, 0), (8, 8, 8), False).shape == (2, 8, 8, 8)
 
 
@@ -497,7 +571,10 @@ def test_halving_takes_every_second_voxel_or_the_mean(pool, value):
     assert half.shape == (1, 2, 2, 2) and half[0, :, 1, 1].tolist() == value
     label = np.zeros((4, 4, 4), np.uint8)
     label[1:] = 2
-    assert P.halve_label(label, pool)[:, 0, 0].tolist() == [0, 2]  # of 0, 0, 0, 0, 2, 2, 2, 2 the lower value
+    assert P.halve_label(label, pool)[:, 0, 0].tolist() == [
+        0,
+        2,
+    ]  # of 0, 0, 0, 0, 2, 2, 2, 2 the lower value
 
 
 @pytest.mark.parametrize("method, inputs, size", [("patch", 4, 8), ("full", 1, 16), ("half", 1, 8)])
@@ -508,7 +585,9 @@ def test_method_decides_inputs_and_size_of_a_sample(method, inputs, size):
     if method == "full":
         data = tiny_data()
         order = [c for c in data.cases("train") if np.array_equal(data.label(c), label[..., :12])]
-        assert len(order) == 1 and np.array_equal(cond[0][..., :12], 2 * data.image(order[0])[0] - 1)
+        assert len(order) == 1 and np.array_equal(
+            cond[0][..., :12], 2 * data.image(order[0])[0] - 1
+        )
     net = P.network_for(config, loaders.data_record(tiny_data()), torch.device("cpu"))
     assert net.input_blocks[0][0].weight.shape[1] == inputs + 3
 
@@ -549,7 +628,9 @@ def test_an_epoch_visits_each_case_once():
 def test_shards_divide_the_global_batch():
     config = P.Config(**SMALL, batch=8, accumulate=2, steps=3)
     whole = [
-        n for part in P.Sharded(replace(config, accumulate=1), Ranks(0, 1, 0, torch.device("cpu")), 1) for n in part
+        n
+        for part in P.Sharded(replace(config, accumulate=1), Ranks(0, 1, 0, torch.device("cpu")), 1)
+        for n in part
     ]
     assert whole == list(range(8, 24))
     shards = [list(P.Sharded(config, Ranks(r, 2, r, torch.device("cpu")), 1)) for r in (0, 1)]
@@ -576,8 +657,12 @@ def test_masks_become_channels_and_come_back():
     assert torch.equal(P.x0_to_mask(x0[0]), label[0].to(torch.uint8))
     binary = P.mask_to_x0((label > 1), 1)
     assert torch.equal(binary[:, 0], (label > 1).float())
-    assert torch.equal(P.x0_to_mask(torch.tensor([0.5, 0.5001])[None]), torch.tensor([0, 1], dtype=torch.uint8))
-    assert P.x0_to_mask(torch.tensor([0.2, 0.4, 0.4])[:, None]).item() == 1  # a tie goes to the lower channel
+    assert torch.equal(
+        P.x0_to_mask(torch.tensor([0.5, 0.5001])[None]), torch.tensor([0, 1], dtype=torch.uint8)
+    )
+    assert (
+        P.x0_to_mask(torch.tensor([0.2, 0.4, 0.4])[:, None]).item() == 1
+    )  # a tie goes to the lower channel
 
 
 def network(config, model, classes=1):
@@ -588,7 +673,9 @@ def network(config, model, classes=1):
 def members_of(values: list[list[float]], monkeypatch) -> tuple[torch.Tensor, torch.Tensor]:
     outputs = iter(torch.tensor(v).reshape(1, -1, 1, 1, 1) for v in values)
     monkeypatch.setattr(P, "sample", lambda *a, **k: next(outputs))
-    net = network(P.Config(**SMALL, ensemble=len(values)), nn.Identity(), max(1, len(values[0]) - 1))
+    net = network(
+        P.Config(**SMALL, ensemble=len(values)), nn.Identity(), max(1, len(values[0]) - 1)
+    )
     results = list(P.sample_ensemble(net, torch.zeros(3, 1, 1, 1), "case"))
     assert [r.size for r in results] == list(range(1, len(values) + 1))
     return results[-1].mean.flatten(), results[-1].variance.flatten()
@@ -596,7 +683,9 @@ def members_of(values: list[list[float]], monkeypatch) -> tuple[torch.Tensor, to
 
 def test_ensemble_mean_and_variance_equal_spec_values(monkeypatch):
     mean, variance = members_of([[0.9], [0.2], [0.6]], monkeypatch)
-    assert mean.item() == pytest.approx(0.566667, abs=1e-6) and variance.item() == pytest.approx(0.0822222, abs=1e-6)
+    assert mean.item() == pytest.approx(0.566667, abs=1e-6) and variance.item() == pytest.approx(
+        0.0822222, abs=1e-6
+    )
     mean, variance = members_of([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3], [0.1, 0.5, 0.4]], monkeypatch)
     torch.testing.assert_close(mean, torch.tensor([0.3, 0.366667, 0.333333]), atol=1e-6, rtol=0)
     assert mean.argmax() == 1 and variance.item() == pytest.approx(0.0422222, abs=1e-6)
@@ -657,7 +746,14 @@ def test_ema_forgets_its_start():
 @pytest.mark.parametrize("target", ["x0", "eps", "v"])
 def test_one_batch_is_overfitted(target):
     torch.manual_seed(0)
-    config = P.Config(num_channels=8, channel_mult=(1, 2), num_res_blocks=1, num_groups=4, patch=(8,), target=target)
+    config = P.Config(
+        num_channels=8,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        num_groups=4,
+        patch=(8,),
+        target=target,
+    )
     data = tiny_data()
     patches = P.Patches(data, config)
     items = [patches[n] for n in range(4)]
@@ -687,8 +783,14 @@ def test_one_batch_is_overfitted(target):
         ({"patch": (100,)}, "cannot be halved 6 times"),
         ({"patch": (64, 64)}, "expected N or N,N,N"),
         ({"num_groups": 7}, "does not divide the width 29"),
-        ({"patch": (64,), "num_groups": 1, "num_channels": 1, "channel_mult": (1,) * 7}, "one value a group"),
-        ({"num_channels": 8, "num_groups": 8, "channel_mult": (1, 1, 2), "patch": (4,)}, "one value a group"),
+        (
+            {"patch": (64,), "num_groups": 1, "num_channels": 1, "channel_mult": (1,) * 7},
+            "one value a group",
+        ),
+        (
+            {"num_channels": 8, "num_groups": 8, "channel_mult": (1, 1, 2), "patch": (4,)},
+            "one value a group",
+        ),
         ({"device": "foo"}, "--device is foo"),
         ({"timesteps": "code", "sampling_steps": 1}, "not defined for --sampling-steps 1"),
         ({"mask_range": "pm1", "clip": "mask"}, "cuts off the -1"),

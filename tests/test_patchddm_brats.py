@@ -14,7 +14,18 @@ import patchddm
 from common.old import loaders, metrics, runtime
 from data_prep import brats
 
-NET = ["--preset", "tiny", "--num-channels", "8", "--channel-mult", "1,2", "--patch", "16", "--batch", "2"]
+NET = [
+    "--preset",
+    "tiny",
+    "--num-channels",
+    "8",
+    "--channel-mult",
+    "1,2",
+    "--patch",
+    "16",
+    "--batch",
+    "2",
+]
 FAST = ["--sampling-steps", "1", "--quiet", "--amp", "off", "--device", "cpu"]
 CLASSES = {"2018": "all", "2020": "regions", "2021": "all", "2023": "regions"}
 LABELS = ["necrotic core", "oedema", "enhancing tumour"]
@@ -45,7 +56,15 @@ class Year:
         return [next(f for f in self.src.rglob(f"{stem}.nii*") if f.is_file()) for stem in stems]
 
     def predict(self, output: Path, *images: Path, flags: tuple[str, ...] = ()) -> Path:
-        argv = ["predict", "--checkpoint", str(self.run / "best.pt"), "--output", str(output), *FAST, *flags]
+        argv = [
+            "predict",
+            "--checkpoint",
+            str(self.run / "best.pt"),
+            "--output",
+            str(output),
+            *FAST,
+            *flags,
+        ]
         assert patchddm.main([*argv, "--image", *map(str, images)]) == 0
         return output
 
@@ -54,7 +73,9 @@ def give_each_label(file: Path) -> None:
     """A random last layer, centred so that no channel wins everywhere: three steps teach too little to see a label."""
     state = torch.load(file, weights_only=True)
     for part in ("model", "ema"):
-        weight = torch.randn(state[part]["out.2.weight"].shape, generator=torch.Generator().manual_seed(0))
+        weight = torch.randn(
+            state[part]["out.2.weight"].shape, generator=torch.Generator().manual_seed(0)
+        )
         state[part]["out.2.weight"] = 0.02 * (weight - weight.mean(dim=(1, 2, 3, 4), keepdim=True))
         state[part]["out.2.bias"].fill_(0.5)
     torch.save(state, file)
@@ -63,7 +84,12 @@ def give_each_label(file: Path) -> None:
 def made(folder: Path, layout: str, classes: str) -> Year:
     year = Year(layout, folder / "src", folder / "data", folder / "run")
     assert brats.main(["--make-fake", str(year.src), "--layout", layout]) == 0
-    assert brats.main(["--src", str(year.src), "--dst", str(year.data), "--classes", classes, "--quiet"]) == 0
+    assert (
+        brats.main(
+            ["--src", str(year.src), "--dst", str(year.data), "--classes", classes, "--quiet"]
+        )
+        == 0
+    )
     argv = ["train", "--data", str(year.data), "--out", str(year.run), "--steps", "3", *NET, *FAST]
     assert patchddm.main(argv) == 0
     give_each_label(year.run / "best.pt")
@@ -72,7 +98,10 @@ def made(folder: Path, layout: str, classes: str) -> Year:
 
 @pytest.fixture(scope="session")
 def years(tmp_path_factory) -> dict[str, Year]:
-    return {layout: made(tmp_path_factory.mktemp(layout), layout, CLASSES[layout]) for layout in brats.LAYOUTS}
+    return {
+        layout: made(tmp_path_factory.mktemp(layout), layout, CLASSES[layout])
+        for layout in brats.LAYOUTS
+    }
 
 
 @pytest.fixture(params=brats.LAYOUTS)
@@ -107,7 +136,15 @@ def test_training_logs_what_is_scored(year):
 
 
 def test_evaluate_scores_regions_as_unions_or_else_labels(year, tmp_path):
-    argv = ["evaluate", "--checkpoint", str(year.run / "best.pt"), "--data", str(year.data), "--out", str(tmp_path)]
+    argv = [
+        "evaluate",
+        "--checkpoint",
+        str(year.run / "best.pt"),
+        "--data",
+        str(year.data),
+        "--out",
+        str(tmp_path),
+    ]
     assert patchddm.main([*argv, *FAST]) == 0
     data = loaders.open_prepared(year.data)
     (case,) = data.cases("test")
@@ -125,7 +162,15 @@ def test_evaluate_scores_regions_as_unions_or_else_labels(year, tmp_path):
 
 def test_network_trained_on_labels_is_scored_on_regions_of_the_same_data(years, tmp_path):
     year = years["2021"]
-    argv = ["--src", str(year.src), "--dst", str(tmp_path / "data"), "--classes", "regions", "--quiet"]
+    argv = [
+        "--src",
+        str(year.src),
+        "--dst",
+        str(tmp_path / "data"),
+        "--classes",
+        "regions",
+        "--quiet",
+    ]
     assert brats.main(argv) == 0
     argv = ["evaluate", "--checkpoint", str(year.run / "best.pt"), "--data", str(tmp_path / "data")]
     assert patchddm.main([*argv, "--out", str(tmp_path / "e"), *FAST]) == 0
@@ -144,7 +189,14 @@ def test_score_of_predicted_masks_against_published_labels_equals_evaluate(years
     shutil.copy(label, tmp_path / "true" / label.name.replace(f"{year.mark}seg", ""))
     v = year.enhancing
     classes = [f"whole tumour=1+2+{v}", f"tumour core=1+{v}", f"enhancing tumour={v}"]
-    argv = ["--pred", str(tmp_path / "masks"), "--true", str(tmp_path / "true"), "--out", str(tmp_path / "s")]
+    argv = [
+        "--pred",
+        str(tmp_path / "masks"),
+        "--true",
+        str(tmp_path / "true"),
+        "--out",
+        str(tmp_path / "s"),
+    ]
     assert metrics.main(["score", *argv, "--classes", *classes]) == 0
     scored, evaluated = (scores(tmp_path / name / "metrics.csv") for name in "se")
     assert list(scored) == REGIONS
@@ -155,17 +207,24 @@ def test_score_of_predicted_masks_against_published_labels_equals_evaluate(years
 
 
 def test_published_folder_is_predicted_in_its_geometry_and_values(year, tmp_path):
-    with pytest.warns(UserWarning, match=r"left out, since their names tell no channel: 10 files \(") as said:
+    with pytest.warns(
+        UserWarning, match=r"left out, since their names tell no channel: 10 files \("
+    ) as said:
         year.predict(tmp_path / "out", year.src)
     assert sum("left out" in str(w.message) for w in said) == 1
     data = loaders.open_prepared(year.data)
     cases = [case for split in data.meta["splits"].values() for case in split]
-    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == sorted(f"{case}.nii.gz" for case in cases)
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == sorted(
+        f"{case}.nii.gz" for case in cases
+    )
     for case in cases:
         image, mask = nib.load(year.files(case)[0]), nib.load(tmp_path / f"out/{case}.nii.gz")
         assert mask.shape == image.shape and mask.get_data_dtype() == np.uint8
         np.testing.assert_array_equal(mask.affine, image.affine)
-        assert [int(mask.header[k]) for k in ("qform_code", "sform_code")] == [2, 2]  # the images'; the label has 1
+        assert [int(mask.header[k]) for k in ("qform_code", "sform_code")] == [
+            2,
+            2,
+        ]  # the images'; the label has 1
         assert set(np.unique(mask.dataobj)) == {0, 1, 2, year.enhancing}
 
 
@@ -180,19 +239,33 @@ def test_four_files_in_any_order_and_their_folder_give_one_mask(year, tmp_path):
         year.predict(tmp_path / "c", whole, flags=("--save-maps",))
     for pair in (("a.nii.gz", f"b/{case}.nii.gz"), (f"b/{case}.nii.gz", f"c/{case}.nii.gz")):
         np.testing.assert_array_equal(*(voxels(tmp_path / name) for name in pair))
-    maps = [f"maps/a_mean_{LABELS[1]}", f"b/maps/{case}_mean_{LABELS[1]}", f"c/maps/{case}_mean_{LABELS[1]}"]
+    maps = [
+        f"maps/a_mean_{LABELS[1]}",
+        f"b/maps/{case}_mean_{LABELS[1]}",
+        f"c/maps/{case}_mean_{LABELS[1]}",
+    ]
     first, *others = (voxels(tmp_path / f"{name}.nii.gz") for name in maps)
     for other in others:  # a wrong order would show here, even where it changed no label
         np.testing.assert_array_equal(first, other)
 
 
 def test_predict_of_files_in_any_order_agrees_with_evaluate(year, tmp_path):
-    argv = ["evaluate", "--checkpoint", str(year.run / "best.pt"), "--data", str(year.data), "--out", str(tmp_path)]
+    argv = [
+        "evaluate",
+        "--checkpoint",
+        str(year.run / "best.pt"),
+        "--data",
+        str(year.data),
+        "--out",
+        str(tmp_path),
+    ]
     assert patchddm.main([*argv, *FAST]) == 0
     (case,) = loaders.open_prepared(year.data).cases("test")
     year.predict(tmp_path / "p.nii.gz", *reversed(year.files(case)))
     published = np.array([0, 1, 2, year.enhancing])[voxels(tmp_path / f"predictions/{case}.nii.gz")]
-    np.testing.assert_array_equal(voxels(tmp_path / "p.nii.gz")[::-1, ::-1], published)  # LPS -> RAS
+    np.testing.assert_array_equal(
+        voxels(tmp_path / "p.nii.gz")[::-1, ::-1], published
+    )  # LPS -> RAS
 
 
 def test_network_of_one_year_predicts_files_named_as_in_another(years, tmp_path):
@@ -213,14 +286,23 @@ def refused(year: Year, output: Path, capsys, *images: Path) -> str:
     argv = ["predict", "--checkpoint", str(year.run / "best.pt"), "--output", str(output), *FAST]
     code = runtime.run_main("patchddm", patchddm.main, [*argv, "--image", *map(str, images)])
     line = capsys.readouterr().err
-    assert code == 2 and line.startswith("patchddm: ") and line.count("\n") == 1 and not output.exists()
+    assert (
+        code == 2
+        and line.startswith("patchddm: ")
+        and line.count("\n") == 1
+        and not output.exists()
+    )
     return line
 
 
 @pytest.fixture
 def case(years, tmp_path) -> Path:
     """A copy of one case's folder of 2021, which a test may damage."""
-    return Path(shutil.copytree(years["2021"].files("BraTS2021_00003")[0].parent, tmp_path / "BraTS2021_00003"))
+    return Path(
+        shutil.copytree(
+            years["2021"].files("BraTS2021_00003")[0].parent, tmp_path / "BraTS2021_00003"
+        )
+    )
 
 
 def test_predict_names_the_missing_modality_and_its_case(years, case, tmp_path, capsys):
@@ -235,13 +317,19 @@ def test_predict_names_both_files_of_one_modality(years, case, tmp_path, capsys)
     first, second = case / "BraTS2021_00003_t1.nii.gz", case / "BraTS2021_00003-t1n.nii.gz"
     shutil.copy(first, second)
     line = refused(years["2021"], tmp_path / "out", capsys, case)
-    assert f"case BraTS2021_00003 has 2 files for t1, expected one: {second} and {first}; add, rename" in line
+    assert (
+        f"case BraTS2021_00003 has 2 files for t1, expected one: {second} and {first}; add, rename"
+        in line
+    )
 
 
 def test_predict_names_a_folder_whose_files_tell_nothing(years, case, tmp_path, capsys):
     for file in case.iterdir():
-        file.rename(file.with_name(file.name.replace("BraTS2021_00003_", "scan").replace("flair", "f")))
+        file.rename(
+            file.with_name(file.name.replace("BraTS2021_00003_", "scan").replace("flair", "f"))
+        )
     line = refused(years["2021"], tmp_path / "out", capsys, tmp_path)
     assert (
-        f"{tmp_path}: no .nii or .nii.gz file found, nor below it one named as CASE_t1 or CASE_t1n or CASE_t1c" in line
+        f"{tmp_path}: no .nii or .nii.gz file found, nor below it one named as CASE_t1 or CASE_t1n or CASE_t1c"
+        in line
     )

@@ -60,12 +60,18 @@ def test_phantom_types_ranges_and_all_classes(shape, spacing, channels, classes)
         assert image.shape == (channels, *shape) and image.dtype == np.float32
         assert label.shape == tuple(shape) and label.dtype == np.uint8
         assert np.isfinite(image).all() and image.min() >= 0 and image.max() <= 1
-        assert (np.bincount(label.ravel(), minlength=classes + 1) > 0).all() and label.max() == classes
-        assert np.mean((image == 0) | (image == 1)) < 0.04  # little is clipped, even of 256 pixels with 13 classes
+        assert (
+            np.bincount(label.ravel(), minlength=classes + 1) > 0
+        ).all() and label.max() == classes
+        assert (
+            np.mean((image == 0) | (image == 1)) < 0.04
+        )  # little is clipped, even of 256 pixels with 13 classes
 
 
 def test_phantom_every_class_has_a_sensible_size_in_50_phantoms():
-    share = np.array([np.bincount(phantom(7, i)[1].ravel(), minlength=3) / (48 * 48 * 32) for i in range(50)])
+    share = np.array(
+        [np.bincount(phantom(7, i)[1].ravel(), minlength=3) / (48 * 48 * 32) for i in range(50)]
+    )
     assert share[:, 1:].min() > 0.02 and share[:, 1:].max() < 0.15 and share[:, 0].min() > 0.75
 
 
@@ -98,7 +104,9 @@ def test_phantom_classes_have_a_usual_place():
     assert centres.std(0).min() > 0.02  # but not a fixed one
 
 
-@pytest.mark.parametrize("classes, shape", [(1, (48, 48, 32)), (2, (48, 48, 32)), (4, (48, 48, 32)), (2, (64, 64))])
+@pytest.mark.parametrize(
+    "classes, shape", [(1, (48, 48, 32)), (2, (48, 48, 32)), (4, (48, 48, 32)), (2, (64, 64))]
+)
 def test_phantom_is_not_solved_by_intensity(classes, shape):
     cases = [phantom(0, i, shape, classes=classes) for i in range(12)]
     for k in range(1, classes + 1):
@@ -120,6 +128,11 @@ def test_phantom_is_solved_by_the_direction_of_its_lamellae():
 
 
 def test_phantom_refuses_what_it_cannot_draw():
-    for bad in ({"classes": 14}, {"classes": 0}, {"shape": (16,)}, {"shape": (16, 16, 16), "spacing": (1.0, 1.0)}):
+    for bad in (
+        {"classes": 14},
+        {"classes": 0},
+        {"shape": (16,)},
+        {"shape": (16, 16, 16), "spacing": (1.0, 1.0)},
+    ):
         with pytest.raises(ValueError, match=r"expected .*; change"):
             phantom(0, 0, **bad)

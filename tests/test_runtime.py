@@ -26,7 +26,11 @@ ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 
 
 def complete_state(**changes):
-    state = {key: {} for key in runtime.CHECKPOINT_KEYS} | {"format": runtime.FORMAT, "script": "patchddm", "step": 3}
+    state = {key: {} for key in runtime.CHECKPOINT_KEYS} | {
+        "format": runtime.FORMAT,
+        "script": "patchddm",
+        "step": 3,
+    }
     return state | changes
 
 
@@ -42,7 +46,9 @@ def test_save_keeps_the_old_file_as_previous(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.prev.pt", "last.pt"]
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("file write failed")]
+)
 def test_failed_save_leaves_the_old_checkpoint_and_says_so(tmp_path, monkeypatch, error):
     path, previous = tmp_path / "last.pt", tmp_path / "last.prev.pt"
     runtime.save_checkpoint(path, complete_state(step=1), previous)
@@ -58,7 +64,9 @@ def test_failed_save_leaves_the_old_checkpoint_and_says_so(tmp_path, monkeypatch
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
+@pytest.mark.skipif(
+    not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full"
+)
 def test_a_device_that_is_really_full_is_reported(tmp_path):
     (tmp_path / "last.pt.tmp").symlink_to("/dev/full")
     with pytest.raises(InputError, match="cannot be written"):
@@ -112,7 +120,10 @@ def test_truncated_checkpoint_is_refused_at_every_length(tmp_path):
     [
         (complete_state(format=runtime.FORMAT + 1), "use a newer version"),
         (complete_state(format="1"), "use a newer version"),
-        (complete_state(script="masked_diffusion"), "belongs to masked_diffusion.py, this is patchddm.py"),
+        (
+            complete_state(script="masked_diffusion"),
+            "belongs to masked_diffusion.py, this is patchddm.py",
+        ),
         ({k: v for k, v in complete_state().items() if k != "optimizer"}, "lacks optimizer"),
         ({"conv.weight": torch.zeros(1)}, "public weights go to --init"),
         ([1, 2], "not a checkpoint"),
@@ -132,7 +143,9 @@ def test_missing_checkpoint_says_what_to_do(tmp_path):
 def test_damaged_newest_checkpoint_falls_back_to_the_previous_one_aloud(tmp_path, capsys):
     assert runtime.load_newest(tmp_path, "patchddm") is None
     for step in (1, 2):
-        runtime.save_checkpoint(tmp_path / "last.pt", complete_state(step=step), tmp_path / "last.prev.pt")
+        runtime.save_checkpoint(
+            tmp_path / "last.pt", complete_state(step=step), tmp_path / "last.prev.pt"
+        )
     (tmp_path / "last.pt").write_bytes(b"damaged")
     newest = runtime.load_newest(tmp_path, "patchddm")
     assert newest is not None and newest["step"] == 1
@@ -143,11 +156,16 @@ def test_damaged_newest_checkpoint_falls_back_to_the_previous_one_aloud(tmp_path
 
 
 @pytest.mark.parametrize(
-    "entry, words", [({"format": 99}, "has format 99"), ({"script": "other"}, "belongs to other.py")]
+    "entry, words",
+    [({"format": 99}, "has format 99"), ({"script": "other"}, "belongs to other.py")],
 )
-def test_checkpoint_of_another_program_is_refused_and_the_previous_one_not_taken(entry, words, tmp_path):
+def test_checkpoint_of_another_program_is_refused_and_the_previous_one_not_taken(
+    entry, words, tmp_path
+):
     for step in (1, 2):
-        runtime.save_checkpoint(tmp_path / "last.pt", complete_state(step=step), tmp_path / "last.prev.pt")
+        runtime.save_checkpoint(
+            tmp_path / "last.pt", complete_state(step=step), tmp_path / "last.prev.pt"
+        )
     torch.save(complete_state(step=3) | entry, tmp_path / "last.pt")
     with pytest.raises(InputError, match=words):
         runtime.load_newest(tmp_path, "patchddm")
@@ -193,12 +211,16 @@ def test_log_of_a_continued_run_has_each_step_once(tmp_path):
     log.row({"step": 3, "loss": 9.0, "val_dice": 0.5})
     rows = list(csv.DictReader(path.open()))
     assert [r["step"] for r in rows] == ["1", "2", "3"]
-    assert rows[0]["loss"] == "0.123457" and rows[0]["val_dice"] == "" and rows[2]["val_dice"] == "0.5"
+    assert (
+        rows[0]["loss"] == "0.123457" and rows[0]["val_dice"] == "" and rows[2]["val_dice"] == "0.5"
+    )
 
 
 def test_log_survives_commas_in_class_names(tmp_path):
     columns = ["step", "val_dice_cyst, left"]
-    runtime.Log(tmp_path / "log.csv", columns, 0, True).row({"step": 1, columns[1]: 0.5}, silent=True)
+    runtime.Log(tmp_path / "log.csv", columns, 0, True).row(
+        {"step": 1, columns[1]: 0.5}, silent=True
+    )
     runtime.Log(tmp_path / "log.csv", columns, 1, True)
     assert list(csv.DictReader((tmp_path / "log.csv").open())) == [{"step": "1", columns[1]: "0.5"}]
 
@@ -218,7 +240,9 @@ def test_console_shows_the_numbers_of_the_log(tmp_path, capsys):
 def test_closed_stdout_does_not_stop_a_run():
     code = "import sys\nfrom common.old.runtime import say\n"
     code += "sys.stdout.close()\nsay('a')\nsay('b')\nsys.stderr.write('alive')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
     assert done.returncode == 0 and done.stderr == "alive"
 
 
@@ -244,7 +268,13 @@ def parse(*argv):
 
 def test_flags_come_from_given_then_preset_then_default():
     verb, config, given = parse("train", "--mult", "1,2,4", "--fast")
-    assert (verb, config.lr, config.mult, config.fast, config.preset) == ("train", 0.5, (1, 2, 4), True, "tiny")
+    assert (verb, config.lr, config.mult, config.fast, config.preset) == (
+        "train",
+        0.5,
+        (1, 2, 4),
+        True,
+        "tiny",
+    )
     assert given == {"mult": (1, 2, 4), "fast": True}
     assert parse("--data", "brats")[1] == Flags(data="brats")
     assert parse("--data", "brats", "--preset", "tiny", "--lr", "0.1")[1].lr == 0.1
@@ -276,13 +306,20 @@ def test_help_shows_every_flag_with_its_default(capsys):
 
 
 def test_range_check_refuses_nan_and_names_the_bound():
-    for value, words in ((float("nan"), "nan, expected a number above 0 up to 1"), (0.0, "above 0"), (2.0, "up to 1")):
+    for value, words in (
+        (float("nan"), "nan, expected a number above 0 up to 1"),
+        (0.0, "above 0"),
+        (2.0, "up to 1"),
+    ):
         with pytest.raises(InputError, match=words):
             runtime.check_range(Flags(lr=value), "lr", 0, 1, open_low=True)
 
 
 def test_seeds_depend_on_every_part():
-    seeds = {runtime.seed_of(*parts) for parts in ((0, "a", 1), (0, "a", 2), (1, "a", 1), (0, "b", 1), (0, "a", "1"))}
+    seeds = {
+        runtime.seed_of(*parts)
+        for parts in ((0, "a", 1), (0, "a", 2), (1, "a", 1), (0, "b", 1), (0, "a", "1"))
+    }
     assert len(seeds) == 5 and all(0 <= s < 2**63 for s in seeds)
     assert runtime.seed_of(0, "noise", 3) == runtime.seed_of(0, "noise", 3)
 
@@ -326,7 +363,10 @@ def test_amp_off_is_fp32_and_names_its_reason():
 def test_free_memory_of_a_container_counts_pages_that_can_be_dropped(tmp_path, version):
     folder = tmp_path / "memory" if version == 1 else tmp_path
     folder.mkdir(exist_ok=True)
-    limit, used = [("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")][version - 1]
+    limit, used = [
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ("memory.max", "memory.current"),
+    ][version - 1]
     (folder / limit).write_text("16000\n")
     (folder / used).write_text("15000\n")
     (folder / "memory.stat").write_text("anon 2000\ninactive_file 9000\n")
@@ -351,7 +391,9 @@ def test_a_raised_batch_stays_when_a_run_is_continued_on_fewer_processes(tmp_pat
     raised = runtime.shared_batch(Batched(tmp_path), {}, four, tmp_path)
     assert raised.batch == 4
     runtime.write_json(tmp_path / "config.json", {"batch": raised.batch})
-    assert runtime.shared_batch(Batched(tmp_path), {}, ALONE, tmp_path).batch == 1  # nothing was saved
+    assert (
+        runtime.shared_batch(Batched(tmp_path), {}, ALONE, tmp_path).batch == 1
+    )  # nothing was saved
     (tmp_path / "last.pt").touch()
     for config, given, batch in (
         (Batched(tmp_path), {}, 4),
@@ -372,7 +414,9 @@ def test_scores_of_the_last_weights_lie_apart_from_those_of_the_best(tmp_path, m
     assert runtime.scores_folder(config, tmp_path / "run/last.pt", "patchddm") == Path("run")
     runtime.save_checkpoint(tmp_path / "run/best.pt", state)
     assert runtime.scores_folder(config, tmp_path / "run/best.pt", "patchddm") == Path("run")
-    assert runtime.scores_folder(config, tmp_path / "run/last.pt", "patchddm") == Path("run/test-last")
+    assert runtime.scores_folder(config, tmp_path / "run/last.pt", "patchddm") == Path(
+        "run/test-last"
+    )
     val = Batched(Path("run"), split="val", limit=3)
     assert runtime.scores_folder(val, tmp_path / "run/best.pt", "patchddm") == Path("run/val-3")
 
@@ -390,11 +434,17 @@ def test_a_folder_with_a_profile_alone_can_become_a_run(tmp_path):
 
 def test_lack_of_memory_on_a_cpu_is_one_line(capsys):
     def full(argv):
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        raise RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        )
 
     assert runtime.run_main("patchddm", full, []) == 2
     line = capsys.readouterr().err
-    assert line.startswith("patchddm: out of memory (") and "lower --batch" in line and line.count("\n") == 1
+    assert (
+        line.startswith("patchddm: out of memory (")
+        and "lower --batch" in line
+        and line.count("\n") == 1
+    )
 
 
 # --- faults from outside ---------------------------------------------------------------------------------------------
@@ -403,12 +453,16 @@ def test_lack_of_memory_on_a_cpu_is_one_line(capsys):
 def test_a_changed_bit_in_the_weights_is_noticed(tmp_path, capsys):
     last, previous = tmp_path / "last.pt", tmp_path / "last.prev.pt"
     for step in (1, 2):
-        runtime.save_checkpoint(last, complete_state(step=step, model={"w": torch.full((1000,), 7.0)}), previous)
+        runtime.save_checkpoint(
+            last, complete_state(step=step, model={"w": torch.full((1000,), 7.0)}), previous
+        )
     content = bytearray(last.read_bytes())
     at = content.index(torch.full((100,), 7.0).numpy().tobytes())
     content[at + 40] ^= 1
     last.write_bytes(content)
-    assert not torch.equal(runtime.load_tensors(last)["model"]["w"], torch.full((1000,), 7.0))  # torch does not notice
+    assert not torch.equal(
+        runtime.load_tensors(last)["model"]["w"], torch.full((1000,), 7.0)
+    )  # torch does not notice
     with pytest.raises(runtime.DamagedError, match="does not fit its checksum"):
         runtime.load_checkpoint(last, "patchddm")
     assert runtime.load_newest(tmp_path, "patchddm")["step"] == 1
@@ -427,9 +481,13 @@ def test_two_trainings_do_not_write_into_one_folder(tmp_path):
     for held in (True, False):
         if not held:
             runtime.stop_processes()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+        )
         assert ("another run is writing to" in done.stderr) == held == bool(done.returncode)
-        assert (tmp_path / "run/config.json").read_text().strip() == f'{{\n "a": {1 if held else 2}\n}}'
+        assert (
+            tmp_path / "run/config.json"
+        ).read_text().strip() == f'{{\n "a": {1 if held else 2}\n}}'
 
 
 def test_a_run_takes_no_folder_that_holds_other_things(tmp_path, monkeypatch):
@@ -449,14 +507,23 @@ def test_a_run_takes_no_folder_that_holds_other_things(tmp_path, monkeypatch):
 
 def test_overwrite_leaves_what_no_run_has_written(tmp_path):
     run = tmp_path / "run"
-    for name in ("log.csv", "finetune/config.json", "val/metrics.csv", "figures/a.png", "job.out", "data/scan.npy"):
+    for name in (
+        "log.csv",
+        "finetune/config.json",
+        "val/metrics.csv",
+        "figures/a.png",
+        "job.out",
+        "data/scan.npy",
+    ):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text("")
     runtime.make_run(run, {"a": 1}, False, ALONE)  # a queue's file does not stand in the way
     assert (run / "log.csv").exists()
     runtime.make_run(run, {"a": 2}, True, ALONE)
     assert sorted(f.name for f in run.iterdir()) == ["config.json", "data", "job.out"]
-    assert (run / "data/scan.npy").exists() and json.loads((run / "config.json").read_text()) == {"a": 2}
+    assert (run / "data/scan.npy").exists() and json.loads((run / "config.json").read_text()) == {
+        "a": 2
+    }
 
 
 def test_overwrite_does_not_take_a_subfolder_from_another_run(tmp_path):
@@ -476,13 +543,17 @@ def test_overwrite_does_not_take_a_subfolder_from_another_run(tmp_path):
 
 def test_loading_processes_do_not_hold_the_folder(tmp_path):
     runtime.make_run(tmp_path / "run", {}, False, ALONE)
-    worker = multiprocessing.get_context("fork").Process(target=lambda: (runtime.ignore_signals(0), time.sleep(60)))
+    worker = multiprocessing.get_context("fork").Process(
+        target=lambda: (runtime.ignore_signals(0), time.sleep(60))
+    )
     worker.start()
     time.sleep(0.5)
     runtime.stop_processes()
     handle = os.open(tmp_path / "run", os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the worker lives, and the folder is free
+        fcntl.flock(
+            handle, fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # the worker lives, and the folder is free
         assert worker.is_alive()
     finally:
         os.close(handle)
@@ -519,10 +590,15 @@ def test_second_ctrl_c_stops_at_once_but_not_under_torchrun(capfd, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     stop = runtime.StopFlag()
     try:
-        os.kill(os.getpid(), signal.SIGTERM)  # of a queue: the first Ctrl-C after it is still the first
+        os.kill(
+            os.getpid(), signal.SIGTERM
+        )  # of a queue: the first Ctrl-C after it is still the first
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # half a second later: the same key, twice
-        assert stop.signal == signal.SIGTERM and capfd.readouterr().err.count("stopping after this step") == 1
+        assert (
+            stop.signal == signal.SIGTERM
+            and capfd.readouterr().err.count("stopping after this step") == 1
+        )
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     finally:
@@ -541,7 +617,9 @@ def test_second_ctrl_c_stops_at_once_but_not_under_torchrun(capfd, monkeypatch):
 
 def test_end_of_another_process_is_one_line(capsys, monkeypatch):
     def lost(argv):
-        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1")
+        raise RuntimeError(
+            "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"
+        )
 
     with pytest.raises(RuntimeError):
         runtime.run_main("name", lost, [])

@@ -41,7 +41,9 @@ def body(index: int, shape: tuple[int, ...] = (24, 20, 6)) -> tuple[np.ndarray, 
     return hu.astype(np.int16), label
 
 
-def save(path: Path, array: np.ndarray, spacing: tuple[float, ...] = (2, 2, 5), las: bool = False) -> None:
+def save(
+    path: Path, array: np.ndarray, spacing: tuple[float, ...] = (2, 2, 5), las: bool = False
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     affine = np.diag([*spacing, 1.0])
     nib.save(nib.Nifti1Image(array[::-1] if las else array, affine @ LAS if las else affine), path)
@@ -60,13 +62,29 @@ def ct(tmp_path) -> Path:
         if i:
             hu[:, -4:] = -3024
         save(tmp_path / "more" / "deeper" / f"u{i}.nii.gz", hu, (2, 2, 4 + i))
-    meta = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "left": 1, "right": 4}, "file_ending": ".nii.gz"}
+    meta = {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0, "left": 1, "right": 4},
+        "file_ending": ".nii.gz",
+    }
     (src / "dataset.json").write_text(json.dumps(meta))
     return src
 
 
 def run(src: Path, dst: Path, *flags: object) -> int:
-    return msd.main(["--src", str(src), "--dst", str(dst), "--as-slices", "--side", "32", "--quiet", *map(str, flags)])
+    return msd.main(
+        [
+            "--src",
+            str(src),
+            "--dst",
+            str(dst),
+            "--as-slices",
+            "--side",
+            "32",
+            "--quiet",
+            *map(str, flags),
+        ]
+    )
 
 
 def both(ct: Path, *flags: object) -> loaders.Slices:
@@ -97,7 +115,9 @@ def raw(file: Path) -> np.ndarray:
 def resized(planes: np.ndarray, size: int, mode: str = "bilinear") -> np.ndarray:
     """[N, H, W] by torch."""
     flags = {"align_corners": False} if mode == "bilinear" else {}
-    return F.interpolate(torch.tensor(planes, dtype=torch.float32)[None], (size, size), mode=mode, **flags)[0].numpy()
+    return F.interpolate(
+        torch.tensor(planes, dtype=torch.float32)[None], (size, size), mode=mode, **flags
+    )[0].numpy()
 
 
 def squared(file: Path, fill: float) -> np.ndarray:
@@ -134,7 +154,9 @@ def test_linear_weights_are_torchs_bilinear(n, m):
 @pytest.mark.parametrize(("n", "m"), [(20, 8), (8, 20), (17, 32)])
 def test_nearest_index_is_torchs_nearest_exact(n, m):
     index = loaders.nearest_index(n, m, n / m)
-    expected = F.interpolate(torch.arange(n, dtype=torch.float32)[None, None], m, mode="nearest-exact")[0, 0]
+    expected = F.interpolate(
+        torch.arange(n, dtype=torch.float32)[None, None], m, mode="nearest-exact"
+    )[0, 0]
     np.testing.assert_array_equal(index, expected.numpy())
 
 
@@ -160,7 +182,9 @@ def test_slice_grid_pads_to_a_square_with_the_fill():
     square = np.full((11, 11, 2), -3, np.float32)
     square[2:8] = volume  # 2 in front, 3 behind
     image = SliceGrid(volume.shape, 32).image(volume, -3)
-    np.testing.assert_allclose(image, resized(square.transpose(2, 0, 1), 32).transpose(1, 2, 0), atol=2e-6)
+    np.testing.assert_allclose(
+        image, resized(square.transpose(2, 0, 1), 32).transpose(1, 2, 0), atol=2e-6
+    )
 
 
 def test_slice_grid_label_is_nearest_and_0_outside():
@@ -168,11 +192,15 @@ def test_slice_grid_label_is_nearest_and_0_outside():
     square = np.zeros((11, 11, 3), np.uint8)
     square[2:8] = label
     found = SliceGrid(label.shape, 32).label(label)
-    np.testing.assert_array_equal(found, resized(square.transpose(2, 0, 1), 32, "nearest-exact").transpose(1, 2, 0))
+    np.testing.assert_array_equal(
+        found, resized(square.transpose(2, 0, 1), 32, "nearest-exact").transpose(1, 2, 0)
+    )
     assert found.dtype == np.uint8
 
 
-@pytest.mark.parametrize(("distance", "depth"), [(5.049, 10), (4.951, 10), (5.06, 10), (4.0, 12), (10.0, 5)])
+@pytest.mark.parametrize(
+    ("distance", "depth"), [(5.049, 10), (4.951, 10), (5.06, 10), (4.0, 12), (10.0, 5)]
+)
 def test_slice_grid_respaces_only_beyond_one_percent(distance, depth):
     grid = SliceGrid.of((8, 8, 10), np.diag([1, 1, 5, 1.0]), 32, (1, 1, distance))
     assert grid.depth == depth and (grid.ratio == 1) == (abs(distance / 5 - 1) <= 0.01)
@@ -191,7 +219,12 @@ def test_classes_undoes_padding_and_respacing():
     label = label.repeat(2, 0)[:17].repeat(2, 2)[..., :12]  # pairs of equal slices
     grid = SliceGrid(label.shape, 80, 2.0)  # 4 pixels for one, half of the slices
     small = grid.label(label)
-    logits = np.stack([np.eye(3, dtype=np.float32)[as_display(small[..., k])].transpose(2, 0, 1) for k in range(6)])
+    logits = np.stack(
+        [
+            np.eye(3, dtype=np.float32)[as_display(small[..., k])].transpose(2, 0, 1)
+            for k in range(6)
+        ]
+    )
     np.testing.assert_array_equal(grid.classes(logits), label)
 
 
@@ -221,8 +254,12 @@ def test_percentile_of_many_volumes_is_numpys(q):
 
 
 def test_histogram_raises_and_counts_what_lies_below_the_floor():
-    counts, raised = histogram(np.array([-3024, -1025, -1024, 7.6], np.float32).reshape(2, 1, 2), -1024)
-    assert raised == 2 and counts[32768 - 1024] == 3 and counts[32768 + 8] == 1 and counts.sum() == 4
+    counts, raised = histogram(
+        np.array([-3024, -1025, -1024, 7.6], np.float32).reshape(2, 1, 2), -1024
+    )
+    assert (
+        raised == 2 and counts[32768 - 1024] == 3 and counts[32768 + 8] == 1 and counts.sum() == 4
+    )
 
 
 def test_target_spacing_is_the_median_of_each_axis():
@@ -233,11 +270,19 @@ def test_target_spacing_is_the_median_of_each_axis():
 def test_target_spacing_of_a_coarse_axis_is_its_tenth_percentile():
     spacings = [[0.8, 0.8, z] for z in (2.5, 3.0, 5.0, 5.0, 5.0, 6.0)]
     assert target_spacing([[512, 512, 100]] * 6, spacings) == [0.8, 0.8, 2.75]
-    assert target_spacing([[512, 512, 200]] * 6, spacings) == [0.8, 0.8, 5.0]  # not a third of the voxels
+    assert target_spacing([[512, 512, 200]] * 6, spacings) == [
+        0.8,
+        0.8,
+        5.0,
+    ]  # not a third of the voxels
 
 
 def test_target_spacing_of_a_coarse_axis_is_not_finer_than_the_others():
-    assert target_spacing([[512, 512, 100]] * 5, [[0.8, 0.8, z] for z in (0.5, 0.5, 5, 5, 5)]) == [0.8, 0.8, 0.8]
+    assert target_spacing([[512, 512, 100]] * 5, [[0.8, 0.8, z] for z in (0.5, 0.5, 5, 5, 5)]) == [
+        0.8,
+        0.8,
+        0.8,
+    ]
 
 
 # --- the prepared folder ---------------------------------------------------------------------------------------------
@@ -245,7 +290,9 @@ def test_target_spacing_of_a_coarse_axis_is_not_finer_than_the_others():
 
 def test_ct_window_is_the_percentiles_of_all_unlabelled_voxels(ct):
     data = both(ct)
-    values = np.concatenate([raw(f).ravel() for f in sorted((ct.parent / "more").rglob("*.nii.gz"))])
+    values = np.concatenate(
+        [raw(f).ravel() for f in sorted((ct.parent / "more").rglob("*.nii.gz"))]
+    )
     assert (values == -3024).any()
     low, high = np.percentile(np.maximum(values, -1024), [0.5, 99.5])
     rule, s = data.meta["normalisation"], data.meta["statistics"]
@@ -257,7 +304,9 @@ def test_ct_window_is_the_percentiles_of_all_unlabelled_voxels(ct):
 def test_ct_window_without_unlabelled_cases_is_of_train(ct, tmp_path):
     assert run(ct, tmp_path / "p", "--split-sizes", "3,1,1") == 0
     data = open_slices(str(tmp_path / "p"))
-    train = np.concatenate([raw(ct / "imagesTr" / f"{c}_0000.nii.gz").ravel() for c in data.cases("train")])
+    train = np.concatenate(
+        [raw(ct / "imagesTr" / f"{c}_0000.nii.gz").ravel() for c in data.cases("train")]
+    )
     assert data.meta["normalisation"]["high"] == pytest.approx(np.percentile(train, 99.5), abs=1e-9)
     assert data.cases("pretrain") == data.cases("train")
 
@@ -269,7 +318,9 @@ def test_fov_pad_keep_counts_and_stores_the_files_values(ct):
 
 
 def test_fov_pad_is_raised_where_it_is_stored(ct):
-    assert both(ct).image("u1")[0, 16, 27, 0] == -1024  # in the file; the padding to a square begins at 29.3
+    assert (
+        both(ct).image("u1")[0, 16, 27, 0] == -1024
+    )  # in the file; the padding to a square begins at 29.3
 
 
 def test_ct_slices_are_hounsfield_units_each_in_one_piece(ct):
@@ -289,7 +340,9 @@ def test_ct_slice_is_scaled_by_the_window_and_turned_to_the_screen(ct):
     assert x.dtype == np.float32 and x.shape == (32, 32) and x.flags.c_contiguous
     expected = 2 * (stored - rule["low"]) / (rule["high"] - rule["low"]) - 1
     np.testing.assert_allclose(x, expected.T[::-1, ::-1], atol=1e-6)
-    np.testing.assert_array_equal(data.slice_label("c0", 3), data.label("c0")[:, :, 3].T[::-1, ::-1])
+    np.testing.assert_array_equal(
+        data.slice_label("c0", 3), data.label("c0")[:, :, 3].T[::-1, ::-1]
+    )
 
 
 def test_ct_slices_are_rounded_to_the_nearest_unit(ct):
@@ -299,7 +352,9 @@ def test_ct_slices_are_rounded_to_the_nearest_unit(ct):
 
 
 def test_to_unit_gives_the_known_values():
-    x = loaders.to_unit(np.array([-1200, -1024, -668, -500, -312, -134, 40, 200, 400, 900]), -1024, 400)
+    x = loaders.to_unit(
+        np.array([-1200, -1024, -668, -500, -312, -134, 40, 200, 400, 900]), -1024, 400
+    )
     known = [-1, -1, -0.5, -0.2640449438, 0, 0.25, 0.4943820225, 0.7191011236, 1, 1]
     np.testing.assert_allclose(x, known, atol=1e-7)
     assert x.dtype == np.float32
@@ -318,18 +373,28 @@ def test_label_lies_on_its_organ(ct):
     data = both(ct)
     for case in ("c0", "c1", "c2"):
         organ = data.label(case) > 0
-        assert np.median(data.image(case)[0][organ]) > 30 > -60 > np.median(data.image(case)[0][~organ])
+        assert (
+            np.median(data.image(case)[0][organ])
+            > 30
+            > -60
+            > np.median(data.image(case)[0][~organ])
+        )
 
 
 def test_spacing_rule_is_of_labelled_and_unlabelled_cases_by_themselves(ct):
     data = both(ct)
-    assert data.meta["statistics"]["target_spacing_mm"] == {"labelled": [2, 2, 5], "unlabelled": [2, 2, 4.5]}
+    assert data.meta["statistics"]["target_spacing_mm"] == {
+        "labelled": [2, 2, 5],
+        "unlabelled": [2, 2, 4.5],
+    }
     assert data.meta["spacing"] == [2, 2, 5]
     assert [data.depth(c) for c in ("c0", "c2", "u0", "u1")] == [6, 12, 5, 8]
     assert data.spacing("c2")[2] == 5 and data.spacing("u0")[2] == 4.5
 
 
-@pytest.mark.parametrize(("spacing", "depths"), [("native", [6, 6, 6, 7]), ("9,9,2.5", [12, 24, 10, 14])])
+@pytest.mark.parametrize(
+    ("spacing", "depths"), [("native", [6, 6, 6, 7]), ("9,9,2.5", [12, 24, 10, 14])]
+)
 def test_spacing_flag_moves_slices_only(ct, spacing, depths):
     data = both(ct, "--spacing", spacing)
     assert [data.depth(c) for c in ("c0", "c2", "u0", "u1")] == depths
@@ -340,12 +405,19 @@ def test_spacing_flag_moves_slices_only(ct, spacing, depths):
 def test_splits_and_slices_of_each_are_written_and_printed(ct, capsys):
     data = both(ct)
     splits = data.meta["splits"]
-    assert splits["unlabelled"] == ["u0", "u1"] and splits["pretrain"] == ["u0", "u1", *splits["train"]]
+    assert splits["unlabelled"] == ["u0", "u1"] and splits["pretrain"] == [
+        "u0",
+        "u1",
+        *splits["train"],
+    ]
     assert not set(splits["pretrain"]) & set(splits["val"] + splits["test"])
     counts = {split: sum(data.depth(c) for c in cases) for split, cases in splits.items()}
     assert data.meta["statistics"]["slices"] == counts and data.meta["slices"] == {"side": 32}
     out = capsys.readouterr().out
-    assert f"unlabelled 13, pretrain {counts['pretrain']}" in out and "672 of them raised to -1024" in out
+    assert (
+        f"unlabelled 13, pretrain {counts['pretrain']}" in out
+        and "672 of them raised to -1024" in out
+    )
 
 
 def test_mr_slices_lie_between_the_percentiles_of_their_own_volume(ct):
@@ -389,7 +461,10 @@ def test_workers_change_no_byte(ct, tmp_path):
         assert run(ct, tmp_path / str(n), "--unlabelled", ct.parent / "more", "--workers", n) == 0
     for file in sorted((tmp_path / "1").rglob("*")):
         if file.is_file():
-            assert file.read_bytes() == (tmp_path / "2" / file.relative_to(tmp_path / "1")).read_bytes(), file
+            assert (
+                file.read_bytes()
+                == (tmp_path / "2" / file.relative_to(tmp_path / "1")).read_bytes()
+            ), file
 
 
 def test_histograms_do_not_pile_up(ct, monkeypatch):
@@ -406,7 +481,11 @@ def test_continuing_reads_finished_cases_no_more(ct, monkeypatch):
     for case in ("u1", "c3"):
         shutil.rmtree(data.root / "cases" / case)
     read, load = [], _prepare.load_case
-    monkeypatch.setattr(_prepare, "load_case", lambda source, case, *a: read.append(case.id) or load(source, case, *a))
+    monkeypatch.setattr(
+        _prepare,
+        "load_case",
+        lambda source, case, *a: read.append(case.id) or load(source, case, *a),
+    )
     both(ct)
     assert sorted(read) == ["c3", "c3", "u1", "u1"]  # each checked and prepared
     assert (data.root / "dataset.json").read_bytes() == before
@@ -418,7 +497,9 @@ def test_a_changed_unlabelled_case_changes_the_window_and_all_cases(ct):
     data = both(ct)
     assert data.meta["normalisation"]["high"] > high + 20
     values = np.concatenate([raw(f).ravel() for f in (ct.parent / "more").rglob("*.nii.gz")])
-    assert data.meta["normalisation"]["high"] == pytest.approx(np.percentile(values, 99.5), abs=1e-9)
+    assert data.meta["normalisation"]["high"] == pytest.approx(
+        np.percentile(values, 99.5), abs=1e-9
+    )
 
 
 def test_other_slice_flags_are_refused_in_the_same_folder(ct, capsys):
@@ -429,12 +510,23 @@ def test_other_slice_flags_are_refused_in_the_same_folder(ct, capsys):
 
 def test_btcv_is_read_as_published(tmp_path):
     for kind in ("img", "label"):
-        save(tmp_path / "RawData" / "Training" / kind / f"{kind}0001.nii.gz", body(0)[kind == "label"])
+        save(
+            tmp_path / "RawData" / "Training" / kind / f"{kind}0001.nii.gz",
+            body(0)[kind == "label"],
+        )
     save(tmp_path / "RawData" / "Testing" / "img" / "img0061.nii.gz", body(1)[0])
-    save(tmp_path / "RawData" / "Test" / "img" / "img0062.nii.gz", body(1)[0])  # it is called so too
-    options = argparse.Namespace(as_slices=True, unlabelled=None, spacing=None, side=None, norm=None, fov_pad=None)
+    save(
+        tmp_path / "RawData" / "Test" / "img" / "img0062.nii.gz", body(1)[0]
+    )  # it is called so too
+    options = argparse.Namespace(
+        as_slices=True, unlabelled=None, spacing=None, side=None, norm=None, fov_pad=None
+    )
     source = msd.read_source(tmp_path, options)
-    assert [(c.id, c.label is None) for c in source.cases] == [("img0001", False), ("img0061", True), ("img0062", True)]
+    assert [(c.id, c.label is None) for c in source.cases] == [
+        ("img0001", False),
+        ("img0061", True),
+        ("img0062", True),
+    ]
     assert source.classes["liver"] == 6 and source.ct == (True,) and len(source.classes) == 13
     save(tmp_path / "RawData" / "Test" / "img" / "img0061.nii.gz", body(1)[0])
     assert "img0061 is there twice" in msd.read_source(tmp_path, options).faults[0]
@@ -445,20 +537,42 @@ def test_btcv_is_read_as_published(tmp_path):
 
 def test_btcv_without_volumes_is_refused(tmp_path):
     (tmp_path / "RawData/Training/img").mkdir(parents=True)
-    options = argparse.Namespace(as_slices=True, unlabelled=None, spacing=None, side=None, norm=None, fov_pad=None)
+    options = argparse.Namespace(
+        as_slices=True, unlabelled=None, spacing=None, side=None, norm=None, fov_pad=None
+    )
     with pytest.raises(InputError, match=r"no volumes found, expected img0001\.nii\.gz"):
         msd.read_source(tmp_path, options)
 
 
 def test_the_folder_of_unlabelled_scans_must_stay_the_same(ct, tmp_path, capsys):
-    flags = ["--src", str(ct), "--dst", str(tmp_path / "v"), "--as-slices", "--side", "64", "--quiet"]
+    flags = [
+        "--src",
+        str(ct),
+        "--dst",
+        str(tmp_path / "v"),
+        "--as-slices",
+        "--side",
+        "64",
+        "--quiet",
+    ]
     assert msd.main([*flags, "--unlabelled", str(tmp_path / "more")]) == 0
     assert msd.main(flags) == 2 and "was prepared with unlabelled" in capsys.readouterr().err
-    assert json.loads((tmp_path / "v/dataset.json").read_text())["splits"]["unlabelled"] == ["u0", "u1"]
+    assert json.loads((tmp_path / "v/dataset.json").read_text())["splits"]["unlabelled"] == [
+        "u0",
+        "u1",
+    ]
 
 
 def test_unlabelled_cases_may_join_volumes_too(ct, tmp_path):
-    flags = ["--src", str(ct), "--dst", str(tmp_path / "v"), "--unlabelled", str(tmp_path / "more"), "--quiet"]
+    flags = [
+        "--src",
+        str(ct),
+        "--dst",
+        str(tmp_path / "v"),
+        "--unlabelled",
+        str(tmp_path / "more"),
+        "--quiet",
+    ]
     assert msd.main([*flags, "--spacing", "native"]) == 0
     assert open_data(str(tmp_path / "v")).cases("unlabelled") == ["u0", "u1"]
 
@@ -474,7 +588,9 @@ def test_prediction_sees_what_was_prepared(ct, case, channel):
     data = both(ct)
     x, _ = load_slices_for_prediction(ct / "imagesTr" / f"{case}_0000.nii.gz", data_record(data))
     assert x.dtype == np.float32 and x.flags.c_contiguous
-    np.testing.assert_array_equal(x, np.stack([data.slice(case, k) for k in range(data.depth(case))]))
+    np.testing.assert_array_equal(
+        x, np.stack([data.slice(case, k) for k in range(data.depth(case))])
+    )
 
 
 @pytest.mark.parametrize("case", ["c0", "c1", "c2"])
@@ -482,12 +598,19 @@ def test_prediction_returns_published_values_on_the_files_grid(ct, tmp_path, cas
     data = both(ct)
     _, way = load_slices_for_prediction(ct / "imagesTr" / f"{case}_0000.nii.gz", data_record(data))
     labels = [data.slice_label(case, k) for k in range(data.depth(case))]
-    mask = way.mask(np.stack([np.eye(3, dtype=np.float32)[label].transpose(2, 0, 1) for label in labels]))
+    mask = way.mask(
+        np.stack([np.eye(3, dtype=np.float32)[label].transpose(2, 0, 1) for label in labels])
+    )
     loaders.write_nifti(tmp_path / "out.nii.gz", mask, way.like, mask.dtype)
     true = raw(ct / "labelsTr" / f"{case}.nii.gz")
     assert mask.dtype == np.uint8 and mask.shape == true.shape and set(np.unique(mask)) == {0, 1, 4}
     for value in (1, 4):
-        assert 2 * ((mask == value) & (true == value)).sum() / ((mask == value).sum() + (true == value).sum()) > 0.94
+        assert (
+            2
+            * ((mask == value) & (true == value)).sum()
+            / ((mask == value).sum() + (true == value).sum())
+            > 0.94
+        )
 
 
 def test_prediction_refuses_logits_of_another_shape(ct):
@@ -533,7 +656,16 @@ def test_data_record_holds_the_slices_in_plain_types(ct):
 )  # fmt: skip
 def test_ct_of_other_intensities_is_refused_by_name(ct, capsys, tmp_path, change, text):
     save(ct.parent / "more" / "deeper" / "u1.nii.gz", change(body(0)[0]))
-    line = refused(capsys, "--src", ct, "--dst", tmp_path / "p", "--as-slices", "--unlabelled", ct.parent / "more")
+    line = refused(
+        capsys,
+        "--src",
+        ct,
+        "--dst",
+        tmp_path / "p",
+        "--as-slices",
+        "--unlabelled",
+        ct.parent / "more",
+    )
     assert "u1.nii.gz: intensities" in line and text in line and not (tmp_path / "p").exists()
 
 
@@ -569,21 +701,29 @@ def test_slices_of_several_channels_are_refused(ct, capsys):
 def test_unlabelled_folder_must_hold_volumes_of_other_names(ct, capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     for folder, text in (("no", "no such folder"), ("empty", "holds no .nii or .nii.gz file")):
-        line = refused(capsys, "--src", ct, "--check", "--as-slices", "--unlabelled", tmp_path / folder)
+        line = refused(
+            capsys, "--src", ct, "--check", "--as-slices", "--unlabelled", tmp_path / folder
+        )
         assert text in line and "check --unlabelled" in line
     save(tmp_path / "empty" / "C0_0000.nii.gz", body(0)[0])
-    line = refused(capsys, "--src", ct, "--check", "--as-slices", "--unlabelled", tmp_path / "empty")
+    line = refused(
+        capsys, "--src", ct, "--check", "--as-slices", "--unlabelled", tmp_path / "empty"
+    )
     assert "C0_0000.nii.gz: there is a case C0 already, expected names of their own" in line
 
 
 def test_a_missing_label_is_named_before_split_sizes(ct, capsys, tmp_path):
     (ct / "labelsTr" / "c4.nii.gz").unlink()
-    line = refused(capsys, "--src", ct, "--dst", tmp_path / "p", "--as-slices", "--split-sizes", "3,1,1")
+    line = refused(
+        capsys, "--src", ct, "--dst", tmp_path / "p", "--as-slices", "--split-sizes", "3,1,1"
+    )
     assert "c4.nii.gz: missing" in line
 
 
 def test_open_slices_refuses_volumes_with_the_command(fake):
-    with pytest.raises(InputError, match=r"holds volumes, expected slices; prepare them: .*--as-slices"):
+    with pytest.raises(
+        InputError, match=r"holds volumes, expected slices; prepare them: .*--as-slices"
+    ):
         open_slices(str(fake / "prepared"))
 
 
@@ -597,7 +737,9 @@ def test_open_slices_of_nothing_gives_the_command(tmp_path):
 @pytest.mark.parametrize(("axes", "kind"), [(2, "images"), (3, "volumes")])
 def test_open_data_refuses_slices(ct, axes, kind):
     data = both(ct)
-    with pytest.raises(InputError, match=f"holds slices, expected {kind}; prepare without --as-slices"):
+    with pytest.raises(
+        InputError, match=f"holds slices, expected {kind}; prepare without --as-slices"
+    ):
         open_data(str(data.root), axes=axes)
 
 
@@ -613,13 +755,24 @@ def test_open_prepared_names_an_array_of_another_type(ct):
 
 def test_ct_phantoms_have_the_interface_of_slices():
     data = open_slices("synthetic", seed=3)
-    assert isinstance(data, CtPhantoms) and (data.name, data.side, data.channels) == ("synthetic", 32, ["CT"])
+    assert isinstance(data, CtPhantoms) and (data.name, data.side, data.channels) == (
+        "synthetic",
+        32,
+        ["CT"],
+    )
     sizes = {"train": 12, "val": 2, "test": 24, "unlabelled": 48, "pretrain": 60}
     assert {split: len(data.cases(split)) for split in data.meta["splits"]} == sizes
     case = data.cases("test")[0]
     assert data.image(case).shape == (1, 32, 32, 12) and data.image(case).dtype == np.int16
-    assert data.image(case)[0, :, :, 3].flags.f_contiguous and data.label(case)[:, :, 3].flags.f_contiguous
-    assert (data.shape(case), data.depth(case), data.spacing(case)) == ((32, 32, 12), 12, (10, 10, 8))
+    assert (
+        data.image(case)[0, :, :, 3].flags.f_contiguous
+        and data.label(case)[:, :, 3].flags.f_contiguous
+    )
+    assert (data.shape(case), data.depth(case), data.spacing(case)) == (
+        (32, 32, 12),
+        12,
+        (10, 10, 8),
+    )
     assert data.slice(case, 5).shape == data.slice_label(case, 5).shape == (32, 32)
     assert data_record(data)["slices"] == {"side": 32} and list(data.scored) == list(data.classes)
 
@@ -646,9 +799,13 @@ def test_ct_phantom_has_its_organs_in_place():
     """x grows to the right, y to the front, z to the head; millimetres would do, fractions of the grid are easier."""
     for index in range(20):
         _, label = loaders.ct_phantom(0, index)
-        liver, spleen, left, right = (np.argwhere(label == v).mean(0) / label.shape for v in range(1, 5))
+        liver, spleen, left, right = (
+            np.argwhere(label == v).mean(0) / label.shape for v in range(1, 5)
+        )
         assert liver[0] > 0.5 > spleen[0] and right[0] > 0.5 > left[0]
-        assert max(left[1], right[1], spleen[1]) < 0.5 and min(liver[2], spleen[2]) > max(left[2], right[2])
+        assert max(left[1], right[1], spleen[1]) < 0.5 and min(liver[2], spleen[2]) > max(
+            left[2], right[2]
+        )
 
 
 def test_ct_phantom_has_the_tissues_of_a_ct():
@@ -656,7 +813,10 @@ def test_ct_phantom_has_the_tissues_of_a_ct():
         hu, label = loaders.ct_phantom(0, index, 64)
         assert hu[0, 0].max() < -900 and hu.max() > 300
         body = hu[12:-12, 14:-14]
-        shares = [((body > a) & (body < b)).mean() for a, b in ((-900, -780), (-140, -60), (10, 90), (300, 500))]
+        shares = [
+            ((body > a) & (body < b)).mean()
+            for a, b in ((-900, -780), (-140, -60), (10, 90), (300, 500))
+        ]
         assert min(shares) > 0.01
         for value in range(1, 5):
             assert 20 < np.median(hu[label == value]) < 80
@@ -676,5 +836,8 @@ def test_ct_phantom_organs_cannot_be_told_by_a_threshold():
         for low in range(-20, 80, 10):
             for high in range(low + 10, 120, 10):
                 found = (hu >= low) & (hu < high)
-                best = max(best, 2 * (found & (label == value)).sum() / (found.sum() + (label == value).sum()))
+                best = max(
+                    best,
+                    2 * (found & (label == value)).sum() / (found.sum() + (label == value).sum()),
+                )
         assert best < 0.55 and not math.isclose(best, 0)

@@ -24,9 +24,12 @@ from common.old.unet import (
     zero_module,
 )
 
-FIXTURES = Path(os.environ.get("SHARED_DIR", Path(__file__).parents[2] / "shared")) / "data" / "fixtures"
+FIXTURES = (
+    Path(os.environ.get("SHARED_DIR", Path(__file__).parents[2] / "shared")) / "data" / "fixtures"
+)
 needs_fixtures = pytest.mark.skipif(
-    not FIXTURES.is_dir(), reason="public networks' weights and outputs are not beside this checkout (SHARED_DIR)"
+    not FIXTURES.is_dir(),
+    reason="public networks' weights and outputs are not beside this checkout (SHARED_DIR)",
 )
 
 
@@ -60,13 +63,17 @@ def test_groupnorm_equals_closed_form():
     norm = GroupNorm(3, 6)
     randomise(norm)
     g = x.reshape(2, 3, -1)
-    z = ((g - g.mean(-1, keepdim=True)) / (g.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()).reshape(x.shape)
+    z = (
+        (g - g.mean(-1, keepdim=True)) / (g.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    ).reshape(x.shape)
     expected = z * norm.weight[:, None, None, None] + norm.bias[:, None, None, None]
     torch.testing.assert_close(norm(x), expected, atol=2e-6, rtol=1e-5)
 
 
 def test_groupnorm_of_16_bit_sums_in_fp32_and_keeps_no_fp32_copy():
-    x = (torch.randn(1, 8, 20, 20, 20) * 0.1 + 30).to(torch.bfloat16).requires_grad_()  # mean far above the spread
+    x = (
+        (torch.randn(1, 8, 20, 20, 20) * 0.1 + 30).to(torch.bfloat16).requires_grad_()
+    )  # mean far above the spread
     norm = GroupNorm(8, 8)
     reference = F.group_norm(x.detach().float(), 8, norm.weight, norm.bias)
     kept: list[torch.Tensor] = []
@@ -96,7 +103,9 @@ def test_groupnorm_has_the_gradients_of_the_formula_in_any_layout(layout, dtype)
     assert results[0][1].stride() == x.stride()
     for ours, reference in zip(*results):
         tolerance = 1e-4 if dtype == torch.float32 else 3e-2
-        torch.testing.assert_close(ours, reference, atol=tolerance, rtol=tolerance, check_stride=False)
+        torch.testing.assert_close(
+            ours, reference, atol=tolerance, rtol=tolerance, check_stride=False
+        )
 
 
 def test_groupnorm_refuses_one_value_a_group():
@@ -127,9 +136,14 @@ def test_resblock_equals_its_formula(dims, scale_shift):
     p = dict(block.named_parameters())
     h = F.silu(F.group_norm(x, 2, p["in_layers.0.weight"], p["in_layers.0.bias"]))
     h = F_conv(h, p["in_layers.2.weight"], p["in_layers.2.bias"], padding=1)
-    e = (F.silu(emb) @ p["emb_layers.1.weight"].T + p["emb_layers.1.bias"]).reshape(2, -1, *(1,) * dims)
+    e = (F.silu(emb) @ p["emb_layers.1.weight"].T + p["emb_layers.1.bias"]).reshape(
+        2, -1, *(1,) * dims
+    )
     if scale_shift:
-        h = F.group_norm(h, 2, p["out_layers.0.weight"], p["out_layers.0.bias"]) * (1 + e[:, :6]) + e[:, 6:]
+        h = (
+            F.group_norm(h, 2, p["out_layers.0.weight"], p["out_layers.0.bias"]) * (1 + e[:, :6])
+            + e[:, 6:]
+        )
     else:
         h = F.group_norm(h + e, 2, p["out_layers.0.weight"], p["out_layers.0.bias"])
     h = F_conv(F.silu(h), p["out_layers.3.weight"], p["out_layers.3.bias"], padding=1)
@@ -196,7 +210,9 @@ class GuidedUNet2d(nn.Module):
             if level < len(mult) - 1:
                 self.input_blocks.append(EmbedSequential(block(width, width, resample="down")))
                 widths.append(width)
-        self.middle_block = EmbedSequential(block(width, width), AttentionBlock(width, head, 32), block(width, width))
+        self.middle_block = EmbedSequential(
+            block(width, width), AttentionBlock(width, head, 32), block(width, width)
+        )
         self.output_blocks = nn.ModuleList()
         for level in reversed(range(len(mult))):
             for i in range(res + 1):
@@ -207,7 +223,9 @@ class GuidedUNet2d(nn.Module):
                 if level and i == res:
                     layers.append(block(width, width, resample="up"))
                 self.output_blocks.append(EmbedSequential(*layers))
-        self.out = nn.Sequential(GroupNorm(32, width), nn.SiLU(), zero_module(conv(2, width, c_out)))
+        self.out = nn.Sequential(
+            GroupNorm(32, width), nn.SiLU(), zero_module(conv(2, width, c_out))
+        )
 
     def forward(self, x, t, record=None):
         record = {} if record is None else record
@@ -227,7 +245,9 @@ def test_public_2d_network_agrees_at_every_decoder_block():
     z = np.load(FIXTURES / "guided_diffusion_2d_tiny.npz")
     info = json.loads((FIXTURES / "guided_diffusion_2d_tiny.json").read_text())
     model = GuidedUNet2d()
-    load_public(model, {k: torch.from_numpy(z[k]) for k in z.files if "." in k and not k.startswith("act/")})
+    load_public(
+        model, {k: torch.from_numpy(z[k]) for k in z.files if "." in k and not k.startswith("act/")}
+    )
     assert sum(p.numel() for p in model.parameters()) == info["parameters"]
     record: dict[str, torch.Tensor] = {}
     with torch.no_grad():
@@ -250,12 +270,17 @@ def test_load_public_names_the_first_mismatch_and_its_flags():
     good = {k: v.clone() for k, v in model.state_dict().items()}
     load_public(model, {f"module.{k}": v.half() for k, v in good.items()})
     with pytest.raises(
-        ValueError, match=r"out\.2\.weight is \(1, 4, 3, 3, 3\) .* \(2, 4, 3, 3, 3\) .*number of classes"
+        ValueError,
+        match=r"out\.2\.weight is \(1, 4, 3, 3, 3\) .* \(2, 4, 3, 3, 3\) .*number of classes",
     ):
         load_public(model, {**good, "out.2.weight": torch.zeros(1, 4, 3, 3, 3)})
-    with pytest.raises(ValueError, match=r"time_embed\.weight is absent in the checkpoint .*--num-channels"):
+    with pytest.raises(
+        ValueError, match=r"time_embed\.weight is absent in the checkpoint .*--num-channels"
+    ):
         load_public(model, {k: v for k, v in good.items() if k != "time_embed.weight"})
-    with pytest.raises(ValueError, match=r"output_blocks\.3\.0\.x is \(1,\) .* absent in this network .*--skips"):
+    with pytest.raises(
+        ValueError, match=r"output_blocks\.3\.0\.x is \(1,\) .* absent in this network .*--skips"
+    ):
         load_public(model, {**good, "output_blocks.3.0.x": torch.zeros(1)})
 
 

@@ -34,9 +34,17 @@ PALETTE: tuple[Colour, ...] = (
     (204, 121, 167),
     (240, 228, 66),
 )
-HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])  # dark = low, light = high
+HEAT = np.array(
+    [(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)]
+)  # dark = low, light = high
 WHITE, BLACK, RULE, MISSING = (255, 255, 255), (0, 0, 0), (222, 222, 222), (190, 190, 190)
-TEXT, TITLE, LINE, GAP, MARGIN = 14, 18, 18, 8, 16  # pixels: letters, title letters, line of text, gaps, white border
+TEXT, TITLE, LINE, GAP, MARGIN = (
+    14,
+    18,
+    18,
+    8,
+    16,
+)  # pixels: letters, title letters, line of text, gaps, white border
 
 
 # ---------------------------------------------------------------------------------------------------- colours, slices
@@ -44,7 +52,9 @@ def class_colours(count: int) -> list[Colour]:
     """Colours of the label values 1..count; after the seven of PALETTE light and dark variants, 35 different in all."""
     colours = []
     for i in range(count):
-        share, towards = ((0.0, 0), (0.55, 255), (0.55, 0), (0.3, 255), (0.3, 0))[i // len(PALETTE) % 5]
+        share, towards = ((0.0, 0), (0.55, 255), (0.55, 0), (0.3, 255), (0.3, 0))[
+            i // len(PALETTE) % 5
+        ]
         r, g, b = (round((1 - share) * c + share * towards) for c in PALETTE[i % len(PALETTE)])
         colours.append((r, g, b))
     return colours
@@ -55,7 +65,9 @@ def radiological(axial: np.ndarray) -> np.ndarray:
     return axial[::-1, ::-1].T
 
 
-def overlay(image2d: np.ndarray, mask2d: np.ndarray, colours: Sequence[Colour], alpha: float = 0.45) -> np.ndarray:
+def overlay(
+    image2d: np.ndarray, mask2d: np.ndarray, colours: Sequence[Colour], alpha: float = 0.45
+) -> np.ndarray:
     """Labels over an image: fill of opacity `alpha`, and the outermost pixels of each region in the full colour.
 
     image2d uint8 [H, W] or [H, W, 3]; mask2d integer [H, W], value v has colours[v - 1], values below 1 stay bare.
@@ -67,9 +79,15 @@ def overlay(image2d: np.ndarray, mask2d: np.ndarray, colours: Sequence[Colour], 
             " a mask of the same height and width"
         )
     if mask2d.size and int(mask2d.max()) > len(colours):
-        raise ValueError(f"overlay: label {mask2d.max()}, but {len(colours)} colours; give one for each value from 1")
-    picture = (image2d if image2d.ndim == 3 else np.repeat(image2d[..., None], 3, axis=2)).astype(np.float64)
-    around = np.pad(mask2d, 1, mode="edge")  # the picture's border cuts a region, but is not its contour
+        raise ValueError(
+            f"overlay: label {mask2d.max()}, but {len(colours)} colours; give one for each value from 1"
+        )
+    picture = (image2d if image2d.ndim == 3 else np.repeat(image2d[..., None], 3, axis=2)).astype(
+        np.float64
+    )
+    around = np.pad(
+        mask2d, 1, mode="edge"
+    )  # the picture's border cuts a region, but is not its contour
     neighbours = (around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:])
     contour = np.any([n != mask2d for n in neighbours], axis=0)  # [H, W]
     painted = np.clip(mask2d.astype(np.int64), 0, None)  # [H, W]
@@ -78,7 +96,9 @@ def overlay(image2d: np.ndarray, mask2d: np.ndarray, colours: Sequence[Colour], 
     return np.rint((1 - opacity) * picture + opacity * table[painted]).astype(np.uint8)
 
 
-def _limits(values: np.ndarray, percentiles: tuple[float, float] = (0.0, 100.0)) -> tuple[float, float]:
+def _limits(
+    values: np.ndarray, percentiles: tuple[float, float] = (0.0, 100.0)
+) -> tuple[float, float]:
     """Low and high percentile of the finite values, or the least and greatest where these are equal.
 
     Values that are all equal have half of them on either side, zeros and no finite value at all (0, 1): black.
@@ -93,7 +113,9 @@ def _limits(values: np.ndarray, percentiles: tuple[float, float] = (0.0, 100.0))
 
 def _grey(values: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
     """Values [...] to uint8 [..., 3]: limits[0] and below is black, limits[1] and above white; NaN is black."""
-    position = np.clip((np.nan_to_num(values, nan=limits[0]) - limits[0]) / (limits[1] - limits[0]), 0, 1)
+    position = np.clip(
+        (np.nan_to_num(values, nan=limits[0]) - limits[0]) / (limits[1] - limits[0]), 0, 1
+    )
     return np.repeat(np.rint(255 * position).astype(np.uint8)[..., None], 3, axis=-1)
 
 
@@ -101,7 +123,9 @@ def _heat(values: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
     """Values [...] to uint8 [..., 3] of the map HEAT between the limits; what is not finite is grey."""
     filled = np.where(np.isfinite(values), values, limits[0])
     position = np.clip((filled - limits[0]) / (limits[1] - limits[0]), 0, 1)
-    colour = np.stack([np.interp(position, np.linspace(0, 1, len(HEAT)), HEAT[:, k]) for k in range(3)], axis=-1)
+    colour = np.stack(
+        [np.interp(position, np.linspace(0, 1, len(HEAT)), HEAT[:, k]) for k in range(3)], axis=-1
+    )
     return np.where(np.isfinite(values)[..., None], np.rint(colour), MISSING).astype(np.uint8)
 
 
@@ -110,7 +134,9 @@ def _resize(array: np.ndarray, height: int, width: int) -> np.ndarray:
     if array.ndim == 3:
         # BOX repeats pixels where it enlarges and averages where it shrinks; a bicubic edge would look like anatomy.
         return np.asarray(Image.fromarray(array).resize((width, height), Image.Resampling.BOX))
-    rows, columns = ((np.arange(n) * 2 + 1) * old // (2 * n) for n, old in zip((height, width), array.shape))
+    rows, columns = (
+        (np.arange(n) * 2 + 1) * old // (2 * n) for n, old in zip((height, width), array.shape)
+    )
     return array[rows[:, None], columns]
 
 
@@ -135,8 +161,12 @@ def _width(text: str, size: int = TEXT) -> int:
 def _wrap(text: str, size: int, width: int, most: int = 2) -> list[str]:
     """Lines of at most `width` pixels, broken at spaces; what does not fit into `most` lines ends in an ellipsis."""
     # Pillow's own font lacks accents, Greek and most signs: accents are dropped, others get their nearest plain form.
-    text = unicodedata.normalize("NFD", text.translate({0x2212: "-", 0x2013: "-", 0xD7: "x", 0x2192: "->"}))
-    text = "".join(c if c.isascii() or c in "±·…" else "?" for c in text if not unicodedata.combining(c))
+    text = unicodedata.normalize(
+        "NFD", text.translate({0x2212: "-", 0x2013: "-", 0xD7: "x", 0x2192: "->"})
+    )
+    text = "".join(
+        c if c.isascii() or c in "±·…" else "?" for c in text if not unicodedata.combining(c)
+    )
     lines: list[str] = []
     for paragraph in text.split("\n"):
         line = ""
@@ -163,16 +193,22 @@ def _write(
 ) -> None:
     """Draws lines of text below each other; the anchor (Pillow's two letters) holds for the first."""
     for i, line in enumerate(lines):
-        ImageDraw.Draw(canvas).text((xy[0], xy[1] + i * (size + 4)), line, fill, _font(size), anchor)
+        ImageDraw.Draw(canvas).text(
+            (xy[0], xy[1] + i * (size + 4)), line, fill, _font(size), anchor
+        )
 
 
 def _legend(entries: Sequence[tuple[str, Colour]], room: int = 240) -> Image.Image:
     """A white strip with a patch of colour and a name a line."""
     names = [(_wrap(name, TEXT, room, 1) or [""])[0] for name, _ in entries]
-    strip = Image.new("RGB", (24 + max(map(_width, names), default=0), (LINE + 4) * max(len(names), 1)), WHITE)
+    strip = Image.new(
+        "RGB", (24 + max(map(_width, names), default=0), (LINE + 4) * max(len(names), 1)), WHITE
+    )
     for i, (name, (_, colour)) in enumerate(zip(names, entries)):
         y = i * (LINE + 4)
-        ImageDraw.Draw(strip).rectangle((0, y + 3, 14, y + 15), colour, BLACK if min(colour) > 150 else None)
+        ImageDraw.Draw(strip).rectangle(
+            (0, y + 3, 14, y + 15), colour, BLACK if min(colour) > 150 else None
+        )
         _write(strip, (22, y + 9), [name], anchor="lm")
     return strip
 
@@ -181,7 +217,9 @@ def _ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) between low and high, about `count` of them."""
     power = 10.0 ** math.floor(math.log10((high - low) / count))
     step = next(m * power for m in (1, 2, 5, 10) if m * power * count * 1.4 >= high - low)
-    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
 def _number(value: float) -> str:
@@ -232,7 +270,9 @@ def _grid(
     for lines in above:
         tops.append(y + LINE * max(map(len, lines), default=0))
         y = tops[-1] + height + gap
-    canvas = Image.new("RGB", (total, max(y - gap, tops[0] + (side.height if side else 0)) + MARGIN), WHITE)
+    canvas = Image.new(
+        "RGB", (total, max(y - gap, tops[0] + (side.height if side else 0)) + MARGIN), WHITE
+    )
     _write(canvas, (MARGIN, MARGIN), heading, TITLE, "la")
     _write(canvas, (MARGIN, note_top), small, anchor="la")
     for row, lines, names, top in zip(cells, above, beside, tops):
@@ -282,19 +322,25 @@ def _read_log(path: Path) -> dict[str, np.ndarray]:
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         rows = [row for row in csv.reader(file) if row]
     if not rows or "step" not in rows[0]:
-        raise ValueError(f"{path}: no column 'step' in the first line; expected the log.csv of a run")
+        raise ValueError(
+            f"{path}: no column 'step' in the first line; expected the log.csv of a run"
+        )
     header, rows = rows[0], rows[1:]
     if rows and len(rows[-1]) < len(header):
         rows.pop()  # the line that a running training is writing just now
     table = np.full((len(rows), len(header)), np.nan)
     for r, row in enumerate(rows):
         if len(row) != len(header):
-            raise ValueError(f"{path}, line {r + 2}: {len(row)} cells, expected {len(header)} as in the first line")
+            raise ValueError(
+                f"{path}, line {r + 2}: {len(row)} cells, expected {len(header)} as in the first line"
+            )
         for c, cell in enumerate(row):
             try:
                 table[r, c] = float(cell) if cell.strip() else np.nan
             except ValueError:
-                raise ValueError(f"{path}, line {r + 2}, column '{header[c]}': '{cell}' is not a number") from None
+                raise ValueError(
+                    f"{path}, line {r + 2}, column '{header[c]}': '{cell}' is not a number"
+                ) from None
     return {name: table[:, c] for c, name in enumerate(header)}
 
 
@@ -306,7 +352,9 @@ def _smooth(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if len(x) < 100:
         return x, y
     window = np.ones(len(x) // 50)
-    return x, np.convolve(y, window, "same") / np.convolve(np.ones(len(y)), window, "same")  # fewer values at the ends
+    return x, np.convolve(y, window, "same") / np.convolve(
+        np.ones(len(y)), window, "same"
+    )  # fewer values at the ends
 
 
 def _panel(
@@ -323,18 +371,28 @@ def _panel(
     log: y is logarithmic; x_names: place on the x axis -> text of its tick, instead of whole numbers.
     """
     left, top, right, bottom = box
-    width, height, fine = right - left, bottom - top, 3  # drawn three times as large, then averaged: smooth lines
+    width, height, fine = (
+        right - left,
+        bottom - top,
+        3,
+    )  # drawn three times as large, then averaged: smooth lines
     scale = np.log10 if log else np.asarray
     low, high = (float(scale(v)) for v in y_limits)
 
     def place(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Data to pixels from the box's corner."""
-        return (x - x_limits[0]) / (x_limits[1] - x_limits[0]) * width, (high - scale(y)) / (high - low) * height
+        return (x - x_limits[0]) / (x_limits[1] - x_limits[0]) * width, (high - scale(y)) / (
+            high - low
+        ) * height
 
     decades = [10.0**k for k in range(math.floor(low), math.ceil(high) + 1)] if log else []
-    y_ticks = [m * d for d in decades for m in ((1,) if high - low > 3 else (1, 2, 5))] or _ticks(*y_limits)
+    y_ticks = [m * d for d in decades for m in ((1,) if high - low > 3 else (1, 2, 5))] or _ticks(
+        *y_limits
+    )
     y_ticks = [t for t in y_ticks if y_limits[0] * (1 - 1e-9) <= t <= y_limits[1] * (1 + 1e-9)]
-    whole = {t: _number(t) for t in _ticks(*x_limits, 4) if abs(t - round(t)) < 1e-6}  # there is no half step
+    whole = {
+        t: _number(t) for t in _ticks(*x_limits, 4) if abs(t - round(t)) < 1e-6
+    }  # there is no half step
     layer = Image.new("RGB", (width * fine, height * fine), WHITE)
     draw = ImageDraw.Draw(layer)
     for tick in y_ticks:
@@ -349,7 +407,9 @@ def _panel(
         use = np.isfinite(curve.x) & np.isfinite(curve.y) & ((curve.y > 0) | (not log))
         points = np.stack(place(curve.x[use], curve.y[use]), axis=1) * fine  # [m, 2]
         if len(points) and curve.width:
-            draw.line([(float(x), float(y)) for x, y in points], curve.colour, curve.width * fine, "curve")
+            draw.line(
+                [(float(x), float(y)) for x, y in points], curve.colour, curve.width * fine, "curve"
+            )
         for x, y in points if curve.dots or len(points) == 1 else ():
             draw.ellipse((x - 4 * fine, y - 4 * fine, x + 4 * fine, y + 4 * fine), curve.colour)
     canvas.paste(layer.resize((width, height), Image.Resampling.BOX), (left, top))
@@ -387,9 +447,15 @@ def loss_curve(log_csv: str | Path, path: str | Path, title: str = "") -> Path:
     y_limits = _limits(np.concatenate([spread, *(c.y for c in losses)]))
     logarithmic = 0 < y_limits[0] * 10 < y_limits[1]
     pad = (y_limits[1] / y_limits[0]) ** 0.04 if logarithmic else (y_limits[1] - y_limits[0]) * 0.04
-    y_limits = (y_limits[0] / pad, y_limits[1] * pad) if logarithmic else (y_limits[0] - pad, y_limits[1] + pad)
+    y_limits = (
+        (y_limits[0] / pad, y_limits[1] * pad)
+        if logarithmic
+        else (y_limits[0] - pad, y_limits[1] + pad)
+    )
     scatter = _Curve("loss, each row", MISSING, step, raw, width=1)
-    panels = [([scatter, *reversed(losses)] if losses else [], losses, y_limits, logarithmic, "loss")]
+    panels = [
+        ([scatter, *reversed(losses)] if losses else [], losses, y_limits, logarithmic, "loss")
+    ]
     if dice:
         low, high = _limits(np.concatenate([c.y for c in dice]))
         panels.append(
@@ -409,15 +475,25 @@ def loss_curve(log_csv: str | Path, path: str | Path, title: str = "") -> Path:
     heading = _wrap(title, TITLE, total - 2 * MARGIN)
     y = MARGIN + len(heading) * (TITLE + 4) + (GAP if heading else 0)
     first, last = _limits(step)
-    x_limits = (first - 0.02 * (last - first), last + 0.02 * (last - first))  # room for the outermost points
-    canvas = Image.new("RGB", (total, y + sum(heights) + len(panels) * (4 * LINE + GAP) + MARGIN - GAP), WHITE)
+    x_limits = (
+        first - 0.02 * (last - first),
+        last + 0.02 * (last - first),
+    )  # room for the outermost points
+    canvas = Image.new(
+        "RGB", (total, y + sum(heights) + len(panels) * (4 * LINE + GAP) + MARGIN - GAP), WHITE
+    )
     _write(canvas, (MARGIN, MARGIN), heading, TITLE, "la")
     for (curves, _, limits, is_log, name), key, height in zip(panels, keys, heights):
         box = (left, y + LINE + GAP, left + width, y + LINE + GAP + height)
         _write(canvas, (left, y), [name + (" (logarithmic)" if is_log else "")], anchor="la")
         _panel(canvas, box, curves, x_limits, limits, is_log)
         if not curves:
-            _write(canvas, (left + width / 2, box[1] + height / 2), ["no finite values yet"], anchor="mm")
+            _write(
+                canvas,
+                (left + width / 2, box[1] + height / 2),
+                ["no finite values yet"],
+                anchor="mm",
+            )
         _write(canvas, (left + width / 2, box[3] + LINE + 10), ["optimisation step"])
         canvas.paste(key, (box[2] + 2 * GAP, box[1]))
         y = box[3] + 3 * LINE
@@ -443,7 +519,9 @@ def curves(
         for (n, (x, y)), c in zip(lines.items(), colours)
     ]
     if not any((np.isfinite(c.x) & np.isfinite(c.y)).any() for c in drawn):
-        raise ValueError(f"curves: {len(lines)} lines without a finite point; expected at least one point")
+        raise ValueError(
+            f"curves: {len(lines)} lines without a finite point; expected at least one point"
+        )
     return _chart(drawn, path, title, x_name, y_name)
 
 
@@ -463,12 +541,21 @@ def scatter(
     arrays = {name: a[:, np.isfinite(a).all(axis=0)] for name, a in arrays.items()}
     x_all = np.concatenate([np.empty(0), *(x for x, _ in arrays.values())])
     if not (len(x_all) and x_all.min() > 0):
-        raise ValueError(f"scatter: {len(x_all)} finite points; expected one or more, each with x above 0")
+        raise ValueError(
+            f"scatter: {len(x_all)} finite points; expected one or more, each with x above 0"
+        )
     lines, dots = [], []
     for (name, (x, y)), colour in zip(arrays.items(), class_colours(len(arrays))):
         places = np.unique(x)
         if len(places) > 1:  # the mean of one place would look like one more point
-            lines.append(_Curve(name, colour, np.log10(places), np.array([y[x == place].mean() for place in places])))
+            lines.append(
+                _Curve(
+                    name,
+                    colour,
+                    np.log10(places),
+                    np.array([y[x == place].mean() for place in places]),
+                )
+            )
         dots.append(_Curve(name, colour, np.log10(x), y, width=0, dots=True))
     ticks = {math.log10(place): _number(place) for place in np.unique(x_all)}
     return _chart([*lines, *dots], path, title, x_name, y_name, ticks)
@@ -484,15 +571,27 @@ def _chart(
 ) -> Path:
     """One panel with a legend, a line of it for each name, from the least to the greatest value of all curves."""
     limits = [_limits(np.concatenate([getattr(c, axis) for c in drawn])) for axis in ("x", "y")]
-    x_limits, y_limits = ((low - 0.04 * (high - low), high + 0.04 * (high - low)) for low, high in limits)
+    x_limits, y_limits = (
+        (low - 0.04 * (high - low), high + 0.04 * (high - low)) for low, high in limits
+    )
     key, heading = _legend([*{c.name: c.colour for c in drawn}.items()]), [title] * bool(title)
-    left, top, width, height = MARGIN + 70, MARGIN + (TITLE + 4 + GAP) * bool(title) + LINE + GAP, 620, 300
+    left, top, width, height = (
+        MARGIN + 70,
+        MARGIN + (TITLE + 4 + GAP) * bool(title) + LINE + GAP,
+        620,
+        300,
+    )
     height, below = max(height, key.height), _wrap(x_name, TEXT, width, most=4)
-    size = left + width + 2 * GAP + key.width + MARGIN, top + height + (1 + len(below)) * LINE + 10 + MARGIN
+    size = (
+        left + width + 2 * GAP + key.width + MARGIN,
+        top + height + (1 + len(below)) * LINE + 10 + MARGIN,
+    )
     canvas = Image.new("RGB", size, WHITE)
     _write(canvas, (MARGIN, MARGIN), heading, TITLE, "la")
     _write(canvas, (left, top - LINE - GAP // 2), [y_name], anchor="la")
-    _panel(canvas, (left, top, left + width, top + height), drawn, x_limits, y_limits, False, x_names)
+    _panel(
+        canvas, (left, top, left + width, top + height), drawn, x_limits, y_limits, False, x_names
+    )
     _write(canvas, (left + width / 2, top + height + LINE + 10), below)
     canvas.paste(key, (left + width + 2 * GAP, top))
     return _save(canvas, path)
@@ -506,7 +605,9 @@ def _choose_slices(foreground: np.ndarray, count: int) -> list[int]:
     return [int(candidates[int((i + 0.5) * len(candidates) / count)]) for i in range(count)]
 
 
-def _check_masks(image: np.ndarray, masks: Mapping[str, np.ndarray], spacing: Sequence[float]) -> None:
+def _check_masks(
+    image: np.ndarray, masks: Mapping[str, np.ndarray], spacing: Sequence[float]
+) -> None:
     """Raises ValueError that lists everything that does not fit together."""
     faults = [
         f"mask '{name}' is {m.dtype} {m.shape}, expected integers or booleans {image.shape}"
@@ -541,16 +642,30 @@ def mask_slices(
     flat = image.ndim == 2
     image = np.asarray(image, dtype=np.float32)
     labels = {name: m.astype(np.int64) for name, m in masks.items()}
-    values = dict(class_names) if isinstance(class_names, Mapping) else {n: i + 1 for i, n in enumerate(class_names)}
+    values = (
+        dict(class_names)
+        if isinstance(class_names, Mapping)
+        else {n: i + 1 for i, n in enumerate(class_names)}
+    )
     found = {int(v) for m in labels.values() for v in np.unique(m)}
-    values |= {f"label {v}": v for v in sorted(found - set(values.values()))}  # shown all the same: an error to be seen
+    values |= {
+        f"label {v}": v for v in sorted(found - set(values.values()))
+    }  # shown all the same: an error to be seen
     colours = class_colours(max([0, *values.values()]))
-    entries = [(name, colours[v - 1]) for name, v in sorted(values.items(), key=lambda item: item[1]) if v > 0]
+    entries = [
+        (name, colours[v - 1])
+        for name, v in sorted(values.items(), key=lambda item: item[1])
+        if v > 0
+    ]
 
     if flat:
         image, labels = image[..., None], {name: m[..., None] for name, m in labels.items()}
     limits = _limits(image, (0.5, 99.5))
-    foreground = np.any([(m > 0).any(axis=(0, 1)) for m in labels.values()], axis=0) if labels else np.zeros(1, bool)
+    foreground = (
+        np.any([(m > 0).any(axis=(0, 1)) for m in labels.values()], axis=0)
+        if labels
+        else np.zeros(1, bool)
+    )
     chosen = _choose_slices(foreground if labels else np.zeros(image.shape[2], bool), n_slices)
     longest = 360 if flat else 200
     per_mm = longest / max(image.shape[0] * spacing[0], image.shape[1] * spacing[1])
@@ -558,12 +673,16 @@ def mask_slices(
 
     rows: list[list[np.ndarray]] = [[] for _ in range(1 + len(labels))]
     for z in chosen:
-        grey = _resize(_grey(radiological(image[:, :, z]), limits), height, width)  # [height, width, 3]
+        grey = _resize(
+            _grey(radiological(image[:, :, z]), limits), height, width
+        )  # [height, width, 3]
         for row, mask in zip(rows[1:], labels.values()):
             row.append(overlay(grey, _resize(radiological(mask[:, :, z]), height, width), colours))
         marked = Image.fromarray(grey)
         for letter, x, anchor in (("R", 4, "la"), ("L", width - 4, "ra")):
-            ImageDraw.Draw(marked).text((x, 3), letter, WHITE, _font(TEXT), anchor, stroke_width=2, stroke_fill=BLACK)
+            ImageDraw.Draw(marked).text(
+                (x, 3), letter, WHITE, _font(TEXT), anchor, stroke_width=2, stroke_fill=BLACK
+            )
         rows[0].append(np.asarray(marked))
     names = ["image", *labels]
     side = _legend(entries) if entries else None
@@ -594,7 +713,11 @@ def montage(
             f"montage: {len(images)} images, {len(titles)} titles, columns {columns}, cmap '{cmap}';"
             " expected one title for each image, at least one of both, and cmap grey or heat"
         )
-    if bad := [f"{a.dtype} {a.shape}" for a in images if a.ndim != 2 and (a.ndim != 3 or a.dtype != np.uint8)]:
+    if bad := [
+        f"{a.dtype} {a.shape}"
+        for a in images
+        if a.ndim != 2 and (a.ndim != 3 or a.dtype != np.uint8)
+    ]:
         raise ValueError(f"montage: {', '.join(bad)}; expected [H, W], or uint8 [H, W, 3]")
     maps = [np.asarray(a, dtype=np.float64) for a in images if a.ndim == 2]
     shared = limits or _limits(np.concatenate([m.ravel() for m in maps]) if maps else np.zeros(0))
@@ -606,7 +729,10 @@ def montage(
             array = _heat(value, shared) if cmap == "heat" else _grey(value, own)
         cells.append(_resize(array, *_size(array.shape, 200)))
     starts = range(0, len(cells), columns)
-    rows, above = [cells[i : i + columns] for i in starts], [list(titles[i : i + columns]) for i in starts]
+    rows, above = (
+        [cells[i : i + columns] for i in starts],
+        [list(titles[i : i + columns]) for i in starts],
+    )
     side = _colour_bar(shared, max(c.shape[0] for c in cells), unit) if cmap == "heat" else None
     return _save(_grid(rows, above, [""] * len(rows), title, side), path)
 
@@ -634,12 +760,19 @@ def denoising_strip(
         painted = [
             _grey(a, limits)
             if a.dtype.kind == "f"
-            else overlay(np.zeros(a.shape, np.uint8), a.astype(np.int64), class_colours(int(a.max())), alpha=1.0)
+            else overlay(
+                np.zeros(a.shape, np.uint8),
+                a.astype(np.int64),
+                class_colours(int(a.max())),
+                alpha=1.0,
+            )
             for a in arrays
         ]
         cells.append([_resize(p, *_size(p.shape, 144)) for p in painted])
     if not cells or not column_titles:
-        raise ValueError("denoising_strip: nothing to draw; expected at least one row with one array")
+        raise ValueError(
+            "denoising_strip: nothing to draw; expected at least one row with one array"
+        )
     above = [list(column_titles)] + [[] for _ in cells[1:]]
     return _save(_grid(cells, above, list(rows), title), path)
 
@@ -671,7 +804,11 @@ def heat_map(
         )
     texts = [["not run" if np.isnan(v) else fmt.format(v) for v in row] for row in values]
     words = [word for label in col_labels for word in label.split()]
-    width = max(72, *(_width(t) + 16 for row in texts for t in row), *(min(_width(w) + 6, 140) for w in words))
+    width = max(
+        72,
+        *(_width(t) + 16 for row in texts for t in row),
+        *(min(_width(w) + 6, 140) for w in words),
+    )
     limits = _limits(values)
     cells: list[list[np.ndarray]] = []
     second = below or [[""] * values.shape[1] for _ in texts]
@@ -680,13 +817,23 @@ def heat_map(
         cells.append([])
         for text, under, fill in zip(row, notes, fills.tolist()):
             cell = Image.new("RGB", (width, 44), tuple(fill))
-            for x in range(-44, width, 12) if text == "not run" else ():  # lines: also seen in a grey print
+            for x in (
+                range(-44, width, 12) if text == "not run" else ()
+            ):  # lines: also seen in a grey print
                 ImageDraw.Draw(cell).line((x, 44, x + 44, 0), WHITE)
             dark = 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] < 100
             lines = [text, under] if under else [text]
-            _write(cell, (width / 2, 14 if under else 22), lines, anchor="mm", fill=WHITE if dark else BLACK)
+            _write(
+                cell,
+                (width / 2, 14 if under else 22),
+                lines,
+                anchor="mm",
+                fill=WHITE if dark else BLACK,
+            )
             cells[-1].append(np.asarray(cell))
-    note = ", ".join(f"{way}: {name}" for way, name in (("rows", row_name), ("columns", col_name)) if name)
+    note = ", ".join(
+        f"{way}: {name}" for way, name in (("rows", row_name), ("columns", col_name)) if name
+    )
     above = [list(col_labels)] + [[] for _ in cells[1:]]
     bar = _colour_bar(limits, 46 * len(cells), unit)
     return _save(_grid(cells, above, row_labels, title, bar, note, gap=2), path)
@@ -705,7 +852,9 @@ class Diary:
         self.truth, self.z = truth, int(size.argmax()) if size.any() else len(size) // 2
         self.cut = (0, -1, inside[0], inside[1], inside[2].start + self.z)
         self.frames: list[tuple[int, np.ndarray, np.ndarray]] = []
-        self.members: list[np.ndarray] = []  # masks [X, Y, Z] of the first members, if the caller adds them
+        self.members: list[
+            np.ndarray
+        ] = []  # masks [X, Y, Z] of the first members, if the caller adds them
 
     def __call__(self, t: int, xt: Any, x0: Any) -> None:
         """xt, x0: tensors [1, K, X, Y, Z] on any device."""
@@ -731,15 +880,31 @@ def case_sheet(
     image, z = image.astype(np.float32), diary.z
     masks = {"truth": diary.truth, "prediction": mask}
     mask_slices(image, masks, folder / f"{case}.png", spacing, class_names, title=case)
-    some = [diary.frames[i] for i in sorted({round(i) for i in np.linspace(0, len(diary.frames) - 1, 6)})]
+    some = [
+        diary.frames[i]
+        for i in sorted({round(i) for i in np.linspace(0, len(diary.frames) - 1, 6)})
+    ]
     rows = {"x_t": [f[1] for f in some], "predicted x_0": [f[2] for f in some]}
     title = f"{case}, {list(class_names)[-1]}, slice {z}"
     denoising_strip(rows, [f"t = {f[0]}" for f in some], folder / f"{case}_steps.png", title=title)
     if variance.max() > 0:
         grey = _grey(radiological(image[:, :, z]), _limits(image, (0.5, 99.5)))
         colours = class_colours(max(class_names.values()))
-        shown = {"truth": diary.truth} | {f"member {n + 1}": m for n, m in enumerate(diary.members)} | {"mean": mask}
-        pictures = [grey, *(overlay(grey, radiological(m[:, :, z]), colours) for m in shown.values())]
+        shown = (
+            {"truth": diary.truth}
+            | {f"member {n + 1}": m for n, m in enumerate(diary.members)}
+            | {"mean": mask}
+        )
+        pictures = [
+            grey,
+            *(overlay(grey, radiological(m[:, :, z]), colours) for m in shown.values()),
+        ]
         pictures.append(radiological(variance[:, :, z] / variance.max()))
         names = ["image", *shown, "variance"]
-        montage(pictures, names, folder / f"{case}_ensemble.png", title=f"{case}, slice {z}", columns=len(names))
+        montage(
+            pictures,
+            names,
+            folder / f"{case}_ensemble.png",
+            title=f"{case}, slice {z}",
+            columns=len(names),
+        )

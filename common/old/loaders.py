@@ -43,7 +43,12 @@ TOOLS |= {name: name for name in ("brats", "prostate", "amos", "flare22", "glas"
 FORMAT = 1  # of dataset.json; raised when an older reader could not read a newer folder
 GZIP_RATIO = 1032  # no deflate stream grows by more than this (zlib's documentation)
 CHUNK = 1 << 22  # bytes read at a time
-PERCENTILES = {"kind": "percentile", "lower": 1.0, "upper": 99.0, "zero_fraction": 0.1}  # the rule for MR
+PERCENTILES = {
+    "kind": "percentile",
+    "lower": 1.0,
+    "upper": 99.0,
+    "zero_fraction": 0.1,
+}  # the rule for MR
 
 # --- NIfTI -----------------------------------------------------------------------------------------------------------
 
@@ -75,19 +80,29 @@ def read_nifti(path: str | os.PathLike) -> Nifti:
     try:
         size = path.stat().st_size
         if size == 0:
-            raise InputError(f"{path}: the file is empty (0 bytes), expected a NIfTI volume; copy it again")
+            raise InputError(
+                f"{path}: the file is empty (0 bytes), expected a NIfTI volume; copy it again"
+            )
         with open(path, "rb") as raw:
             packed = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
-            header, buffer = _read_stream(gzip.GzipFile(fileobj=raw) if packed else raw, path, size, packed)
+            header, buffer = _read_stream(
+                gzip.GzipFile(fileobj=raw) if packed else raw, path, size, packed
+            )
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         text = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise InputError(f"{path}: the gzip stream is damaged or cut off ({text}); copy it again") from e
+        raise InputError(
+            f"{path}: the gzip stream is damaged or cut off ({text}); copy it again"
+        ) from e
     except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror or e}), expected a NIfTI file; check the path") from e
+        raise InputError(
+            f"{path}: cannot be read ({e.strerror or e}), expected a NIfTI file; check the path"
+        ) from e
     affine = _affine_of(header, path)
     data = _scaled(header, buffer, path)
-    return Nifti(data, affine, tuple(float(s) for s in nib.affines.voxel_sizes(affine)), header, path)
+    return Nifti(
+        data, affine, tuple(float(s) for s in nib.affines.voxel_sizes(affine)), header, path
+    )
 
 
 def _read_stream(stream: Any, path: Path, size: int, packed: bool) -> tuple[Any, bytearray]:
@@ -101,7 +116,9 @@ def _read_stream(stream: Any, path: Path, size: int, packed: bool) -> tuple[Any,
     if need + start > (size * GZIP_RATIO if packed else size):
         raise InputError(f"{claim}, more than the file of {size:,} bytes can hold; {remedy}")
     if need * 3 > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
-        raise InputError(f"{claim}, too many for {memory:,} bytes of memory; crop or resample it first")
+        raise InputError(
+            f"{claim}, too many for {memory:,} bytes of memory; crop or resample it first"
+        )
     stream.seek(0)
     stream.read(start)
     buffer = bytearray()
@@ -117,29 +134,42 @@ def _read_stream(stream: Any, path: Path, size: int, packed: bool) -> tuple[Any,
 def _parse_header(block: bytes, path: Path) -> Any:
     """nibabel header (NIfTI-1 or 2, either byte order) from a file's first bytes. Raises InputError."""
     if block.lstrip()[:1] == b"<":
-        raise InputError(f"{path}: holds an HTML or XML page, not a NIfTI volume (a failed download?); get it again")
-    for kind, size, magic in ((nib.Nifti1Header, 348, block[344:348]), (nib.Nifti2Header, 540, block[4:12])):
+        raise InputError(
+            f"{path}: holds an HTML or XML page, not a NIfTI volume (a failed download?); get it again"
+        )
+    for kind, size, magic in (
+        (nib.Nifti1Header, 348, block[344:348]),
+        (nib.Nifti2Header, 540, block[4:12]),
+    ):
         if int.from_bytes(block[:4], "little") != size and int.from_bytes(block[:4], "big") != size:
             continue
         if magic[:3] not in (b"n+1", b"n+2"):
-            raise InputError(f"{path}: header without the mark of a single-file NIfTI (n+1); save it as .nii.gz")
+            raise InputError(
+                f"{path}: header without the mark of a single-file NIfTI (n+1); save it as .nii.gz"
+            )
         if len(block) < size:
             break
         try:
             return kind(block[:size], check=False)
         except (HeaderDataError, ImageFileError, ValueError) as e:
             raise InputError(f"{path}: the header cannot be read ({e}); copy the file again") from e
-    raise InputError(f"{path}: starts with {block[:8]!r}, expected a NIfTI header; copy it again or convert it")
+    raise InputError(
+        f"{path}: starts with {block[:8]!r}, expected a NIfTI header; copy it again or convert it"
+    )
 
 
 def _shape_of(header: Any, path: Path) -> tuple[int, ...]:
     """Shape as Python integers, axes of length 1 after the third left out."""
     dim = [int(d) for d in header["dim"]]
     if not 1 <= dim[0] <= 7 or min(dim[1 : dim[0] + 1]) < 1:
-        raise InputError(f"{path}: the header's dim is {dim}, expected 1 to 7 axes of length >= 1; copy it again")
+        raise InputError(
+            f"{path}: the header's dim is {dim}, expected 1 to 7 axes of length >= 1; copy it again"
+        )
     first = header.single_vox_offset
     if not first <= header["vox_offset"] < 2**40:  # also false for NaN
-        raise InputError(f"{path}: the header's vox_offset is {header['vox_offset']}, expected {first}; copy it again")
+        raise InputError(
+            f"{path}: the header's vox_offset is {header['vox_offset']}, expected {first}; copy it again"
+        )
     shape = dim[1 : dim[0] + 1]
     return tuple(shape[:3] + [n for n in shape[3:] if n > 1])
 
@@ -149,9 +179,13 @@ def _dtype_of(header: Any, path: Path) -> np.dtype:
     try:
         dtype = header.get_data_dtype()
     except (HeaderDataError, KeyError) as e:
-        raise InputError(f"{path}: unknown number type code {int(header['datatype'])}; convert it to float32") from e
+        raise InputError(
+            f"{path}: unknown number type code {int(header['datatype'])}; convert it to float32"
+        ) from e
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
-        raise InputError(f"{path}: voxels are of type {dtype}, expected integers or floats; convert it to float32")
+        raise InputError(
+            f"{path}: voxels are of type {dtype}, expected integers or floats; convert it to float32"
+        )
     return dtype
 
 
@@ -167,11 +201,17 @@ def _affine_of(header: Any, path: Path) -> np.ndarray:
         affine = np.asarray(header.get_best_affine(), dtype=np.float64)
         unit = header.get_xyzt_units()[0]
     except (HeaderDataError, ValueError, KeyError) as e:
-        raise InputError(f"{path}: the header's orientation cannot be read ({e}); repair or convert it") from e
+        raise InputError(
+            f"{path}: the header's orientation cannot be read ({e}); repair or convert it"
+        ) from e
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
-        raise InputError(f"{path}: the affine {matrix_text(affine)} cannot be inverted; repair the header")
+        raise InputError(
+            f"{path}: the affine {matrix_text(affine)} cannot be inverted; repair the header"
+        )
     if unit not in ("unknown", "mm"):
-        warnings.warn(f"{path}: the header's length unit is {unit}; its numbers are taken as mm", stacklevel=3)
+        warnings.warn(
+            f"{path}: the header's length unit is {unit}; its numbers are taken as mm", stacklevel=3
+        )
     if header["sform_code"] > 0 and header["qform_code"] > 0:
         _warn_if_apart(affine, header, path)
     return affine
@@ -183,7 +223,9 @@ def _warn_if_apart(affine: np.ndarray, header: Any, path: Path) -> None:
         offset = affine - header.get_qform()  # [4, 4]
     except (HeaderDataError, ValueError):
         return  # the sform is used, whatever the qform holds
-    corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array([*header.get_data_shape(), 1, 1])[:3] - 1)  # [8, 3]
+    corners = np.array([*np.ndindex(2, 2, 2)]) * (
+        np.array([*header.get_data_shape(), 1, 1])[:3] - 1
+    )  # [8, 3]
     mm = float(np.abs(corners @ offset[:3, :3].T + offset[:3, 3]).max())
     if mm > np.linalg.norm(affine[:3, :3], axis=0).min() / 2:
         warnings.warn(
@@ -201,21 +243,32 @@ def _scaled(header: Any, buffer: bytearray, path: Path) -> np.ndarray:
     try:
         slope, inter = header.get_slope_inter()
     except HeaderDataError as e:
-        raise InputError(f"{path}: scl_slope or scl_inter is not a number ({e}); repair the header") from e
+        raise InputError(
+            f"{path}: scl_slope or scl_inter is not a number ({e}); repair the header"
+        ) from e
     slope, inter = 1.0 if slope is None else float(slope), 0.0 if inter is None else float(inter)
     if data.dtype.kind == "f":
         bad = data.size - np.count_nonzero(np.isfinite(data))
         if bad:
-            raise InputError(f"{path}: {bad:,} voxels are NaN or Inf, expected numbers; replace them or leave it out")
+            raise InputError(
+                f"{path}: {bad:,} voxels are NaN or Inf, expected numbers; replace them or leave it out"
+            )
     if (slope, inter) != (1.0, 0.0):
-        whole = data.dtype.kind in "iu" and slope.is_integer() and inter.is_integer() and abs(slope) + abs(inter) < 1e6
+        whole = (
+            data.dtype.kind in "iu"
+            and slope.is_integer()
+            and inter.is_integer()
+            and abs(slope) + abs(inter) < 1e6
+        )
         if whole and data.dtype.itemsize <= 4:
             data = data.astype(np.int64) * int(slope) + int(inter)
         else:
             data = data.astype(np.float64) * slope + inter
     if data.dtype.kind == "f" and data.dtype != np.float32:
         if max(abs(float(data.max())), abs(float(data.min()))) > np.finfo(np.float32).max:
-            raise InputError(f"{path}: values up to {float(np.abs(data).max()):g} do not fit float32; rescale it")
+            raise InputError(
+                f"{path}: values up to {float(np.abs(data).max()):g} do not fit float32; rescale it"
+            )
         data = data.astype(np.float32)
     return data
 
@@ -229,13 +282,17 @@ def channels_first(nifti: Nifti) -> np.ndarray:
         return nifti.data[None]
     if nifti.data.ndim == 4:
         return np.moveaxis(nifti.data, -1, 0)
-    raise InputError(f"{nifti.path}: {_dims(nifti.data)}, expected 3D, or 4D with channels last; convert it")
+    raise InputError(
+        f"{nifti.path}: {_dims(nifti.data)}, expected 3D, or 4D with channels last; convert it"
+    )
 
 
 def as_volume(nifti: Nifti) -> np.ndarray:
     """[X, Y, Z] of a file that must be 3D. Raises: InputError for any other number of axes."""
     if nifti.data.ndim != 3:
-        raise InputError(f"{nifti.path}: {_dims(nifti.data)}, expected one 3D volume; give one file for each volume")
+        raise InputError(
+            f"{nifti.path}: {_dims(nifti.data)}, expected one 3D volume; give one file for each volume"
+        )
     return nifti.data
 
 
@@ -251,7 +308,9 @@ def write_nifti(path: str | os.PathLike, array: np.ndarray, like: Nifti, dtype: 
     """
     path, dtype = Path(path), np.dtype(dtype)
     if array.shape != like.data.shape[:3]:
-        raise ValueError(f"array {array.shape} is not on the grid {like.data.shape[:3]} of {like.path}")
+        raise ValueError(
+            f"array {array.shape} is not on the grid {like.data.shape[:3]} of {like.path}"
+        )
     check_not_input(path, [like.path])
     header = like.header.copy()
     header.set_data_dtype(dtype)
@@ -268,7 +327,9 @@ def write_nifti(path: str | os.PathLike, array: np.ndarray, like: Nifti, dtype: 
     atomic_write(path, gzip.compress(blob, 6, mtime=0) if path.name.endswith(".gz") else blob)
 
 
-OURS = b"diffusion models for medical segmentation"  # in each NIfTI and PNG that may be written again
+OURS = (
+    b"diffusion models for medical segmentation"  # in each NIfTI and PNG that may be written again
+)
 
 
 def check_output(output: Path, inputs: Iterable[str | os.PathLike]) -> None:
@@ -282,17 +343,29 @@ def check_output(output: Path, inputs: Iterable[str | os.PathLike]) -> None:
                 ours = image.info.get("Software") == OURS.decode()
         else:
             ours = bytes(nib.load(output).header["descrip"]).rstrip(b"\0") == OURS  # type: ignore[index]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error, nib.filebasedimages.ImageFileError):
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        EOFError,
+        zlib.error,
+        nib.filebasedimages.ImageFileError,
+    ):
         ours = False
     if not ours:
-        raise InputError(f"{output}: is there and was not written by `predict`; choose another --output, or remove it")
+        raise InputError(
+            f"{output}: is there and was not written by `predict`; choose another --output, or remove it"
+        )
 
 
 def check_not_input(output: str | os.PathLike, inputs: Iterable[str | os.PathLike]) -> None:
     """Raise InputError where `output` is one of the inputs, also by a link; to be called before the work begins."""
     for file in map(Path, inputs):
         if Path(output).exists() and file.exists() and file.samefile(output):
-            raise InputError(f"{output}: the output would overwrite the input {file}; choose another output")
+            raise InputError(
+                f"{output}: the output would overwrite the input {file}; choose another output"
+            )
 
 
 def lock_folder(folder: Path) -> int | None:
@@ -326,7 +399,9 @@ def atomic_write(path: Path, blob: bytes) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror or e}); free space or choose another place") from e
+        raise InputError(
+            f"{path}: cannot be written ({e.strerror or e}); free space or choose another place"
+        ) from e
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -335,7 +410,12 @@ def atomic_write(path: Path, blob: bytes) -> None:
 # --- images ----------------------------------------------------------------------------------------------------------
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # Pillow's names; no other decoder sees a user's file
+IMAGE_FORMATS = (
+    "PNG",
+    "JPEG",
+    "BMP",
+    "TIFF",
+)  # Pillow's names; no other decoder sees a user's file
 
 
 def read_image(path: str | os.PathLike, blob: bytes | None = None) -> np.ndarray:
@@ -348,7 +428,9 @@ def read_image(path: str | os.PathLike, blob: bytes | None = None) -> np.ndarray
     """
     with _opened(path, blob) as image:
         if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
-            raise InputError(f"{path}: colours are of kind {image.mode}, expected 8-bit grey or RGB; convert it")
+            raise InputError(
+                f"{path}: colours are of kind {image.mode}, expected 8-bit grey or RGB; convert it"
+            )
         grey = image.mode in ("1", "L", "LA")
         array = np.asarray(image.convert("L" if grey else "RGB"))  # [Y, X] or [Y, X, 3]
     return np.ascontiguousarray(array[None] if grey else array.transpose(2, 0, 1))  # [C, Y, X]
@@ -363,31 +445,43 @@ def read_mask(path: str | os.PathLike, blob: bytes | None = None) -> np.ndarray:
     """
     with _opened(path, blob, deep=True) as image:
         if image.format == "JPEG":
-            raise InputError(f"{path}: a mask in JPEG, whose loss changes the numbers; get it as PNG or BMP")
+            raise InputError(
+                f"{path}: a mask in JPEG, whose loss changes the numbers; get it as PNG or BMP"
+            )
         if image.mode == "P":
             first = tuple((image.getpalette("RGB") or [0, 0, 0])[:3])
             if first != (0, 0, 0):
                 raise InputError(f"{path}: a palette whose index 0 is the colour {first}, expected black, the "
                                  "background; save the object numbers as 8-bit or 16-bit grey")  # fmt: skip
         elif image.mode not in ("1", "L", "I;16", "I;16B", "I;16L", "I", "RGB", "RGBA"):
-            raise InputError(f"{path}: a mask of kind {image.mode}, expected 8-bit or 16-bit grey; convert it")
+            raise InputError(
+                f"{path}: a mask of kind {image.mode}, expected 8-bit or 16-bit grey; convert it"
+            )
         array = np.asarray(image)
     if array.ndim == 3:
         if (array[..., :3] != array[..., :1]).any():
-            raise InputError(f"{path}: a mask in colours, expected grey values that number objects; convert it")
+            raise InputError(
+                f"{path}: a mask in colours, expected grey values that number objects; convert it"
+            )
         array = array[..., 0]
     if array.size and int(array.min()) < 0:
-        raise InputError(f"{path}: a mask with the value {int(array.min())}, expected 0 or more; correct it")
+        raise InputError(
+            f"{path}: a mask with the value {int(array.min())}, expected 0 or more; correct it"
+        )
     return np.ascontiguousarray(array, np.int32)
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike, blob: bytes | None, deep: bool = False) -> Iterator[Image.Image]:
+def _opened(
+    path: str | os.PathLike, blob: bytes | None, deep: bool = False
+) -> Iterator[Image.Image]:
     """A Pillow image that is decoded to its end. deep: 16 bits are allowed. Raises: InputError as read_image."""
     try:
         blob = Path(path).read_bytes() if blob is None else blob
     except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror or e}), expected an image; check the path") from e
+        raise InputError(
+            f"{path}: cannot be read ({e.strerror or e}), expected an image; check the path"
+        ) from e
     if not blob:
         raise InputError(f"{path}: the file is empty (0 bytes), expected an image; copy it again")
     if blob.startswith(b"version https://git-lfs"):
@@ -396,15 +490,25 @@ def _opened(path: str | os.PathLike, blob: bytes | None, deep: bool = False) -> 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of damaged tags; damaged pixels raise
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(blob), formats=IMAGE_FORMATS) as image:  # reads the header only
-                stored = str(image.tile[0][3]) if image.tile else ""  # before decoding, which forgets it
+            with Image.open(
+                io.BytesIO(blob), formats=IMAGE_FORMATS
+            ) as image:  # reads the header only
+                stored = (
+                    str(image.tile[0][3]) if image.tile else ""
+                )  # before decoding, which forgets it
                 if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
-                    raise InputError(f"{path}: holds {image.n_frames} pages, expected one image; save them one by one")
+                    raise InputError(
+                        f"{path}: holds {image.n_frames} pages, expected one image; save them one by one"
+                    )
                 # Pillow cuts colours of 16 bits to 8 without a word
-                wide = image.mode.startswith(("I", "F")) or (";16" in stored and image.format in ("PNG", "TIFF"))
+                wide = image.mode.startswith(("I", "F")) or (
+                    ";16" in stored and image.format in ("PNG", "TIFF")
+                )
                 if wide and not (deep and image.mode.startswith("I")):
                     kind = "floating point" if image.mode == "F" else "16 bits or more"
-                    raise InputError(f"{path}: {kind} a channel, expected 8; convert it and mind the range")
+                    raise InputError(
+                        f"{path}: {kind} a channel, expected 8; convert it and mind the range"
+                    )
                 image.load()
                 yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
@@ -412,10 +516,27 @@ def _opened(path: str | os.PathLike, blob: bytes | None, deep: bool = False) -> 
                          "not a whole slide (or the header is damaged); cut it into fields") from e  # fmt: skip
     except UnidentifiedImageError as e:
         if blob.startswith((b"\x89PNG", b"\xff\xd8", b"BM", b"II*\0", b"MM\0*")):
-            raise InputError(f"{path}: the image is damaged or cut off at {len(blob):,} bytes; copy it again") from e
-        what = "an HTML or XML page (a failed download?)" if blob.lstrip()[:1] == b"<" else f"{blob[:8]!r} at its start"
-        raise InputError(f"{path}: {what}, expected a PNG, JPG, BMP or TIF image; get it again or convert it") from e
-    except (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, struct.error) as e:
+            raise InputError(
+                f"{path}: the image is damaged or cut off at {len(blob):,} bytes; copy it again"
+            ) from e
+        what = (
+            "an HTML or XML page (a failed download?)"
+            if blob.lstrip()[:1] == b"<"
+            else f"{blob[:8]!r} at its start"
+        )
+        raise InputError(
+            f"{path}: {what}, expected a PNG, JPG, BMP or TIF image; get it again or convert it"
+        ) from e
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+        struct.error,
+    ) as e:
         text = " ".join(str(e).split()) or type(e).__name__
         raise InputError(f"{path}: the image is damaged or cut off ({text}); copy it again") from e
     except MemoryError as e:
@@ -473,11 +594,23 @@ def read_cifar10(folder: str | os.PathLike) -> dict[str, Any]:
     train = [folder / f"data_batch_{i}" for i in range(1, 6)]
     train = [file for file in train if file.is_file()]
     if not train:
-        packed = "unpack cifar-10-python.tar.gz first" if [*folder.glob("*.tar.gz")] else "check the path"
-        raise InputError(f"{folder}: holds no data_batch_1 to 5, expected cifar-10-batches-py; {packed}")
+        packed = (
+            "unpack cifar-10-python.tar.gz first"
+            if [*folder.glob("*.tar.gz")]
+            else "check the path"
+        )
+        raise InputError(
+            f"{folder}: holds no data_batch_1 to 5, expected cifar-10-batches-py; {packed}"
+        )
     names = _read_plain(folder / "batches.meta").get("label_names")
-    if not isinstance(names, list) or len(names) != 10 or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{folder / 'batches.meta'}: label_names is {names!r}, expected ten names; get it again")
+    if (
+        not isinstance(names, list)
+        or len(names) != 10
+        or not all(isinstance(name, str) for name in names)
+    ):
+        raise InputError(
+            f"{folder / 'batches.meta'}: label_names is {names!r}, expected ten names; get it again"
+        )
     parts = [_cifar_batch(file) for file in train]
     images, labels = _cifar_batch(folder / "test_batch")
     return {
@@ -496,9 +629,21 @@ class Cifar:
     def __init__(self, folder: Path):
         self.content, self.name, self.ignore = read_cifar10(folder), "cifar10", None
         self.channels, self.classes = ["red", "green", "blue"], {}  # type: list[str], dict[str, int]
-        self.splits = {s: [f"{s}_{i}" for i in range(len(self.content[f"{s}_images"]))] for s in ("train", "test")}
-        plain = {"label_values": {"0": 0}, "normalisation": {"kind": "none"}, "statistics": {}, "orientation": "YX"}
-        self.meta: dict[str, Any] = plain | {"name": self.name, "channels": self.channels, "classes": {}}
+        self.splits = {
+            s: [f"{s}_{i}" for i in range(len(self.content[f"{s}_images"]))]
+            for s in ("train", "test")
+        }
+        plain = {
+            "label_values": {"0": 0},
+            "normalisation": {"kind": "none"},
+            "statistics": {},
+            "orientation": "YX",
+        }
+        self.meta: dict[str, Any] = plain | {
+            "name": self.name,
+            "channels": self.channels,
+            "classes": {},
+        }
         self.meta |= {
             "spacing": None,
             "splits": self.splits | {"pretrain": self.splits["train"]},
@@ -522,12 +667,21 @@ def _cifar_batch(file: Path) -> tuple[np.ndarray, np.ndarray]:
     """(images uint8 [N, 3, 32, 32], labels int64 [N]) of one batch."""
     batch = _read_plain(file)
     data, labels = batch.get("data"), batch.get("labels", [])
-    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
-        found = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
+    if (
+        not isinstance(data, np.ndarray)
+        or data.dtype != np.uint8
+        or data.ndim != 2
+        or data.shape[1] != 3072
+    ):
+        found = (
+            f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
+        )
         raise InputError(f"{file}: data is {found}, expected uint8 (N, 3072); get it again")
     sound = isinstance(labels, list) and all(isinstance(v, int) and 0 <= v < 10 for v in labels)
     if not sound or len(labels) != len(data):
-        raise InputError(f"{file}: labels do not fit, expected {len(data)} integers of 0 to 9; get it again")
+        raise InputError(
+            f"{file}: labels do not fit, expected {len(data)} integers of 0 to 9; get it again"
+        )
     return data.reshape(-1, 3, 32, 32), np.array(labels, np.int64)  # red, green, blue; row by row
 
 
@@ -537,13 +691,17 @@ def _read_plain(file: Path) -> dict:
         with open(file, "rb") as f:
             value = _PlainUnpickler(f, encoding="latin1").load()
     except OSError as e:
-        raise InputError(f"{file}: cannot be read ({e.strerror or e}), expected a CIFAR-10 batch; copy it") from e
+        raise InputError(
+            f"{file}: cannot be read ({e.strerror or e}), expected a CIFAR-10 batch; copy it"
+        ) from e
     except Exception as e:  # a damaged pickle may raise anything
         text = " ".join(str(e).split()) or type(e).__name__
         raise InputError(f"{file}: not a CIFAR-10 batch, or damaged ({text}); get it again") from e
     if not isinstance(value, dict):
         raise InputError(f"{file}: holds a {type(value).__name__}, expected a dict; get it again")
-    return {key.decode("latin1") if isinstance(key, bytes) else key: part for key, part in value.items()}
+    return {
+        key.decode("latin1") if isinstance(key, bytes) else key: part for key, part in value.items()
+    }
 
 
 # --- geometry --------------------------------------------------------------------------------------------------------
@@ -551,7 +709,9 @@ def _read_plain(file: Path) -> dict:
 
 def matrix_text(affine: np.ndarray) -> str:
     """The first three rows of an affine on one line."""
-    return "[" + ", ".join("[" + ", ".join(f"{v:.6g}" for v in row) + "]" for row in affine[:3]) + "]"
+    return (
+        "[" + ", ".join("[" + ", ".join(f"{v:.6g}" for v in row) + "]" for row in affine[:3]) + "]"
+    )
 
 
 def check_same_grid(
@@ -565,7 +725,9 @@ def check_same_grid(
     a, b = image.data.shape[:3], label.data.shape[:3]
     if a != b:
         shapes = f"shape {' x '.join(map(str, b))}, while {image.path.name} has {' x '.join(map(str, a))}"
-        raise InputError(f"{label.path}: {shapes}; expected the same grid, pair the right files or resample one")
+        raise InputError(
+            f"{label.path}: {shapes}; expected the same grid, pair the right files or resample one"
+        )
     if np.abs(image.affine - label.affine).max() <= tolerance_mm:
         return
     what = f"affine {matrix_text(label.affine)}, while {image.path.name} has {matrix_text(image.affine)}"
@@ -585,7 +747,9 @@ def _mm(spacing: Iterable[float]) -> str:
     return " x ".join(f"{s:g}" for s in spacing) + " mm"
 
 
-Orientation = tuple[tuple[int, bool], ...]  # for each axis of the file: its place in RAS order, whether it is flipped
+Orientation = tuple[
+    tuple[int, bool], ...
+]  # for each axis of the file: its place in RAS order, whether it is flipped
 
 
 def to_ras(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray, Orientation]:
@@ -595,18 +759,26 @@ def to_ras(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarra
     """
     axes = nib.io_orientation(affine)  # [3, 2]: for each input axis its output axis, and +1 or -1
     undo = tuple((int(place), bool(sign < 0)) for place, sign in axes)
-    new_affine = np.asarray(affine, np.float64) @ nib.orientations.inv_ornt_aff(axes, array.shape[-3:])
+    new_affine = np.asarray(affine, np.float64) @ nib.orientations.inv_ornt_aff(
+        axes, array.shape[-3:]
+    )
     lead = array.ndim - 3
     flips = [slice(None)] * lead + [slice(None, None, -1 if flip else 1) for _, flip in undo]
     order = sorted(range(3), key=lambda axis: undo[axis][0])
-    return array[tuple(flips)].transpose(*range(lead), *(lead + axis for axis in order)), new_affine, undo
+    return (
+        array[tuple(flips)].transpose(*range(lead), *(lead + axis for axis in order)),
+        new_affine,
+        undo,
+    )
 
 
 def from_ras(array: np.ndarray, undo: Orientation) -> np.ndarray:
     """The exact inverse of `to_ras` for [..., X, Y, Z]; a view."""
     lead = array.ndim - 3
     array = array.transpose(*range(lead), *(lead + place for place, _ in undo))
-    return array[tuple([slice(None)] * lead + [slice(None, None, -1 if flip else 1) for _, flip in undo])]
+    return array[
+        tuple([slice(None)] * lead + [slice(None, None, -1 if flip else 1) for _, flip in undo])
+    ]
 
 
 def orientation_name(affine: np.ndarray) -> str:
@@ -626,7 +798,9 @@ def resample(
     old = nib.affines.voxel_sizes(affine)
     ratio = np.asarray(spacing, np.float64) / old
     if np.abs(ratio - 1).max() < 1e-5:
-        return (array.astype(np.float32, copy=False) if order else array), np.asarray(affine, np.float64)
+        return (array.astype(np.float32, copy=False) if order else array), np.asarray(
+            affine, np.float64
+        )
     shape = tuple(max(1, round(n / r)) for n, r in zip(array.shape[-3:], ratio))
     step = np.eye(4)
     step[:3, :3] = np.diag(ratio)
@@ -636,19 +810,27 @@ def resample(
 
 
 def resample_to(
-    array: np.ndarray, affine: np.ndarray, target_shape: Sequence[int], target_affine: np.ndarray, order: int
+    array: np.ndarray,
+    affine: np.ndarray,
+    target_shape: Sequence[int],
+    target_affine: np.ndarray,
+    order: int,
 ) -> np.ndarray:
     """Read [..., X, Y, Z] at the voxel centres of another grid; order and borders as in `resample`."""
     step = np.linalg.inv(affine) @ target_affine  # target voxel -> source voxel
     diagonal = np.allclose(step[:3, :3], np.diag(np.diag(step[:3, :3])), atol=1e-9)
-    matrix = np.diag(step[:3, :3]) if diagonal else step[:3, :3]  # a diagonal is a quicker routine of scipy
+    matrix = (
+        np.diag(step[:3, :3]) if diagonal else step[:3, :3]
+    )  # a diagonal is a quicker routine of scipy
     shape, lead = tuple(int(n) for n in target_shape), array.shape[:-3]
     if array.shape[-3:] == shape and np.allclose(step, np.eye(4), atol=1e-6):
         return array.astype(np.float32) if order else array.copy()
     out = np.empty((int(np.prod(lead)), *shape), np.float32 if order else array.dtype)
     for source, target in zip(array.reshape(-1, *array.shape[-3:]), out):
         source = source.astype(np.float32, copy=False) if order else source
-        ndimage.affine_transform(source, matrix, step[:3, 3], shape, target, order=order, mode="nearest")
+        ndimage.affine_transform(
+            source, matrix, step[:3, 3], shape, target, order=order, mode="nearest"
+        )
     return out.reshape(*lead, *shape)
 
 
@@ -670,7 +852,9 @@ def normalise(image: np.ndarray, spec: dict) -> np.ndarray:
         return np.clip(image.astype(np.float32), 0, 1)
     rules = spec["channels"]
     if len(rules) != len(image):
-        raise InputError(f"the image has {len(image)} channels, expected {len(rules)}; give one for each")
+        raise InputError(
+            f"the image has {len(image)} channels, expected {len(rules)}; give one for each"
+        )
     out = np.zeros(image.shape, np.float32)
     for values, rule, target in zip(image, rules, out):
         keep_zeros = False
@@ -682,10 +866,14 @@ def normalise(image: np.ndarray, spec: dict) -> np.ndarray:
             some = values[values != 0] if keep_zeros else values
             low, high = (float(p) for p in percentiles_of(some, rule))
         else:
-            raise InputError(f"unknown normalisation {rule['kind']!r}, expected percentile or window")
+            raise InputError(
+                f"unknown normalisation {rule['kind']!r}, expected percentile or window"
+            )
         if high <= low:
             continue
-        for plane, result in zip(values, target):  # plane by plane: float64 copies of a whole CT are gigabytes
+        for plane, result in zip(
+            values, target
+        ):  # plane by plane: float64 copies of a whole CT are gigabytes
             result[:] = np.clip((plane.astype(np.float64) - low) / (high - low), 0, 1)
             if keep_zeros:
                 result[plane == 0] = 0
@@ -695,7 +883,9 @@ def normalise(image: np.ndarray, spec: dict) -> np.ndarray:
 # --- windows and padding ---------------------------------------------------------------------------------------------
 
 
-def read_window(array: np.ndarray, start: Sequence[int], size: Sequence[int], fill: float = 0) -> np.ndarray:
+def read_window(
+    array: np.ndarray, start: Sequence[int], size: Sequence[int], fill: float = 0
+) -> np.ndarray:
     """Cut [..., *size] out of [..., X, Y, Z], which may be a memory map: only the window is read from disk.
 
     start: first voxel on each of the last axes; may be negative, and the window may reach beyond the end: such
@@ -755,7 +945,9 @@ class Prepared:
     def cases(self, split: str, limit: int | None = None) -> list[str]:
         """Case ids of train, val, test, or what else dataset.json lists, at most `limit`. Raises: InputError."""
         if split not in self.meta["splits"]:
-            raise InputError(f"{self.root}: no split {split!r}, expected one of {', '.join(self.meta['splits'])}")
+            raise InputError(
+                f"{self.root}: no split {split!r}, expected one of {', '.join(self.meta['splits'])}"
+            )
         return list(self.meta["splits"][split])[:limit]
 
     def image(self, case: str) -> np.ndarray:
@@ -768,12 +960,20 @@ class Prepared:
         Raises: InputError where the case has no label, or one with a value that is no class.
         """
         if not self.has_label(case):
-            raise InputError(f"{self.root}: case {case} has no label, expected label.npy; use a labelled split")
+            raise InputError(
+                f"{self.root}: case {case} has no label, expected label.npy; use a labelled split"
+            )
         label = self._open(case, "label.npy")
         if case not in self._known_labels:
-            known = sorted({0, *self.classes.values()} | ({self.ignore} if self.ignore is not None else set()))
+            known = sorted(
+                {0, *self.classes.values()} | ({self.ignore} if self.ignore is not None else set())
+            )
             if label.max(initial=0) > max(self.classes.values(), default=0):  # they are consecutive
-                found = [(v, n) for v, n in enumerate(np.bincount(np.ravel(label))) if n and v not in known]
+                found = [
+                    (v, n)
+                    for v, n in enumerate(np.bincount(np.ravel(label)))
+                    if n and v not in known
+                ]
                 if found:
                     values = ", ".join(f"the value {v} in {n} voxels" for v, n in found)
                     raise InputError(
@@ -788,7 +988,11 @@ class Prepared:
 
     def instances(self, case: str) -> np.ndarray | None:
         """Memory map [Y, X] int32 of object numbers, 0 = background, gaps allowed; None where the set has none."""
-        return self._open(case, "instances.npy") if self._case(case).get("objects") is not None else None
+        return (
+            self._open(case, "instances.npy")
+            if self._case(case).get("objects") is not None
+            else None
+        )
 
     def spacing(self, case: str) -> tuple[float, ...]:
         """(sx, sy, sz) in mm; 2D: (1, 1), lengths count in pixels."""
@@ -814,7 +1018,9 @@ class Prepared:
         except FileNotFoundError as e:
             raise InputError(f"{path}: missing, expected an array; prepare the data again") from e
         except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as e:
-            raise InputError(f"{path}: not a readable array ({e}); remove its folder and prepare again") from e
+            raise InputError(
+                f"{path}: not a readable array ({e}); remove its folder and prepare again"
+            ) from e
 
 
 def open_prepared(path: str | os.PathLike, flags: str = "") -> Prepared:
@@ -830,25 +1036,42 @@ def open_prepared(path: str | os.PathLike, flags: str = "") -> Prepared:
     if not file.exists():
         what = "is empty" if root.is_dir() and not any(root.iterdir()) else "holds no dataset.json"
         if (root / "prepare.json").exists():
-            what, command = "was not prepared to its end", "run the same preparation again, it continues"
-        raise InputError(f"{root}: the data folder {what if root.is_dir() else 'does not exist'}; {command}")
+            what, command = (
+                "was not prepared to its end",
+                "run the same preparation again, it continues",
+            )
+        raise InputError(
+            f"{root}: the data folder {what if root.is_dir() else 'does not exist'}; {command}"
+        )
     try:
         meta = json.loads(file.read_text(encoding="utf-8"))
         if meta["format"] > FORMAT:
-            raise InputError(f"{file}: format {meta['format']}, expected at most {FORMAT}; use newer code")
+            raise InputError(
+                f"{file}: format {meta['format']}, expected at most {FORMAT}; use newer code"
+            )
         data = (Slices if "slices" in meta else Prepared)(root, meta)
         for name, values in meta.get("regions", {}).items():
             if not values or not {*values} <= {*data.classes.values()}:
-                raise ValueError(f"region {name} is {values}, expected some of {[*data.classes.values()]}")
+                raise ValueError(
+                    f"region {name} is {values}, expected some of {[*data.classes.values()]}"
+                )
         _check_splits(meta["splits"], meta["cases"])
         _ = [meta[key] for key in ("normalisation", "label_values")]
-        faults = [fault for case, facts in meta["cases"].items() for fault in _array_faults(data, case, facts)]
+        faults = [
+            fault
+            for case, facts in meta["cases"].items()
+            for fault in _array_faults(data, case, facts)
+        ]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise InputError(f"{file}: not a description of prepared data ({type(e).__name__}: {e}); {command}") from e
+        raise InputError(
+            f"{file}: not a description of prepared data ({type(e).__name__}: {e}); {command}"
+        ) from e
     if faults:
         more = f" (and {len(faults) - 20} more)" if len(faults) > 20 else ""
         listed = "; ".join(faults[:20]) + more
-        raise InputError(f"{root}: {len(faults)} faults: {listed}; remove these cases' folders and {command}")
+        raise InputError(
+            f"{root}: {len(faults)} faults: {listed}; remove these cases' folders and {command}"
+        )
     return data
 
 
@@ -867,7 +1090,9 @@ def _array_faults(data: Prepared, case: str, facts: dict) -> list[str]:
     shape = tuple(facts["shape"])
     ct_slices = isinstance(data, Slices) and data.meta["normalisation"]["kind"] == "hu"
     stored = np.dtype(np.uint8 if len(shape) == 2 else np.int16 if ct_slices else np.float16)
-    wanted: list[tuple[str, tuple, np.dtype]] = [("image.npy", (len(data.channels), *shape), stored)]
+    wanted: list[tuple[str, tuple, np.dtype]] = [
+        ("image.npy", (len(data.channels), *shape), stored)
+    ]
     if facts["labelled"]:
         wanted.append(("label.npy", shape, np.dtype(np.uint8)))
     if facts.get("objects") is not None:
@@ -879,7 +1104,9 @@ def _array_faults(data: Prepared, case: str, facts: dict) -> list[str]:
             faults.append(str(e).split(";")[0])
             continue
         if array.shape != expected or array.dtype != dtype:
-            faults.append(f"{case}/{name} is {array.dtype} {array.shape}, expected {dtype} {expected}")
+            faults.append(
+                f"{case}/{name} is {array.dtype} {array.shape}, expected {dtype} {expected}"
+            )
     return faults
 
 
@@ -890,8 +1117,21 @@ def data_record(data: Prepared) -> dict:
     grid; regions, what validation scores (a network may be evaluated on data with others); channel_suffixes, see
     `find_inputs`; ignore, the label value that nothing counts; slices, {"side": pixels}; reduce, see `shrink`.
     """
-    keys = ("name", "channels", "classes", "label_values", "spacing", "orientation", "normalisation", "statistics")
-    more = [key for key in ("grid", "regions", "channel_suffixes", "ignore", "slices") if key in data.meta]
+    keys = (
+        "name",
+        "channels",
+        "classes",
+        "label_values",
+        "spacing",
+        "orientation",
+        "normalisation",
+        "statistics",
+    )
+    more = [
+        key
+        for key in ("grid", "regions", "channel_suffixes", "ignore", "slices")
+        if key in data.meta
+    ]
     record = json.loads(json.dumps({key: data.meta[key] for key in (*keys, *more)}))
     reduce = data.meta.get("settings", {}).get("reduce", 1)
     return record | ({"reduce": reduce} if reduce > 1 else {})
@@ -949,7 +1189,9 @@ class Restore:
         return np.ascontiguousarray(from_ras(native, self.undo))
 
 
-def load_for_prediction(paths: Sequence[str | os.PathLike], record: dict) -> tuple[np.ndarray, Restore]:
+def load_for_prediction(
+    paths: Sequence[str | os.PathLike], record: dict
+) -> tuple[np.ndarray, Restore]:
     """One case for a trained network: read, normalise, reorient and resample as the training data were.
 
     paths: one file for each channel, in the order of record["channels"], or a single 4D file. record: `data_record`.
@@ -963,12 +1205,16 @@ def load_for_prediction(paths: Sequence[str | os.PathLike], record: dict) -> tup
     grid, affine = (ras, native_affine)
     if record["spacing"]:
         grid, affine = resample(ras, native_affine, record["spacing"], order=1)
-    grid = np.ascontiguousarray(grid, np.float16).astype(np.float32)  # as coarse as the prepared files
+    grid = np.ascontiguousarray(grid, np.float16).astype(
+        np.float32
+    )  # as coarse as the prepared files
     values = {int(k): int(v) for k, v in record["label_values"].items()}
     return grid, Restore(files[0], undo, ras.shape[1:], native_affine, affine, values)
 
 
-def stack_channels(files: Sequence[Nifti], channels: Sequence[str], allow_affine_mismatch: bool = False) -> np.ndarray:
+def stack_channels(
+    files: Sequence[Nifti], channels: Sequence[str], allow_affine_mismatch: bool = False
+) -> np.ndarray:
     """[C, X, Y, Z] from one file for each channel, or from one 4D file. Raises: as load_for_prediction."""
     names = f"{len(channels)} channel{'s' * (len(channels) != 1)} ({', '.join(channels)})"
     if len(files) == 1:
@@ -980,13 +1226,19 @@ def stack_channels(files: Sequence[Nifti], channels: Sequence[str], allow_affine
         image = np.stack([as_volume(file) for file in files])
     if len(image) != len(channels):
         shape = _dims(files[0].data) if len(files) == 1 else f"and {len(files) - 1} more files"
-        raise InputError(f"{files[0].path}: {shape}: channels found {len(image)}, expected {names}; give exactly these")
+        raise InputError(
+            f"{files[0].path}: {shape}: channels found {len(image)}, expected {names}; give exactly these"
+        )
     return image
 
 
 def natural_key(name: str) -> list:
     """Sort key with which case2 comes before case10."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+    return [
+        (0, int(part), "") if part.isdecimal() else (1, 0, part)
+        for part in re.split(r"(\d+)", name)
+        if part
+    ]
 
 
 def nifti_stem(path: Path) -> str:
@@ -1017,7 +1269,9 @@ def find_inputs(
     files: list[Path] = []
     for p in given:
         if not p.is_dir() and not _is_volume(p.name):
-            raise InputError(f"{p}: no .nii or .nii.gz file (or its name begins with . or _); convert or rename it")
+            raise InputError(
+                f"{p}: no .nii or .nii.gz file (or its name begins with . or _); convert or rename it"
+            )
         files += _volumes(p, words) if p.is_dir() else [p]
     if not files:
         named = f", nor below it one named as CASE_{' or CASE_'.join(words)}" if words else ""
@@ -1034,12 +1288,17 @@ def find_inputs(
         found += _worded_cases(told, channels, words)
         if left := sorted((f.name for f in rest if f not in told), key=natural_key):
             listed = ", ".join(left[:5]) + ", …" * (len(left) > 5)
-            warnings.warn(f"left out, since their names tell no channel: {len(left)} files ({listed})", stacklevel=2)
+            warnings.warn(
+                f"left out, since their names tell no channel: {len(left)} files ({listed})",
+                stacklevel=2,
+            )
     else:
         found += [(nifti_stem(f), [f]) for f in rest]
     names = [name for name, _ in found]
     if double := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"{', '.join(double)}: found more than once; rename, or predict the folders one by one")
+        raise InputError(
+            f"{', '.join(double)}: found more than once; rename, or predict the folders one by one"
+        )
     return sorted(found, key=lambda case: natural_key(case[0]))
 
 
@@ -1054,7 +1313,9 @@ def _volumes(folder: Path, words: Mapping[str, int]) -> list[Path]:
     """
 
     def refuse(error: OSError) -> None:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); check the rights") from error
+        raise InputError(
+            f"{error.filename}: cannot be read ({error.strerror}); check the rights"
+        ) from error
 
     own: list[Path] = []
     below: list[Path] = []
@@ -1065,13 +1326,25 @@ def _volumes(folder: Path, words: Mapping[str, int]) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        place = own if Path(top) == folder or (Path(top).parent == folder and _is_volume(Path(top).name)) else below
-        place += [file for name in names if _is_volume(name) and (file := Path(top, name)).is_file()]
-        folders[:] = [name for name in folders if _is_volume(name) or (words and not own and name[0] not in "._")]
+        place = (
+            own
+            if Path(top) == folder or (Path(top).parent == folder and _is_volume(Path(top).name))
+            else below
+        )
+        place += [
+            file for name in names if _is_volume(name) and (file := Path(top, name)).is_file()
+        ]
+        folders[:] = [
+            name
+            for name in folders
+            if _is_volume(name) or (words and not own and name[0] not in "._")
+        ]
     return own or (below if any(_told_by_word(file, words) for file in below) else [])
 
 
-def _numbered_cases(files: Sequence[Path], n: int) -> tuple[list[tuple[str, list[Path]]], list[Path]]:
+def _numbered_cases(
+    files: Sequence[Path], n: int
+) -> tuple[list[tuple[str, list[Path]]], list[Path]]:
     """Cases whose files are x_0000 to n - 1, and the other files. Raises: InputError for an incomplete one."""
     groups: dict[tuple[str, str], dict[int, Path]] = {}
     for file in files:
@@ -1083,21 +1356,31 @@ def _numbered_cases(files: Sequence[Path], n: int) -> tuple[list[tuple[str, list
             continue
         if sorted(group) != list(range(n)):
             have = ", ".join(f"{i:04d}" for i in sorted(group))
-            raise InputError(f"{group[0]}: channel files {have} of {name}, expected 0000 to {n - 1:04d}; complete it")
+            raise InputError(
+                f"{group[0]}: channel files {have} of {name}, expected 0000 to {n - 1:04d}; complete it"
+            )
         found.append((name, [group[i] for i in range(n)]))
     taken = {f for _, group in found for f in group}
     return found, [f for f in files if f not in taken]
 
 
-def _channel_words(channels: Sequence[str], suffixes: Mapping[str, Sequence[str]] | None) -> dict[str, int]:
+def _channel_words(
+    channels: Sequence[str], suffixes: Mapping[str, Sequence[str]] | None
+) -> dict[str, int]:
     """Word in small letters -> place of its channel; empty where words do not tell one channel from another.
 
     So it is where two channels share a word, where there is one channel, and where a channel's name has no letter:
     x_1.nii.gz is rather a case's number. The last two do not hold for words that a set names itself.
     """
-    pairs = [(word.lower(), i) for i, name in enumerate(channels) for word in (suffixes or {}).get(name, [name])]
+    pairs = [
+        (word.lower(), i)
+        for i, name in enumerate(channels)
+        for word in (suffixes or {}).get(name, [name])
+    ]
     words = dict(pairs)
-    unsure = not suffixes and (len(channels) < 2 or not all(re.search(r"[^\W\d_]", word) for word in words))
+    unsure = not suffixes and (
+        len(channels) < 2 or not all(re.search(r"[^\W\d_]", word) for word in words)
+    )
     return {} if unsure or len(words) < len(set(pairs)) else words
 
 
@@ -1108,8 +1391,14 @@ def _told_by_word(file: Path, words: Mapping[str, int]) -> tuple[str, int] | Non
     if _is_volume(folder.name):  # an unpacker's folder, whose file may have any name
         stem, folder = nifti_stem(folder), folder.parent
     # the shortest x: of words such as b50 and adc-b50 the longer one counts
-    match = re.fullmatch(rf"(?:(.+?)[_-])??({'|'.join(map(re.escape, words))})", stem, re.IGNORECASE)
-    return (match[1] or folder.name, words[match[2].lower()]) if match and match[2].lower() in words else None
+    match = re.fullmatch(
+        rf"(?:(.+?)[_-])??({'|'.join(map(re.escape, words))})", stem, re.IGNORECASE
+    )
+    return (
+        (match[1] or folder.name, words[match[2].lower()])
+        if match and match[2].lower() in words
+        else None
+    )
 
 
 def _worded_cases(
@@ -1129,12 +1418,16 @@ def _worded_cases(
                 faults.append(f"{folder}: case {case} has no {channel}, expected {wanted}")
             elif len(files) > 1:
                 listed = " and ".join(map(str, files))
-                faults.append(f"{folder}: case {case} has {len(files)} files for {channel}, expected one: {listed}")
+                faults.append(
+                    f"{folder}: case {case} has {len(files)} files for {channel}, expected one: {listed}"
+                )
     if faults:
         more = f" (and {len(faults) - 20} more faults)" * (len(faults) > 20)
         remedy = "add, rename or take away files, or predict the other cases by themselves"
         raise InputError(f"{' | '.join(faults[:20])}{more}; {remedy}")
-    return [(case, [group[place][0] for place in range(len(channels))]) for case, group in cases.items()]
+    return [
+        (case, [group[place][0] for place in range(len(channels))]) for case, group in cases.items()
+    ]
 
 
 # --- phantoms --------------------------------------------------------------------------------------------------------
@@ -1171,7 +1464,9 @@ def _smooth_field(rng, shape, modes):
     field = rng.standard_normal(modes)
     for n, m in zip(shape, modes):
         wave = np.cos(np.pi * np.outer(np.arange(m), (np.arange(n) + 0.5) / n))  # [m, n]
-        field = np.tensordot(field, wave, axes=(0, 0))  # the axis just done moves to the end: after all, the old order
+        field = np.tensordot(
+            field, wave, axes=(0, 0)
+        )  # the axis just done moves to the end: after all, the old order
     field -= field.mean()
     return (field / (field.std() + 1e-8)).astype(np.float32)
 
@@ -1180,16 +1475,26 @@ def _place_blobs(rng, extent, spacing, classes):
     """Centres and half axes in mm of `classes` organs, then of as many distractors + 1: two arrays [N, ndim]."""
     ndim, count = len(extent), 2 * classes + 1
     sphere = np.pi if ndim == 2 else 4 * np.pi / 3
-    radius = min((0.3 * np.prod(extent) / count / sphere) ** (1 / ndim), 0.25 * extent.min())  # blobs fill 30 %
+    radius = min(
+        (0.3 * np.prod(extent) / count / sphere) ** (1 / ndim), 0.25 * extent.min()
+    )  # blobs fill 30 %
     stretch = rng.uniform(-0.2, 0.2, (count, ndim))
-    half = radius * rng.uniform(0.88, 1.12, (count, 1)) * np.exp(stretch - stretch.mean(1, keepdims=True))
+    half = (
+        radius
+        * rng.uniform(0.88, 1.12, (count, 1))
+        * np.exp(stretch - stretch.mean(1, keepdims=True))
+    )
     half[classes : 2 * classes] = half[:classes]  # each organ has a distractor of its own size
     # Anatomical prior: class k's home, in fractions of the box; the irrational steps spread any number of classes.
     k = np.arange(classes)
-    home = np.stack([(k + 0.5) / classes, (0.3 + 0.4142 * k) % 1, (0.3 + 0.6180 * k) % 1][:ndim], axis=1)
+    home = np.stack(
+        [(k + 0.5) / classes, (0.3 + 0.4142 * k) % 1, (0.3 + 0.6180 * k) % 1][:ndim], axis=1
+    )
     centres = np.zeros((0, ndim))
     for i in range(count):
-        margin = np.maximum(0.15 * extent, 0.75 * half[i])  # keeps most of the blob, and its centre, in the body
+        margin = np.maximum(
+            0.15 * extent, 0.75 * half[i]
+        )  # keeps most of the blob, and its centre, in the body
         if i < classes:
             tries = (0.5 + 0.6 * (home[i] - 0.5) + 0.08 * rng.standard_normal((60, ndim))) * extent
         else:
@@ -1197,8 +1502,12 @@ def _place_blobs(rng, extent, spacing, classes):
         # On a voxel's centre, where the blob's level is 0, so that even a tiny blob has one voxel.
         tries = (np.floor(np.clip(tries, margin, extent - margin) / spacing) + 0.5) * spacing
         distance = np.linalg.norm(tries[:, None] - centres[None], axis=2)  # [60, i]
-        gap = (distance - 1.1 * (half[i].mean() + half[:i].mean(1))).min(1, initial=0)  # 0: touches no other blob
-        centres = np.vstack([centres, tries[gap.argmax()]])  # the first free place, else the least crowded
+        gap = (distance - 1.1 * (half[i].mean() + half[:i].mean(1))).min(
+            1, initial=0
+        )  # 0: touches no other blob
+        centres = np.vstack(
+            [centres, tries[gap.argmax()]]
+        )  # the first free place, else the least crowded
     return centres, half
 
 
@@ -1226,37 +1535,56 @@ def phantom(
     centres, half = _place_blobs(rng, extent, spacing, classes)
     modes = 2 + np.ceil(extent / (1.5 * half.mean())).astype(int)
     bumps = np.clip(_smooth_field(rng, shape, modes), -2, 2)
-    axes = [((np.arange(n) + 0.5) * s).astype(np.float32) for n, s in zip(shape, spacing)]  # mm, voxel centres
-    level = np.full(shape, np.inf, np.float32)  # of the nearest blob: 0 at its centre, 1 on its surface
+    axes = [
+        ((np.arange(n) + 0.5) * s).astype(np.float32) for n, s in zip(shape, spacing)
+    ]  # mm, voxel centres
+    level = np.full(
+        shape, np.inf, np.float32
+    )  # of the nearest blob: 0 at its centre, 1 on its surface
     owner = np.full(shape, -1, np.int8)  # which blob that is
     for i, (centre, h) in enumerate(zip(centres, half)):
         lo = np.maximum(np.floor((centre - 2 * h) / spacing), 0).astype(int)
-        box = tuple(slice(a, b) for a, b in zip(lo, np.ceil((centre + 2 * h) / spacing).astype(int)))
+        box = tuple(
+            slice(a, b) for a, b in zip(lo, np.ceil((centre + 2 * h) / spacing).astype(int))
+        )
         offsets = np.ix_(*[(x[b] - c) / r for x, b, c, r in zip(axes, box, centre, h)])
         mine = np.sqrt(sum(o**2 for o in offsets)) * (1 + 0.15 * bumps[box])
         nearer = mine < level[box]  # blobs that meet share the border where their levels are equal
         level[box][nearer] = mine[nearer]
         owner[box][nearer] = i
     # A rounded box, cut off by the first and last slice in 3D, as a scan of a trunk is.
-    body = sum(np.abs(u) ** 4 for u in np.ix_(*[2 * x / e - 1 for x, e in zip(axes[:2], extent)])) < 0.85
+    body = (
+        sum(np.abs(u) ** 4 for u in np.ix_(*[2 * x / e - 1 for x, e in zip(axes[:2], extent)]))
+        < 0.85
+    )
     body = body.reshape(body.shape + (1,) * (ndim - 2))  # [X, Y] or [X, Y, 1]
     owner[(level > 1) | ~body] = -1
     label = np.where(owner < classes, owner + 1, 0).astype(np.uint8)
-    contrast = rng.choice((-1, 1), (channels, len(half))) * rng.uniform(*CONTRAST, (channels, len(half)))
-    contrast[:, classes : 2 * classes] = contrast[:, :classes]  # the distractor of the same size has the same contrast
+    contrast = rng.choice((-1, 1), (channels, len(half))) * rng.uniform(
+        *CONTRAST, (channels, len(half))
+    )
+    contrast[:, classes : 2 * classes] = contrast[
+        :, :classes
+    ]  # the distractor of the same size has the same contrast
     tissue = rng.uniform(0.42, 0.52, channels)
     bias = 1 + 0.08 * np.clip(_smooth_field(rng, shape, (3,) * ndim), -2, 2)
 
     # 2. Texture: correlated noise, and in organ k lamellae across its normal, slightly tilted and bent.
     blur = 0.18 * PERIOD * spacing.max() / spacing
-    texture = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), np.minimum(blur, 2.0), mode="wrap")
+    texture = ndimage.gaussian_filter(
+        rng.standard_normal(shape, dtype=np.float32), np.minimum(blur, 2.0), mode="wrap"
+    )
     texture /= texture.std()
     for k in range(classes):
         normal = NORMALS[k % (4 if ndim == 2 else 13), :ndim]
         period = PERIOD * spacing[normal != 0].max() * 1.5 ** (k // 4 if ndim == 2 else 0)  # mm
         normal = normal / np.linalg.norm(normal) + 0.08 * rng.standard_normal(ndim)
         inside = np.nonzero(label == k + 1)
-        turns = sum(n * x[at] for n, x, at in zip(normal, axes, inside)) / period + 0.12 * bumps[inside] + rng.random()
+        turns = (
+            sum(n * x[at] for n, x, at in zip(normal, axes, inside)) / period
+            + 0.12 * bumps[inside]
+            + rng.random()
+        )
         # A triangle wave is uniform on [0, 1]; the normal quantile gives it the tissue's Gaussian distribution.
         texture[inside] = ndtri(0.01 + 0.98 * np.abs(2 * (turns % 1) - 1))
 
@@ -1264,7 +1592,9 @@ def phantom(
     capsule = np.exp(-(((level - 1) * half.mean() / spacing.min()) ** 2))
     image = np.empty((channels, *shape), np.float32)
     for c in range(channels):
-        step = np.append(contrast[c], 0.0).astype(np.float32)[owner]  # owner -1 reads the 0 at the end
+        step = np.append(contrast[c], 0.0).astype(np.float32)[
+            owner
+        ]  # owner -1 reads the 0 at the end
         inside = tissue[c] + step + TEXTURE_SD * texture - 0.08 * capsule
         image[c] = np.where(body, inside, 0.06) * bias
         image[c] += rng.uniform(0.015, 0.03) * rng.standard_normal(shape, dtype=np.float32)
@@ -1278,7 +1608,10 @@ class Phantoms:
     """
 
     def __init__(
-        self, seed: int = 0, counts: tuple[int, int, int] = (64, 4, 10), shape: tuple[int, ...] = (48, 48, 32)
+        self,
+        seed: int = 0,
+        counts: tuple[int, int, int] = (64, 4, 10),
+        shape: tuple[int, ...] = (48, 48, 32),
     ):
         self.root, self.name, self.seed, self.grid = Path("."), "synthetic", seed, shape
         self.classes = {"striped across x": 1, "striped across y": 2}
@@ -1310,7 +1643,9 @@ class Phantoms:
 
     def _draw(self, case: str) -> tuple[np.ndarray, np.ndarray]:
         if case not in self._kept:
-            self._kept[case] = phantom(self.seed, int(case.split("_")[1]), self.grid, self.meta["spacing"])
+            self._kept[case] = phantom(
+                self.seed, int(case.split("_")[1]), self.grid, self.meta["spacing"]
+            )
         return self._kept[case]
 
     def image(self, case: str) -> np.ndarray:
@@ -1340,13 +1675,21 @@ def open_data(name: str, seed: int = 0, axes: int = 3) -> Prepared | Phantoms:
     if name == "synthetic":
         return Phantoms(seed)
     folder = Path(name)
-    data = open_prepared(folder if (folder / "dataset.json").exists() or folder.is_absolute() else Path("data") / name)
+    data = open_prepared(
+        folder
+        if (folder / "dataset.json").exists() or folder.is_absolute()
+        else Path("data") / name
+    )
     if isinstance(data, Slices):
         wanted = {2: "images", 3: "volumes"}[axes]
-        raise InputError(f"{data.root}: holds slices, expected {wanted}; prepare without --as-slices to another folder")
+        raise InputError(
+            f"{data.root}: holds slices, expected {wanted}; prepare without --as-slices to another folder"
+        )
     if data.axes != axes:
         kinds = {2: "images", 3: "volumes"}
-        raise InputError(f"{data.root}: holds {kinds[data.axes]}, expected {kinds[axes]}; choose another --data")
+        raise InputError(
+            f"{data.root}: holds {kinds[data.axes]}, expected {kinds[axes]}; choose another --data"
+        )
     return data
 
 
@@ -1401,7 +1744,9 @@ class SliceGrid:
     ratio: float = 1.0
 
     @classmethod
-    def of(cls, shape: Sequence[int], affine: np.ndarray, side: int, spacing: Sequence[float] | None) -> "SliceGrid":
+    def of(
+        cls, shape: Sequence[int], affine: np.ndarray, side: int, spacing: Sequence[float] | None
+    ) -> "SliceGrid":
         """spacing: mm, RAS order, of which only the distance of slices counts; within 1 % of it they are kept."""
         ratio = spacing[2] / float(nib.affines.voxel_sizes(affine)[2]) if spacing else 1.0
         return cls(tuple(shape), side, ratio if abs(ratio - 1) > 0.01 else 1.0)
@@ -1435,13 +1780,21 @@ class SliceGrid:
         start = [-f for f in self.front]
         for k in range(self.shape[2]):  # slice by slice: a float copy of a whole CT is large
             plane = np.maximum(volume[:, :, k].astype(np.float32), np.float32(floor))
-            out[:, :, k] = weights @ read_window(plane, start, (self.square, self.square), fill) @ weights.T
-        return out if self.ratio == 1 else out @ linear_weights(self.shape[2], self.depth, self.ratio).T
+            out[:, :, k] = (
+                weights @ read_window(plane, start, (self.square, self.square), fill) @ weights.T
+            )
+        return (
+            out
+            if self.ratio == 1
+            else out @ linear_weights(self.shape[2], self.depth, self.ratio).T
+        )
 
     def label(self, volume: np.ndarray) -> np.ndarray:
         """[X, Y, Z] -> [side, side, depth] of the same type, nearest; the padding is 0."""
         plane = nearest_index(self.square, self.side, self.square / self.side)
-        padded = read_window(volume, [*(-f for f in self.front), 0], (self.square, self.square, self.shape[2]))
+        padded = read_window(
+            volume, [*(-f for f in self.front), 0], (self.square, self.square, self.shape[2])
+        )
         return padded[np.ix_(plane, plane, nearest_index(self.shape[2], self.depth, self.ratio))]
 
     def classes(self, logits: np.ndarray) -> np.ndarray:
@@ -1451,11 +1804,15 @@ class SliceGrid:
         a slice of the volume takes the nearest of `depth`. Needs memory for C slices of the volume.
         """
         weights = linear_weights(self.side, self.square, self.side / self.square)
-        x, y = (weights[f : f + n] for f, n in zip(self.front, self.shape))  # the padding is never computed
+        x, y = (
+            weights[f : f + n] for f, n in zip(self.front, self.shape)
+        )  # the padding is never computed
         out = np.empty(self.shape, np.uint8)
         source = nearest_index(self.depth, self.shape[2], 1 / self.ratio)
         for k in np.unique(source):
-            plane = np.asarray(logits[k], np.float32)[:, ::-1, ::-1].swapaxes(1, 2)  # [C, side x, side y]
+            plane = np.asarray(logits[k], np.float32)[:, ::-1, ::-1].swapaxes(
+                1, 2
+            )  # [C, side x, side y]
             out[:, :, source == k] = (x @ plane @ y.T).argmax(0)[..., None]
         return out
 
@@ -1466,7 +1823,9 @@ def check_intensities(nifti: Nifti, ct: bool) -> None:
     found = f"{nifti.path}: intensities from {low:g} to {high:g}"
     if ct and low >= 0:
         remedy = "name the modality MR, or subtract 1024"
-        raise InputError(f"{found}, expected Hounsfield units, which fall below 0; MR, a label, or HU + 1024? {remedy}")
+        raise InputError(
+            f"{found}, expected Hounsfield units, which fall below 0; MR, a label, or HU + 1024? {remedy}"
+        )
     if low < -32768 or high > 32767 or high - low < 100:
         wanted = "Hounsfield units" if ct else "a range of 100 or more, of 16 bits"
         remedy = "get the original values" if ct else "use --norm case"
@@ -1491,7 +1850,9 @@ def slices_of(volume: np.ndarray, grid: SliceGrid, rule: dict) -> np.ndarray:
 def percentiles_of(volume: np.ndarray, rule: dict) -> np.ndarray:
     """The rule's `lower` and `upper` percentile of all values; numpy's differences of 16-bit integers would wrap."""
     narrow = volume.dtype.kind in "iu" and volume.dtype.itemsize < 4
-    return np.percentile(volume.astype(np.int32) if narrow else volume, [rule["lower"], rule["upper"]])
+    return np.percentile(
+        volume.astype(np.int32) if narrow else volume, [rule["lower"], rule["upper"]]
+    )
 
 
 def to_unit(values: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -1501,7 +1862,11 @@ def to_unit(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 def stored_to_unit(stored: np.ndarray, rule: dict) -> np.ndarray:
     """What `slices_of` gave -> float32 in [-1, 1], what networks see."""
-    return to_unit(stored, rule["low"], rule["high"]) if rule["kind"] == "hu" else stored.astype(np.float32)
+    return (
+        to_unit(stored, rule["low"], rule["high"])
+        if rule["kind"] == "hu"
+        else stored.astype(np.float32)
+    )
 
 
 class Slices(Prepared):
@@ -1543,7 +1908,9 @@ class SliceRestore:
         """float32 [Z, C, side, side] -> [X, Y, Z] of the file with the published values (uint8 where they fit)."""
         expected = (self.grid.depth, len(self.label_values), self.grid.side, self.grid.side)
         if logits.shape != expected:
-            raise ValueError(f"logits {tuple(logits.shape)} of {self.like.path}, expected {expected}")
+            raise ValueError(
+                f"logits {tuple(logits.shape)} of {self.like.path}, expected {expected}"
+            )
         highest = max(self.label_values.values())
         table = np.zeros(len(self.label_values), np.uint8 if highest < 256 else np.uint16)
         for prepared, published in self.label_values.items():
@@ -1551,7 +1918,9 @@ class SliceRestore:
         return np.ascontiguousarray(table[from_ras(self.grid.classes(logits), self.undo)])
 
 
-def load_slices_for_prediction(path: str | os.PathLike, record: dict) -> tuple[np.ndarray, SliceRestore]:
+def load_slices_for_prediction(
+    path: str | os.PathLike, record: dict
+) -> tuple[np.ndarray, SliceRestore]:
     """One volume for a trained network: what the preparation of slices does, to a raw file.
 
     record: `data_record` of slices. Returns: float32 [Z, side, side] in [-1, 1], display orientation, and the way back.
@@ -1576,7 +1945,11 @@ def open_slices(name: str, seed: int = 0, side: int = 32) -> "Slices | CtPhantom
     if name == "synthetic":
         return CtPhantoms(seed, side)
     folder = Path(name)
-    folder = folder if (folder / "dataset.json").exists() or folder.is_absolute() else Path("data") / name
+    folder = (
+        folder
+        if (folder / "dataset.json").exists() or folder.is_absolute()
+        else Path("data") / name
+    )
     data = open_prepared(folder, " --as-slices")
     if not isinstance(data, Slices):
         kind = "volumes" if data.axes == 3 else "images"
@@ -1604,11 +1977,19 @@ def ct_phantom(seed: int, index: int, side: int = 32) -> tuple[np.ndarray, np.nd
     """
     rng = np.random.default_rng((seed, index, 4))
     # 1. Anatomy, before any draw whose size depends on the pixels.
-    width = np.array([rng.uniform(125, 150), rng.uniform(90, 112), 8.0 * CT_DEPTH / 2])  # mm, half axes, half height
-    centre = rng.normal(0, (4, 4, 0)) - (0, 0, rng.uniform(-6, 6))  # the body's, mm from the middle of the scan
+    width = np.array(
+        [rng.uniform(125, 150), rng.uniform(90, 112), 8.0 * CT_DEPTH / 2]
+    )  # mm, half axes, half height
+    centre = rng.normal(0, (4, 4, 0)) - (
+        0,
+        0,
+        rng.uniform(-6, 6),
+    )  # the body's, mm from the middle of the scan
     spots = np.array(CT_PLACES) + rng.normal(0, (0.04, 0.04, 0.12), (4, 3))
     halves = np.array(CT_HALVES) * rng.uniform(0.82, 1.18, (4, 3))
-    loops = rng.integers(9, 14)  # stomach, bowel: anywhere in front of the spine, the organs lie over them
+    loops = rng.integers(
+        9, 14
+    )  # stomach, bowel: anywhere in front of the spine, the organs lie over them
     loop_spots = rng.uniform((-0.65, -0.35, -1.1), (0.65, 0.62, 0.9), (loops, 3))
     loop_halves = rng.uniform(0.10, 0.24, (loops, 3)) * (1, 1.2, 2.0)
     organ_hu = (58, 50, 44) + rng.normal(0, (7, 7, 5))  # liver, spleen, both kidneys
@@ -1630,7 +2011,9 @@ def ct_phantom(seed: int, index: int, side: int = 32) -> tuple[np.ndarray, np.nd
     label = np.zeros(image.shape, np.uint8)
     for edge, value in ((1.0, fat), (0.88, muscle), (0.78, fat)):
         image[np.broadcast_to(radius < edge, image.shape)] = value
-    rib = (np.abs(radius - 0.83) < 0.05) & (np.cos(ribs * np.arctan2(u[1], u[0]) + turn + 2 * u[2]) > 0.75)
+    rib = (np.abs(radius - 0.83) < 0.05) & (
+        np.cos(ribs * np.arctan2(u[1], u[0]) + turn + 2 * u[2]) > 0.75
+    )
     image[rib] = 380
     for spot, half, value in zip(loop_spots, loop_halves, loop_hu):
         image[(level(spot, half) < 1) & (radius < 0.78)] = value
@@ -1640,7 +2023,10 @@ def ct_phantom(seed: int, index: int, side: int = 32) -> tuple[np.ndarray, np.nd
     for way in (-1, 1):  # lungs: their bases reach into the upper slices, over liver and spleen
         lung = (level((0.42 * way, 0.0, 1.45), (0.36, 0.62, 0.85)) < 1) & (radius < 0.80)
         image[lung], label[lung] = -850, 0
-    for spot, half, value in (((0, -0.62), 0.17, 420), ((-0.04, -0.33), 0.08, organ_hu[0] + 8)):  # spine, aorta
+    for spot, half, value in (
+        ((0, -0.62), 0.17, 420),
+        ((-0.04, -0.33), 0.08, organ_hu[0] + 8),
+    ):  # spine, aorta
         tube = np.broadcast_to(np.hypot(u[0] - spot[0], u[1] - spot[1]) < half, image.shape)
         image[tube], label[tube] = value, 0
 
@@ -1657,10 +2043,19 @@ class CtPhantoms(Slices):
 
     def __init__(self, seed: int = 0, side: int = 32):
         names = [f"ct_{i:03d}" for i in range(86)]
-        splits = {"train": names[:12], "val": names[12:14], "test": names[14:38], "unlabelled": names[38:]}
+        splits = {
+            "train": names[:12],
+            "val": names[12:14],
+            "test": names[14:38],
+            "unlabelled": names[38:],
+        }
         splits["pretrain"] = splits["unlabelled"] + splits["train"]
         spacing = [CT_FIELD / side, CT_FIELD / side, 8.0]  # mm
-        facts = {"shape": [side, side, CT_DEPTH], "spacing_mm": spacing, "affine": np.diag([*spacing, 1.0]).tolist()}
+        facts = {
+            "shape": [side, side, CT_DEPTH],
+            "spacing_mm": spacing,
+            "affine": np.diag([*spacing, 1.0]).tolist(),
+        }
         meta: dict[str, Any] = {
             "format": FORMAT,
             "name": "synthetic",
@@ -1678,9 +2073,13 @@ class CtPhantoms(Slices):
                 "percentiles": [0.5, 99.5],
                 "fov_pad": "raise",
             },
-            "statistics": {"slices": {split: CT_DEPTH * len(cases) for split, cases in splits.items()}},
+            "statistics": {
+                "slices": {split: CT_DEPTH * len(cases) for split, cases in splits.items()}
+            },
             "splits": splits,
-            "cases": {name: {**facts, "labelled": name not in splits["unlabelled"]} for name in names},
+            "cases": {
+                name: {**facts, "labelled": name not in splits["unlabelled"]} for name in names
+            },
         }
         super().__init__(Path("."), meta)
         self.seed = seed
@@ -1700,7 +2099,9 @@ class CtPhantoms(Slices):
 # --- fake tissue -----------------------------------------------------------------------------------------------------
 
 
-def tissue(seed: int, index: int, shape: tuple[int, int] = (112, 144)) -> tuple[np.ndarray, np.ndarray]:
+def tissue(
+    seed: int, index: int, shape: tuple[int, int] = (112, 144)
+) -> tuple[np.ndarray, np.ndarray]:
     """Draw toy section `index` -> image uint8 [3, Y, X] (RGB), gland numbers int32 [Y, X], 0 = outside.
 
     3 to 8 glands (bent ellipses: pale lumen, wall of the ground's own pink, a rim of dark nuclei) in fibrous ground
@@ -1715,7 +2116,9 @@ def tissue(seed: int, index: int, shape: tuple[int, int] = (112, 144)) -> tuple[
     for _ in range(200):
         half = rng.uniform(14, 24)
         cy, cx = rng.uniform(0, shape[0]), rng.uniform(0, shape[1])
-        if len(centres) == wanted or any(np.hypot(cy - a, cx - b) < 1.05 * (half + r) for a, b, r in centres):
+        if len(centres) == wanted or any(
+            np.hypot(cy - a, cx - b) < 1.05 * (half + r) for a, b, r in centres
+        ):
             continue
         turn, stretch = rng.uniform(0, np.pi), rng.uniform(1, 1.4)
         u = (np.cos(turn) * (y - cy) + np.sin(turn) * (x - cx)) / half * stretch
@@ -1728,12 +2131,16 @@ def tissue(seed: int, index: int, shape: tuple[int, int] = (112, 144)) -> tuple[
     gaps = _smooth_field(rng, shape, (10, 14)) > 1.3  # pale, as lumina are
     pale = np.where(level < 1, level < 0.45, gaps & (level > 1.25))
     # Nuclei: crowded along the walls' outer half, loose outside; dark discs of radius 1.8 about random points.
-    crowd = np.where((level > 0.68) & (level < 0.98), 0.09, np.where((level > 1.15) & ~gaps, 0.016, 0.0))
+    crowd = np.where(
+        (level > 0.68) & (level < 0.98), 0.09, np.where((level > 1.15) & ~gaps, 0.016, 0.0)
+    )
     nuclei = ndimage.distance_transform_edt(rng.random(shape) >= crowd) < 1.8
     ground = np.array([0.86, 0.60, 0.74])[:, None, None] + 0.02 * fibres  # [3, Y, X]
     ground = np.where(pale, np.array([0.93, 0.88, 0.92])[:, None, None], ground)
     image = np.where(nuclei & ~pale, np.array([0.42, 0.28, 0.58])[:, None, None], ground)
-    image = ndimage.gaussian_filter(image, (0, 0.6, 0.6)) ** rng.uniform(0.75, 1.35, (3, 1, 1))  # stain
+    image = ndimage.gaussian_filter(image, (0, 0.6, 0.6)) ** rng.uniform(
+        0.75, 1.35, (3, 1, 1)
+    )  # stain
     image = image + 0.02 * rng.standard_normal(image.shape)
     return np.clip(255 * image, 0, 255).astype(np.uint8), number
 
@@ -1741,8 +2148,16 @@ def tissue(seed: int, index: int, shape: tuple[int, int] = (112, 144)) -> tuple[
 class Tissue:
     """`--data synthetic` of scripts that work on images: the interface of `Prepared` over drawn sections."""
 
-    def __init__(self, seed: int = 0, counts: tuple[int, int] = (32, 10), shape: tuple[int, int] = (112, 144)):
-        self.root, self.name, self.seed, self.grid, self.ignore = Path("."), "synthetic", seed, shape, None
+    def __init__(
+        self, seed: int = 0, counts: tuple[int, int] = (32, 10), shape: tuple[int, int] = (112, 144)
+    ):
+        self.root, self.name, self.seed, self.grid, self.ignore = (
+            Path("."),
+            "synthetic",
+            seed,
+            shape,
+            None,
+        )
         self.axes, self.classes, self.channels = 2, {"gland": 1}, ["red", "green", "blue"]
         names = [f"tissue_{i:03d}" for i in range(sum(counts))]
         self.meta: dict[str, Any] = {
@@ -1755,7 +2170,12 @@ class Tissue:
             "statistics": {},
             "orientation": "YX",
             "spacing": None,
-            "splits": {"train": names[: counts[0]], "val": [], "test": names[counts[0] :], "pretrain": names},
+            "splits": {
+                "train": names[: counts[0]],
+                "val": [],
+                "test": names[counts[0] :],
+                "pretrain": names,
+            },
         }
         self._kept: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -1765,7 +2185,9 @@ class Tissue:
 
     def cases(self, split: str, limit: int | None = None) -> list[str]:
         if split not in self.meta["splits"]:
-            raise InputError(f"synthetic: no split {split!r}, expected one of {', '.join(self.meta['splits'])}")
+            raise InputError(
+                f"synthetic: no split {split!r}, expected one of {', '.join(self.meta['splits'])}"
+            )
         return self.meta["splits"][split][:limit]
 
     def _draw(self, case: str) -> tuple[np.ndarray, np.ndarray]:

@@ -159,7 +159,9 @@ def _box(*masks: np.ndarray) -> tuple[slice, ...]:
     for axis in range(plane.ndim):
         hit = np.flatnonzero(plane.any(axis=tuple(a for a in range(plane.ndim) if a != axis)))
         box.append(slice(hit[0], hit[-1] + 1) if len(hit) else slice(0, 0))
-    rows = [mask[(slice(None),) + tuple(box)].any(axis=tuple(range(1, mask.ndim))) for mask in masks]
+    rows = [
+        mask[(slice(None),) + tuple(box)].any(axis=tuple(range(1, mask.ndim))) for mask in masks
+    ]
     hit = np.flatnonzero(np.logical_or.reduce(rows))
     return (slice(hit[0], hit[-1] + 1) if len(hit) else slice(0, 0), *box)
 
@@ -182,7 +184,9 @@ def _distances(source: np.ndarray, target: np.ndarray, spacing: np.ndarray) -> n
     else the transform: small or near surfaces take the tree, dense ones and concentric shells the transform.
     """
     query, points = np.argwhere(source & ~target), np.argwhere(target)
-    shared = np.zeros(np.count_nonzero(source) - len(query))  # voxels of both surfaces: 0 mm, nothing to search
+    shared = np.zeros(
+        np.count_nonzero(source) - len(query)
+    )  # voxels of both surfaces: 0 mm, nothing to search
     if not len(query):
         return shared
     transform = COST_TRANSFORM * source.size
@@ -205,20 +209,26 @@ def _centroid(mask: np.ndarray) -> np.ndarray:
     return np.array([np.dot(c, np.arange(len(c))) / c.sum() for c in counts])
 
 
-def _prepare(pred: np.ndarray, true: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _prepare(
+    pred: np.ndarray, true: np.ndarray, spacing: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Both masks cropped to their joint box, and the spacing; all with the axes in the order of memory.
 
     Outside of the crop lies background or the end of the image, and both end a surface in the same way.
     """
     pred, true = _pair(pred, true)
     mm = _spacing(spacing, pred.ndim)
-    order = np.argsort([-abs(s) for s in pred.strides], kind="stable")  # NIfTI arrays are in Fortran order
+    order = np.argsort(
+        [-abs(s) for s in pred.strides], kind="stable"
+    )  # NIfTI arrays are in Fortran order
     pred, true = pred.transpose(order), true.transpose(order)
     box = _box(pred, true)
     return pred[box], true[box], mm[order]
 
 
-def surface_scores(pred: np.ndarray, true: np.ndarray, spacing: Sequence[float], tolerance_mm: float = 1.0) -> dict:
+def surface_scores(
+    pred: np.ndarray, true: np.ndarray, spacing: Sequence[float], tolerance_mm: float = 1.0
+) -> dict:
     """All surface metrics from one pair of directed distances.
 
     Surface voxels are the mask minus its erosion by the 6-neighbour cross (4 in 2D); a mask voxel at the border of the
@@ -235,7 +245,10 @@ def surface_scores(pred: np.ndarray, true: np.ndarray, spacing: Sequence[float],
         raise ValueError(f"tolerance_mm is {tolerance_mm}; expected 0 or more; give it in mm")
     pred, true, mm = _prepare(pred, true, spacing)
     if not (pred.any() and true.any()):
-        return {**dict.fromkeys(DISTANCES, NAN), "nsd": 0.0 if pred.size else NAN}  # the joint box is empty with both
+        return {
+            **dict.fromkeys(DISTANCES, NAN),
+            "nsd": 0.0 if pred.size else NAN,
+        }  # the joint box is empty with both
     surface_p, surface_g = _surface(pred), _surface(true)
     d_pg, d_gp = _distances(surface_p, surface_g, mm), _distances(surface_g, surface_p, mm)
     both = np.concatenate((d_pg, d_gp))
@@ -263,7 +276,9 @@ def assd(pred: np.ndarray, true: np.ndarray, spacing: Sequence[float]) -> float:
     return surface_scores(pred, true, spacing)["assd_mm"]
 
 
-def nsd(pred: np.ndarray, true: np.ndarray, spacing: Sequence[float], tolerance_mm: float = 1.0) -> float:
+def nsd(
+    pred: np.ndarray, true: np.ndarray, spacing: Sequence[float], tolerance_mm: float = 1.0
+) -> float:
     """Share of surface voxels within the tolerance, in [0, 1]; one mask empty: 0; both: NaN. Errors: surface_scores."""
     return surface_scores(pred, true, spacing, tolerance_mm)["nsd"]
 
@@ -271,10 +286,16 @@ def nsd(pred: np.ndarray, true: np.ndarray, spacing: Sequence[float], tolerance_
 def centroid_distance(pred: np.ndarray, true: np.ndarray, spacing: Sequence[float]) -> float:
     """Distance between the centres of mass in mm; any mask empty: NaN. Errors as surface_scores."""
     pred, true, mm = _prepare(pred, true, spacing)
-    return float(np.linalg.norm((_centroid(pred) - _centroid(true)) * mm)) if pred.any() and true.any() else NAN
+    return (
+        float(np.linalg.norm((_centroid(pred) - _centroid(true)) * mm))
+        if pred.any() and true.any()
+        else NAN
+    )
 
 
-def best_interval_dice(images: list[np.ndarray], labels: list[np.ndarray], value: int, bins: int = 64) -> dict:
+def best_interval_dice(
+    images: list[np.ndarray], labels: list[np.ndarray], value: int, bins: int = 64
+) -> dict:
     """The best mean Dice that one rule on the intensity alone, the same for all cases, could reach for a class.
 
     Every rule of the form is tried against the truth, so that the result favours the rule: what a network adds has to
@@ -284,7 +305,9 @@ def best_interval_dice(images: list[np.ndarray], labels: list[np.ndarray], value
     Returns: threshold, over thresholds in both directions; interval, over intervals and their complements. Both in
         [0, 1]; NaN where no case holds the class. Raises: ValueError for unequal shapes or intensities outside [0, 1].
     """
-    total = np.zeros((2, bins + 1, bins + 1))  # [inside/outside, first bin, end bin]: sum of Dice over cases
+    total = np.zeros(
+        (2, bins + 1, bins + 1)
+    )  # [inside/outside, first bin, end bin]: sum of Dice over cases
     count = np.zeros_like(total)
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         image, label = np.asarray(image), np.asarray(label)
@@ -300,7 +323,9 @@ def best_interval_dice(images: list[np.ndarray], labels: list[np.ndarray], value
         )  # [bins + 1] each: cumulative histograms
         size, hit = voxels[None] - voxels[:, None], hits[None] - hits[:, None]  # [first, end]
         size, hit = np.stack((size, voxels[-1] - size)), np.stack((hit, hits[-1] - hit))
-        both = np.where(np.triu(np.ones_like(size[0]), 0) > 0, size + hits[-1], 0)  # an end before its start: no rule
+        both = np.where(
+            np.triu(np.ones_like(size[0]), 0) > 0, size + hits[-1], 0
+        )  # an end before its start: no rule
         total += np.divide(2 * hit, both, out=np.zeros_like(total), where=both > 0)
         count += both > 0
     mean = np.divide(total, count, out=np.full_like(total, NAN), where=count > 0)
@@ -343,7 +368,9 @@ def _overlaps(pred: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, ...]:
     """
     pred, true = np.asarray(pred), np.asarray(true)
     for name, array in (("pred", pred), ("true", true)):
-        if array.dtype.kind not in "uib" or (array.size and not 0 <= array.min() <= array.max() < 2**31):
+        if array.dtype.kind not in "uib" or (
+            array.size and not 0 <= array.min() <= array.max() < 2**31
+        ):
             raise ValueError(
                 f"{name} is {array.dtype}, with values outside of 0 to 2^31 - 1 or not integer; expected a map of "
                 f"object ids, 0 for background; number the objects first, as components(mask) does"
@@ -434,7 +461,9 @@ def class_counts(
         )
     nothing = true == ignore if ignore is not None else np.zeros(true.shape, bool)
     for name, values in (("pred", pred[~nothing] if drop else pred), ("true", true[~nothing])):
-        if values.dtype.kind not in "uib" or (values.size and not 0 <= values.min() <= values.max() < classes):
+        if values.dtype.kind not in "uib" or (
+            values.size and not 0 <= values.min() <= values.max() < classes
+        ):
             raise ValueError(
                 f"{name} ({values.dtype}) has values that are no class; expected integers of 0 to {classes - 1}; check "
                 f"the number of classes and the ignored value"
@@ -459,7 +488,12 @@ def miou(counts: np.ndarray, absent: float = NAN) -> float:
 def object_scores(pred: np.ndarray, true: np.ndarray) -> dict[str, float]:
     """All scores of two instance maps: dice and iou of the foregrounds, aji, object_dice. Empty maps: as each says."""
     p, g = np.asarray(pred) != 0, np.asarray(true) != 0
-    return {"dice": dice(p, g), "iou": iou(p, g), "aji": aji(pred, true), "object_dice": object_dice(pred, true)}
+    return {
+        "dice": dice(p, g),
+        "iou": iou(p, g),
+        "aji": aji(pred, true),
+        "object_dice": object_dice(pred, true),
+    }
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -471,7 +505,12 @@ def _features(least: int, **sets: np.ndarray) -> list[np.ndarray]:
     """The sets as float64 [N, D]. InputError unless all are finite, of one D >= 1 and of at least `least` images."""
     arrays = [np.asarray(values, dtype=np.float64) for values in sets.values()]
     for name, array in zip(sets, arrays):
-        if array.ndim != 2 or len(array) < least or array.shape[1:] != arrays[0].shape[1:] or not array.size:
+        if (
+            array.ndim != 2
+            or len(array) < least
+            or array.shape[1:] != arrays[0].shape[1:]
+            or not array.size
+        ):
             raise InputError(
                 f"{name} has shape {array.shape}, {next(iter(sets))} has {arrays[0].shape}; expected [N, D] with N of "
                 f"at least {least} and one D for all sets; make more images, or compute all features in the same way"
@@ -506,16 +545,22 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     return _frechet(a.mean(axis=0), factors[0], b.mean(axis=0), factors[1])
 
 
-def frechet_from_moments(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:
+def frechet_from_moments(
+    mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray
+) -> float:
     """frechet_distance from stored moments: means [D], covariances [D, D]. InputError for other shapes or NaN."""
-    mean_a, cov_a, mean_b, cov_b = _features(1, mean_a=mean_a[None], cov_a=cov_a, mean_b=mean_b[None], cov_b=cov_b)
+    mean_a, cov_a, mean_b, cov_b = _features(
+        1, mean_a=mean_a[None], cov_a=cov_a, mean_b=mean_b[None], cov_b=cov_b
+    )
     if not len(cov_a) == len(cov_b) == cov_a.shape[1]:
         raise InputError(
             f"covariances have shapes {cov_a.shape} and {cov_b.shape}; expected [D, D]; store them with np.cov(x.T)"
         )
     factors = []
     for values, vectors in (np.linalg.eigh(cov) for cov in (cov_a, cov_b)):
-        factors.append(np.sqrt(values.clip(0))[:, None] * vectors.T)  # [D, D]; rounding gives eigenvalues below 0
+        factors.append(
+            np.sqrt(values.clip(0))[:, None] * vectors.T
+        )  # [D, D]; rounding gives eigenvalues below 0
     return _frechet(mean_a[0], factors[0], mean_b[0], factors[1])
 
 
@@ -523,7 +568,10 @@ def _distance_blocks(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, np.n
     """(rows, Euclidean distances [rows, N2]) for 256 rows of a at a time, so that memory does not grow with N^2."""
     for start in range(0, len(a), 256):
         rows = slice(start, start + 256)
-        yield rows, cdist(a[rows], b)  # not by |a|^2 + |b|^2 - 2ab, which makes copies differ by rounding
+        yield (
+            rows,
+            cdist(a[rows], b),
+        )  # not by |a|^2 + |b|^2 - 2ab, which makes copies differ by rounding
 
 
 def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> dict[str, Any]:
@@ -540,7 +588,8 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> dict[str
         raise InputError(f"k is {k}; expected 1 or more; 3 is usual")
     real, fake = _features(k + 1, real=real, fake=fake)
     radius_real, radius_fake = (  # the point itself is one of the k + 1 smallest distances, 0
-        np.concatenate([np.partition(d, k, axis=1)[:, k] for _, d in _distance_blocks(x, x)]) for x in (real, fake)
+        np.concatenate([np.partition(d, k, axis=1)[:, k] for _, d in _distance_blocks(x, x)])
+        for x in (real, fake)
     )
     inside, covered = np.zeros(len(fake), bool), np.zeros(len(real), bool)
     for rows, distance in _distance_blocks(fake, real):
@@ -548,7 +597,12 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> dict[str
         covered |= (distance <= radius_fake[rows, None]).any(axis=0)
     p, r = float(inside.mean()), float(covered.mean())
     zero = int((radius_real == 0).sum() + (radius_fake == 0).sum())
-    return {"precision": p, "recall": r, "f1": 2 * p * r / (p + r) if p + r else 0.0, "zero_radii": zero}
+    return {
+        "precision": p,
+        "recall": r,
+        "f1": 2 * p * r / (p + r) if p + r else 0.0,
+        "zero_radii": zero,
+    }
 
 
 def memorisation(generated: np.ndarray, train: np.ndarray, held: np.ndarray) -> dict[str, float]:
@@ -603,10 +657,14 @@ def evaluate_case(
     for name, value in classes.items():
         union = np.atleast_1d(value).tolist()
         if not union:
-            raise ValueError(f"case {case}: class {name} has no label value; expected one or more; leave it out")
+            raise ValueError(
+                f"case {case}: class {name} has no label value; expected one or more; leave it out"
+            )
         inside = () if 0 in union else box  # background also lies outside the box
         # a comparison a value: np.isin takes twenty times as long
-        p, t = (np.logical_or.reduce([labels[inside] == v for v in union]) for labels in (pred, true))
+        p, t = (
+            np.logical_or.reduce([labels[inside] == v for v in union]) for labels in (pred, true)
+        )
         row = {
             "case": case,
             "class": name,
@@ -616,7 +674,9 @@ def evaluate_case(
             "volume_true_ml": volume_ml(t, spacing),
             "volume_pred_ml": volume_ml(p, spacing),
         }
-        rows.append({column: row[column] for column in COLUMNS} | {"share": float(t.sum() / true.size)})
+        rows.append(
+            {column: row[column] for column in COLUMNS} | {"share": float(t.sum() / true.size)}
+        )
     return rows
 
 
@@ -659,26 +719,39 @@ def read_metrics_csv(path: Path | str) -> list[dict[str, Any]]:
     with open(path, encoding="utf-8", errors="replace", newline="") as file:
         reader = csv.DictReader(file)
         if not set(COLUMNS) <= set(reader.fieldnames or ()):
-            raise InputError(f"{path} lacks columns of a metrics.csv ({', '.join(COLUMNS)}); write it with evaluate")
+            raise InputError(
+                f"{path} lacks columns of a metrics.csv ({', '.join(COLUMNS)}); write it with evaluate"
+            )
         for cells in reader:
             if None in cells.values():  # the end of a file that was cut off
-                raise InputError(f"{path} line {reader.line_num} has too few cells, expected {len(COLUMNS)}; {again}")
+                raise InputError(
+                    f"{path} line {reader.line_num} has too few cells, expected {len(COLUMNS)}; {again}"
+                )
             try:
-                rows.append({c: cells[c] if c in COLUMNS[:2] else float(cells[c] or NAN) for c in COLUMNS})
+                rows.append(
+                    {c: cells[c] if c in COLUMNS[:2] else float(cells[c] or NAN) for c in COLUMNS}
+                )
             except ValueError as error:
                 where = f"{path} line {reader.line_num}"
-                raise InputError(f"{where}: {error}; expected numbers or empty cells; {again}") from error
+                raise InputError(
+                    f"{where}: {error}; expected numbers or empty cells; {again}"
+                ) from error
     if not rows:
         raise InputError(f"{path} has no rows; expected one per case and class; run evaluate again")
     return rows
 
 
-def _array(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str], np.ndarray, np.ndarray]:
+def _array(
+    rows: Sequence[Mapping[str, Any]],
+) -> tuple[list[str], list[str], np.ndarray, np.ndarray]:
     """Cases, classes, values [case, class, SCORES] and status [case, class]: 0 valid, 1 missed, 2 spurious, 3 excluded.
 
     Raises: InputError unless each case has exactly one row per class.
     """
-    cases, names = list(dict.fromkeys(r["case"] for r in rows)), list(dict.fromkeys(r["class"] for r in rows))
+    cases, names = (
+        list(dict.fromkeys(r["case"] for r in rows)),
+        list(dict.fromkeys(r["class"] for r in rows)),
+    )
     by_key = {(r["case"], r["class"]): r for r in rows}
     if not rows or len(by_key) != len(rows) or len(rows) != len(cases) * len(names):
         raise InputError(
@@ -691,7 +764,10 @@ def _array(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str], np.
         for j, name in enumerate(names):
             row = by_key[case, name]
             status[i, j] = (row["volume_pred_ml"] == 0) + 2 * (row["volume_true_ml"] == 0)
-            values[i, j] = [row["nsd"] if s == "nsd_valid" and status[i, j] == 0 else row.get(s, NAN) for s in SCORES]
+            values[i, j] = [
+                row["nsd"] if s == "nsd_valid" and status[i, j] == 0 else row.get(s, NAN)
+                for s in SCORES
+            ]
     return cases, names, values, status
 
 
@@ -699,7 +775,9 @@ def _nanmean(values: np.ndarray, axis: int) -> np.ndarray:
     """Mean of what is not NaN; NaN where nothing is left (numpy's own warns there)."""
     valid = ~np.isnan(values)
     n = valid.sum(axis=axis)
-    return np.divide(np.where(valid, values, 0).sum(axis=axis), n, out=np.full(n.shape, NAN), where=n > 0)
+    return np.divide(
+        np.where(valid, values, 0).sum(axis=axis), n, out=np.full(n.shape, NAN), where=n > 0
+    )
 
 
 def _bootstrap(values: np.ndarray, samples: int = 2000) -> list[float]:
@@ -719,11 +797,16 @@ def _statistics(values: np.ndarray, status: np.ndarray) -> dict[str, Any]:
         "median": float(np.median(x)) if len(x) else NAN,
         "ci95": _bootstrap(x),
         "n": len(x),
-        **{f"n_{word}": int((status == k + 1).sum()) for k, word in enumerate(("missed", "spurious", "excluded"))},
+        **{
+            f"n_{word}": int((status == k + 1).sum())
+            for k, word in enumerate(("missed", "spurious", "excluded"))
+        },
     }
 
 
-def summarise(rows: Sequence[Mapping[str, Any]], empty_distance: Mapping[str, float] | float | None = None) -> dict:
+def summarise(
+    rows: Sequence[Mapping[str, Any]], empty_distance: Mapping[str, float] | float | None = None
+) -> dict:
     """The content of summary.json.
 
     A class: statistics over images. "mean": per image the mean over its classes that are not NaN, then statistics over
@@ -740,12 +823,18 @@ def summarise(rows: Sequence[Mapping[str, Any]], empty_distance: Mapping[str, fl
     """
     cases, names, values, status = _array(rows)
     if empty_distance is not None:
-        mm = [empty_distance[c] if isinstance(empty_distance, Mapping) else empty_distance for c in cases]
+        mm = [
+            empty_distance[c] if isinstance(empty_distance, Mapping) else empty_distance
+            for c in cases
+        ]
         one_sided = (status == 1) | (status == 2)
         for k in (SCORES.index(d) for d in DISTANCES):
             values[:, :, k] = np.where(one_sided, np.array(mm)[:, None], values[:, :, k])
     per_image = _nanmean(values, axis=1)  # [case, SCORES]
-    shares = {name: np.array([row.get("share", NAN) for row in rows if row["class"] == name]) for name in names}
+    shares = {
+        name: np.array([row.get("share", NAN) for row in rows if row["class"] == name])
+        for name in names
+    }
     how = {} if empty_distance is None else {"empty_distance": "diagonal"}
     return how | {
         "classes": {
@@ -779,7 +868,11 @@ def read_summary(path: Path | str) -> dict:
     try:
         summary = _swap(json.loads(Path(path).read_text(encoding="utf-8")), None, NAN)
         for entry in (summary["mean"], *summary["classes"].values()):
-            _ = [entry[metric][key] for metric in SCORES for key in ("mean", "sd", "n", "n_missed", "n_spurious")]
+            _ = [
+                entry[metric][key]
+                for metric in SCORES
+                for key in ("mean", "sd", "n", "n_missed", "n_spurious")
+            ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} is no summary.json; expected classes and mean, each with {', '.join(SCORES)}; run evaluate again"
@@ -793,7 +886,9 @@ def scores_folder(out: Path, split: str, limit: int = 0) -> Path:
     Scores of another split than test, or of fewer cases than are scored there, stand in a folder of their own.
     """
     there = out / ("" if split == "test" else split)
-    more = (there / "summary.json").exists() and read_summary(there / "summary.json")["images"] > limit
+    more = (there / "summary.json").exists() and read_summary(there / "summary.json")[
+        "images"
+    ] > limit
     return out / f"{split}-{limit}" if limit and more else there
 
 
@@ -806,7 +901,11 @@ def _layout(rows: list[list[str]], markdown: bool = False) -> str:
     """Rows of cells, header first, as aligned text or as Markdown; the first column is left-aligned."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = [
-        [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))] for row in rows
+        [
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        for row in rows
     ]
     if not markdown:
         return "\n".join("  ".join(line).rstrip() for line in lines)
@@ -821,7 +920,9 @@ def _number(value: float, metric: str) -> str:
 
 def _mean_sd(s: Mapping[str, Any], metric: str) -> str:
     """mean±SD of one entry of a summary; the mean alone for one value, - for none."""
-    return _number(s["mean"], metric) + ("" if math.isnan(s["sd"]) else f"±{_number(s['sd'], metric)}")
+    return _number(s["mean"], metric) + (
+        "" if math.isnan(s["sd"]) else f"±{_number(s['sd'], metric)}"
+    )
 
 
 def format_summary(summary: dict) -> str:
@@ -841,7 +942,11 @@ def _source(path: str, prefer: str) -> Path:
     """The file behind a path: itself, or the folder's `prefer`, or the folder's other result file."""
     found = Path(path)
     if found.is_dir():
-        options = [found / name for name in dict.fromkeys((prefer, "metrics.csv")) if (found / name).is_file()]
+        options = [
+            found / name
+            for name in dict.fromkeys((prefer, "metrics.csv"))
+            if (found / name).is_file()
+        ]
         if not options:
             names = " or ".join(dict.fromkeys((prefer, "metrics.csv")))
             raise InputError(
@@ -849,7 +954,9 @@ def _source(path: str, prefer: str) -> Path:
             )
         return options[0]
     if not found.is_file():
-        raise InputError(f"{path} does not exist; expected a run folder or its result file; check the path")
+        raise InputError(
+            f"{path} does not exist; expected a run folder or its result file; check the path"
+        )
     return found
 
 
@@ -873,7 +980,9 @@ def _training(path: Path) -> list[str]:
                 raise InputError(
                     f"{path} line {reader.line_num}: {error}; expected numbers or empty cells; mend or remove the file"
                 ) from error
-    steps, seconds, memory = (max(values, default=NAN) for values in log.values())  # the first two only grow
+    steps, seconds, memory = (
+        max(values, default=NAN) for values in log.values()
+    )  # the first two only grow
     return [
         "" if math.isnan(steps) else f"{steps:.0f}",
         f"{seconds / steps:.3g}" if steps > 0 and seconds > 0 else "",
@@ -899,14 +1008,22 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
     if n > 9:
         return {"rho": rho, "p": float(spearmanr(x, y).pvalue), "n": n, "exact": False}
     every = np.array(list(permutations(b))) @ a / norm  # [n!]
-    return {"rho": rho, "p": float((np.abs(every) >= abs(rho) - 1e-9).mean()), "n": n, "exact": True}
+    return {
+        "rho": rho,
+        "p": float((np.abs(every) >= abs(rho) - 1e-9).mean()),
+        "n": n,
+        "exact": True,
+    }
 
 
 def _by_share(summary: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """Those of `names` that have a share and a Dice, the smallest class first."""
     share = summary.get("share", {})
     known = [n for n in names if share.get(n, NAN) == share.get(n, NAN)]
-    return sorted((n for n in known if not math.isnan(summary["classes"][n]["dice"]["mean"])), key=share.__getitem__)
+    return sorted(
+        (n for n in known if not math.isnan(summary["classes"][n]["dice"]["mean"])),
+        key=share.__getitem__,
+    )
 
 
 def _print_shares(runs: Mapping[str, dict], plot: str) -> None:
@@ -918,7 +1035,9 @@ def _print_shares(runs: Mapping[str, dict], plot: str) -> None:
         r = rank_correlation([summary["share"][name] for name in order], dice)
         if not math.isnan(r["rho"]):
             how = f"{r['n']} classes, {'exact' if r['exact'] else 't approximation'}"
-            print(f"{run}: Spearman of class share against Dice {r['rho']:.2f}, p = {r['p']:.3g} ({how})")
+            print(
+                f"{run}: Spearman of class share against Dice {r['rho']:.2f}, p = {r['p']:.3g} ({how})"
+            )
         if order:
             lines[run], orders[tuple(order)] = (list(range(1, len(order) + 1)), dice), run
     if plot:
@@ -930,24 +1049,41 @@ def _print_shares(runs: Mapping[str, dict], plot: str) -> None:
                 "classes (a metrics.csv knows no shares); plot each set by itself, or run evaluate again"
             )
         names = ", ".join(f"{i} {name}" for i, name in enumerate(next(iter(orders)), 1))
-        print(figures.curves(lines, plot, "", f"class, smallest share first: {names}", "mean Dice", dots=True))
+        print(
+            figures.curves(
+                lines, plot, "", f"class, smallest share first: {names}", "mean Dice", dots=True
+            )
+        )
 
 
-def _over_seeds(runs: Mapping[str, dict], metrics: Sequence[str], names: Sequence[str]) -> list[list[str]]:
+def _over_seeds(
+    runs: Mapping[str, dict], metrics: Sequence[str], names: Sequence[str]
+) -> list[list[str]]:
     """A row for each set of runs whose names differ in their last number only: mean±SD over the runs' means."""
     groups: dict[str, list[dict]] = {}
     for run, summary in runs.items():
         groups.setdefault(re.sub(r"\d+(?=\D*$)", "*", run), []).append(summary)
-    rows = [["runs", "runs in all", *(f"{TITLES[m]} {n or 'mean'}" for m in metrics for n in [*names, None])]]
+    rows = [
+        [
+            "runs",
+            "runs in all",
+            *(f"{TITLES[m]} {n or 'mean'}" for m in metrics for n in [*names, None]),
+        ]
+    ]
     for group, found in groups.items():
         cells = []
         for metric, name in product(metrics, [*names, None]):
-            entries = [(s["mean"] if name is None else s["classes"].get(name, {})).get(metric) for s in found]
+            entries = [
+                (s["mean"] if name is None else s["classes"].get(name, {})).get(metric)
+                for s in found
+            ]
             means = np.array([e["mean"] for e in entries if e and not math.isnan(e["mean"])])
             sd = means.std(ddof=1) if len(means) > 1 else NAN
             lost = [sum(e[k] for e in entries if e) for k in ("n_missed", "n_spurious")]
             counts = f" ({lost[0]}/{lost[1]})" if metric in DISTANCES else ""
-            cells.append(_mean_sd({"mean": means.mean() if len(means) else NAN, "sd": sd}, metric) + counts)
+            cells.append(
+                _mean_sd({"mean": means.mean() if len(means) else NAN, "sd": sd}, metric) + counts
+            )
         rows.append([group, str(len(found)), *cells])
     return rows
 
@@ -957,13 +1093,19 @@ def _table(args: argparse.Namespace) -> None:
     runs, logs = {}, {}
     for path in args.files:
         file = _source(path, "summary.json")
-        summary = read_summary(file) if file.suffix == ".json" else summarise(read_metrics_csv(file))
+        summary = (
+            read_summary(file) if file.suffix == ".json" else summarise(read_metrics_csv(file))
+        )
         run = str(file.parent if file.name in ("summary.json", "metrics.csv") else file)
         runs[run], logs[run] = summary, _training(file.with_name("log.csv"))
     trained = any("".join(cells) for cells in logs.values())
     names = list(dict.fromkeys(name for summary in runs.values() for name in summary["classes"]))
-    columns = [(metric, name) for metric in args.metric for name in [*names, None]]  # None: the mean over classes
-    table = [["run", "n", *(f"{TITLES[m]} {'mean' if name is None else name}" for m, name in columns)]]
+    columns = [
+        (metric, name) for metric in args.metric for name in [*names, None]
+    ]  # None: the mean over classes
+    table = [
+        ["run", "n", *(f"{TITLES[m]} {'mean' if name is None else name}" for m, name in columns)]
+    ]
     table[0] += ["steps", "s/step", "memory GB"] * trained
     for run, summary in runs.items():
         cells = []
@@ -974,13 +1116,22 @@ def _table(args: argparse.Namespace) -> None:
         table.append([run, str(summary["mean"]["dice"]["n"]), *cells, *(logs[run] * trained)])
     print(_layout(table, args.markdown))
     diagonal = [run for run, summary in runs.items() if "empty_distance" in summary]
-    left = f"which have the diagonal in {', '.join(diagonal)}" if diagonal else "which they leave out"
-    note = f"; distances in mm (missed/spurious pairs, {left})" if {*args.metric} & {*DISTANCES} else ""
+    left = (
+        f"which have the diagonal in {', '.join(diagonal)}" if diagonal else "which they leave out"
+    )
+    note = (
+        f"; distances in mm (missed/spurious pairs, {left})"
+        if {*args.metric} & {*DISTANCES}
+        else ""
+    )
     note += "; s/step: training seconds over steps, without validation; memory: peak" * trained
     print(("\n" if args.markdown else "") + "mean±SD over n images" + note)
     if args.seeds:
         print("\n" + _layout(_over_seeds(runs, args.metric, names), args.markdown))
-        print(("\n" if args.markdown else "") + "mean±SD over the means of runs that differ in their last number only")
+        print(
+            ("\n" if args.markdown else "")
+            + "mean±SD over the means of runs that differ in their last number only"
+        )
     _print_shares(runs, args.plot)
 
 
@@ -990,7 +1141,10 @@ def paired_tests(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
     Returns: n, mean_a, mean_b, difference (b - a), ci95 (bootstrap over pairs, fixed seed), p_t (two-sided paired
         t-test), p_wilcoxon (signed rank, zeros dropped), note: a sentence where no test can be made, p then NaN.
     """
-    from scipy.stats import ttest_rel, wilcoxon  # here: importing it takes longer than all the rest of this module
+    from scipy.stats import (
+        ttest_rel,
+        wilcoxon,
+    )  # here: importing it takes longer than all the rest of this module
 
     valid = ~(np.isnan(a) | np.isnan(b))
     a, b = a[valid], b[valid]
@@ -1023,7 +1177,9 @@ def _matches(pattern: str) -> list[str]:
     """The paths that a pattern names, or the path itself."""
     paths = sorted(glob(pattern)) if any(c in pattern for c in "*?[") else [pattern]
     if not paths:
-        raise InputError(f"{pattern} matches nothing; expected run folders or metrics.csv files; check the pattern")
+        raise InputError(
+            f"{pattern} matches nothing; expected run folders or metrics.csv files; check the pattern"
+        )
     return paths
 
 
@@ -1034,16 +1190,19 @@ def _mean_of_runs(pattern: str) -> tuple[list[str], list[str], np.ndarray, np.nd
     cases, names = parts[0][:2]
     for path, (other, classes, *_) in zip(paths, parts, strict=True):
         if other != cases or classes != names:
-            raise InputError(f"{path} and {paths[0]} hold different cases or classes; evaluate all on one split")
+            raise InputError(
+                f"{path} and {paths[0]} hold different cases or classes; evaluate all on one split"
+            )
     values = _nanmean(np.stack([v for _, _, v, _ in parts]), axis=0)
     return cases, names, values, np.stack([state for *_, state in parts]), len(paths)
 
 
 def _compare(args: argparse.Namespace) -> None:
     """Paired tests per class and of the mean over the cases; of several runs (seeds) each case's mean is taken."""
-    (cases_a, names_a, values_a, status_a, runs_a), (cases_b, names_b, values_b, status_b, runs_b) = (
-        _mean_of_runs(path) for path in (args.a, args.b)
-    )
+    (
+        (cases_a, names_a, values_a, status_a, runs_a),
+        (cases_b, names_b, values_b, status_b, runs_b),
+    ) = (_mean_of_runs(path) for path in (args.a, args.b))
     shared, names = [c for c in cases_a if c in set(cases_b)], [n for n in names_a if n in names_b]
     if not shared or not names:
         raise InputError(
@@ -1061,24 +1220,51 @@ def _compare(args: argparse.Namespace) -> None:
         for c, n in ((cases_a, names_a), (cases_b, names_b))
     )
     a, b = values_a[pick_a], values_b[pick_b]  # [case, class, SCORES]
-    state = [np.stack([s[pick] for s in many]) for many, pick in ((status_a, pick_a), (status_b, pick_b))]
+    state = [
+        np.stack([s[pick] for s in many]) for many, pick in ((status_a, pick_a), (status_b, pick_b))
+    ]
     print(
         f"A = {args.a}\nB = {args.b}\n{len(shared)} cases paired; unpaired: {len(cases_a) - len(shared)} only in A, "
         f"{len(cases_b) - len(shared)} only in B; classes in one only: {sorted({*names_a} ^ {*names_b}) or 'none'}"
     )
     if runs_a + runs_b > 2:
-        print(f"A is the mean of {runs_a} runs, B of {runs_b}, case by case; missed and spurious are those of all runs")
+        print(
+            f"A is the mean of {runs_a} runs, B of {runs_b}, case by case; missed and spurious are those of all runs"
+        )
     for metric in args.metric:
         x, y = a[:, :, SCORES.index(metric)], b[:, :, SCORES.index(metric)]  # [case, class]
-        if metric in (*DISTANCES, "nsd_valid"):  # else a structure that A misses would change the mean of A alone
+        if metric in (
+            *DISTANCES,
+            "nsd_valid",
+        ):  # else a structure that A misses would change the mean of A alone
             x, y = np.where(np.isnan(y), NAN, x), np.where(np.isnan(x), NAN, y)
-        table = [["class", "n", "A", "B", "B-A", "95% interval", "p (t)", "p (Wilcoxon)", "missed/spurious A", "B", ""]]
+        table = [
+            [
+                "class",
+                "n",
+                "A",
+                "B",
+                "B-A",
+                "95% interval",
+                "p (t)",
+                "p (Wilcoxon)",
+                "missed/spurious A",
+                "B",
+                "",
+            ]
+        ]
         for j, name in enumerate([*names, "mean"]):
             column = slice(None) if j == len(names) else slice(j, j + 1)
             r = paired_tests(_nanmean(x[:, column], axis=1), _nanmean(y[:, column], axis=1))
-            counts = [f"{(s[:, :, column] == 1).sum()}/{(s[:, :, column] == 2).sum()}" for s in state]
+            counts = [
+                f"{(s[:, :, column] == 1).sum()}/{(s[:, :, column] == 2).sum()}" for s in state
+            ]
             p = ["-" if math.isnan(r[key]) else f"{r[key]:.3g}" for key in ("p_t", "p_wilcoxon")]
-            interval = "-" if math.isnan(r["ci95"][0]) else "{} to {}".format(*(_number(v, metric) for v in r["ci95"]))
+            interval = (
+                "-"
+                if math.isnan(r["ci95"][0])
+                else "{} to {}".format(*(_number(v, metric) for v in r["ci95"]))
+            )
             table.append(
                 [
                     name,
@@ -1098,7 +1284,9 @@ def _compare(args: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def calibration(cases: Iterable[tuple[np.ndarray, np.ndarray, Sequence[float]]], margin_mm: float = 3.0) -> dict:
+def calibration(
+    cases: Iterable[tuple[np.ndarray, np.ndarray, Sequence[float]]], margin_mm: float = 3.0
+) -> dict:
     """How well probabilities tell errors, over the voxels within margin_mm of the truth's or the result's foreground.
 
     Far background is left out: it is right, sure, and nearly all of a volume, so that it would hide everything else.
@@ -1116,7 +1304,10 @@ def calibration(cases: Iterable[tuple[np.ndarray, np.ndarray, Sequence[float]]],
     entropy, sure, wrong, case_entropy, case_dice = [], [], [], [], []
     for prob, truth, spacing in cases:
         result = prob.argmax(axis=0)
-        near = distance_transform_edt((truth == 0) & (result == 0), _spacing(spacing, truth.ndim)) <= margin_mm
+        near = (
+            distance_transform_edt((truth == 0) & (result == 0), _spacing(spacing, truth.ndim))
+            <= margin_mm
+        )
         if not near.any() or not (truth.any() or result.any()):
             continue
         entropy.append(entr(prob[:, near]).sum(axis=0) / math.log(len(prob)))
@@ -1124,15 +1315,26 @@ def calibration(cases: Iterable[tuple[np.ndarray, np.ndarray, Sequence[float]]],
         wrong.append((result != truth)[near])
         case_entropy.append(entropy[-1].mean())
         case_dice.append(
-            float(_nanmean(np.array([dice(result == c, truth == c) for c in range(1, len(prob))]), axis=0))
+            float(
+                _nanmean(
+                    np.array([dice(result == c, truth == c) for c in range(1, len(prob))]), axis=0
+                )
+            )
         )
     if not entropy:
-        raise InputError("no case has foreground, neither true nor found; expected at least one; check the run")
+        raise InputError(
+            "no case has foreground, neither true nor found; expected at least one; check the run"
+        )
     e, s, w = (np.concatenate(v) for v in (entropy, sure, wrong))
     rows = [np.clip((v * 10).astype(int), 0, 9) for v in (s, e)]
-    ece = sum(abs((~w[rows[0] == b]).mean() - s[rows[0] == b].mean()) * (rows[0] == b).mean() for b in set(rows[0]))
+    ece = sum(
+        abs((~w[rows[0] == b]).mean() - s[rows[0] == b].mean()) * (rows[0] == b).mean()
+        for b in set(rows[0])
+    )
     bins = [
-        (float(e[m].mean()), float(w[m].mean()), float(m.mean())) for m in (rows[1] == b for b in range(10)) if m.any()
+        (float(e[m].mean()), float(w[m].mean()), float(m.mean()))
+        for m in (rows[1] == b for b in range(10))
+        if m.any()
     ]
     n_wrong, n_right = int(w.sum()), int((~w).sum())
     above = rankdata(e)[w].sum() - n_wrong * (n_wrong + 1) / 2  # Mann-Whitney's U
@@ -1148,7 +1350,9 @@ def calibration(cases: Iterable[tuple[np.ndarray, np.ndarray, Sequence[float]]],
     }
 
 
-def _probabilities(paths: Sequence[str], data: str) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[float, ...]]]:
+def _probabilities(
+    paths: Sequence[str], data: str
+) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[float, ...]]]:
     """(mean probability over the runs, truth, spacing) of each case of run folders with maps of one data set.
 
     data: `--data` of the truth; empty: as in the first folder's config.json.
@@ -1159,10 +1363,15 @@ def _probabilities(paths: Sequence[str], data: str) -> Iterator[tuple[np.ndarray
         config = Path(paths[0]) / "config.json"
         truth = loaders.open_data(data or json.loads(config.read_text(encoding="utf-8"))["data"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{config} cannot be read; expected a run folder; name the data with --data") from error
+        raise InputError(
+            f"{config} cannot be read; expected a run folder; name the data with --data"
+        ) from error
     names = ["background", *(re.sub(r"\W+", "-", name) for name in truth.classes)]
     ends = f"_mean_{names[0]}.nii.gz"
-    found = [sorted(f.name[: -len(ends)] for f in (Path(p) / "predictions/maps").glob(f"*{ends}")) for p in paths]
+    found = [
+        sorted(f.name[: -len(ends)] for f in (Path(p) / "predictions/maps").glob(f"*{ends}"))
+        for p in paths
+    ]
     for path, cases in zip(paths, found, strict=True):
         if not cases or cases != found[0]:
             raise InputError(
@@ -1193,13 +1402,21 @@ def _calibration(args: argparse.Namespace) -> None:
     for pattern in args.runs:
         paths = _matches(pattern)
         r = calibration(_probabilities(paths, args.data), args.margin)
-        numbers = [*(f"{r[k]:.3f}" for k in ("ece", "error", "auroc")), f"{r['rho']:.2f}", f"{r['p']:.2g}"]
+        numbers = [
+            *(f"{r[k]:.3f}" for k in ("ece", "error", "auroc")),
+            f"{r['rho']:.2f}",
+            f"{r['p']:.2g}",
+        ]
         numbers = ["-" if number == "nan" else number for number in numbers]
         table.append([pattern, str(len(paths)), str(r["n"]), *numbers])
-        shown = [(100 * entropy, error) for entropy, error, share in r["bins"] if share >= 0.001]  # not of few voxels
+        shown = [
+            (100 * entropy, error) for entropy, error, share in r["bins"] if share >= 0.001
+        ]  # not of few voxels
         lines[pattern] = ([x for x, _ in shown], [y for _, y in shown])
     print(_layout(table, args.markdown))
-    print(f"voxels within {args.margin:g} mm of true or found foreground; p: t approximation over cases")
+    print(
+        f"voxels within {args.margin:g} mm of true or found foreground; p: t approximation over cases"
+    )
     if args.plot:
         from common.old import figures
 
@@ -1226,9 +1443,20 @@ def t_interval(values: Sequence[float]) -> dict[str, Any]:
     from scipy.stats import t  # here: importing it takes longer than all the rest of this module
 
     x = np.asarray(values, np.float64)
-    n, mean, sd = len(x), float(x.mean()) if len(x) else NAN, float(x.std(ddof=1)) if len(x) > 1 else NAN
+    n, mean, sd = (
+        len(x),
+        float(x.mean()) if len(x) else NAN,
+        float(x.std(ddof=1)) if len(x) > 1 else NAN,
+    )
     half = float(t.ppf(0.975, n - 1)) * sd / math.sqrt(n) if n > 1 else NAN
-    return {"n": n, "mean": mean, "sd": sd, "low": mean - half, "high": mean + half, "positive": int((x > 0).sum())}
+    return {
+        "n": n,
+        "mean": mean,
+        "sd": sd,
+        "low": mean - half,
+        "high": mean + half,
+        "positive": int((x > 0).sum()),
+    }
 
 
 def over_classes(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -1241,9 +1469,14 @@ def over_classes(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         names. Raises: InputError unless there is one row per case and class.
     """
     _, names, values, _ = _array(rows)
-    d, i = (_nanmean(values[:, :, SCORES.index(score)], axis=0) for score in ("dice", "iou"))  # [class]
+    d, i = (
+        _nanmean(values[:, :, SCORES.index(score)], axis=0) for score in ("dice", "iou")
+    )  # [class]
     lost = d < LOST  # of NaN: no
-    means = {key: float(_nanmean(v, axis=0)) for key, v in (("dice", d), ("iou", i), ("found_dice", d[~lost]))}
+    means = {
+        key: float(_nanmean(v, axis=0))
+        for key, v in (("dice", d), ("iou", i), ("found_dice", d[~lost]))
+    }
     return means | {"lost": [name for name, gone in zip(names, lost) if gone]}
 
 
@@ -1269,7 +1502,10 @@ def _read_draw(path: str) -> dict[str, Any]:
             f"expected what finetune writes; name its run folders only"
         ) from error
     rows = read_metrics_csv(_source(path, "metrics.csv"))
-    return run | {"held": sorted({(r["case"], r["class"]) for r in rows}), "scores": over_classes(rows)}
+    return run | {
+        "held": sorted({(r["case"], r["class"]) for r in rows}),
+        "scores": over_classes(rows),
+    }
 
 
 def _name_methods(runs: Sequence[dict[str, Any]]) -> None:
@@ -1282,7 +1518,9 @@ def _name_methods(runs: Sequence[dict[str, Any]]) -> None:
         alike = [run for run in runs if run["method"] == strategy]
         settings = {run["setting"] for run in alike}
         for key in VARIED:
-            if len({(run["setting"], str(run["config"].get(key))) for run in alike}) > len(settings):
+            if len({(run["setting"], str(run["config"].get(key))) for run in alike}) > len(
+                settings
+            ):
                 for run in alike:
                     run["method"] += f", {key}={run['config'].get(key)}"
 
@@ -1322,14 +1560,24 @@ def draws(runs: Sequence[dict[str, Any]], against: str) -> list[dict[str, Any]]:
     """
     groups: dict[tuple, dict[int, dict]] = {}
     for run in runs:
-        groups.setdefault((*run["setting"], run["method"]), {})[run["draw"]] = run["scores"] | {"run": run}
+        groups.setdefault((*run["setting"], run["method"]), {})[run["draw"]] = run["scores"] | {
+            "run": run
+        }
     rows = []
     for (n, loss, variant, method), found in sorted(groups.items()):
         percent = next(iter(found.values()))["run"]["percent"]
-        row = {"method": method, "labels": n, "percent": percent, "dice_loss": loss, "variant": variant}
+        row = {
+            "method": method,
+            "labels": n,
+            "percent": percent,
+            "dice_loss": loss,
+            "variant": variant,
+        }
         row["draws"] = len(found)
         for key in ("dice", "iou", "found_dice"):
-            stats = t_interval([scores[key] for scores in found.values() if not math.isnan(scores[key])])
+            stats = t_interval(
+                [scores[key] for scores in found.values() if not math.isnan(scores[key])]
+            )
             row |= {key: stats["mean"], f"{key}_sd": stats["sd"]}
         row["lost"] = sum(len(scores["lost"]) for scores in found.values()) / len(found)
         base = groups.get((n, loss, variant, against), {}) if method != against else {}
@@ -1349,7 +1597,11 @@ def _plot_draws(runs: Sequence[dict[str, Any]], path: str) -> None:
         x, y = points.setdefault(name, ([], []))
         x.append(run["setting"][0])
         y.append(run["scores"]["dice"])
-    print(figures.scatter(points, path, "", "labelled slices (logarithmic)", "Dice, mean over cases, then classes"))
+    print(
+        figures.scatter(
+            points, path, "", "labelled slices (logarithmic)", "Dice, mean over cases, then classes"
+        )
+    )
 
 
 def _draws(args: argparse.Namespace) -> None:
@@ -1363,19 +1615,57 @@ def _draws(args: argparse.Namespace) -> None:
             f"--against {args.against} is no method here; expected one of: {' | '.join(methods)}; name one"
         )
     rows = draws(runs, args.against)
-    table = [["method", "labels", "%", "Dice loss", "variant", "draws", "Dice", "IoU", "Dice without lost", "lost"]]
+    table = [
+        [
+            "method",
+            "labels",
+            "%",
+            "Dice loss",
+            "variant",
+            "draws",
+            "Dice",
+            "IoU",
+            "Dice without lost",
+            "lost",
+        ]
+    ]
     pairs = [
-        [f"minus {args.against}", "labels", "Dice loss", "variant", "draws", "Dice", "SD", "95 % interval", "above 0"]
+        [
+            f"minus {args.against}",
+            "labels",
+            "Dice loss",
+            "variant",
+            "draws",
+            "Dice",
+            "SD",
+            "95 % interval",
+            "above 0",
+        ]
     ]
     for r in rows:
-        setting = [r["method"], str(r["labels"]), f"{r['percent']:.3g}", r["dice_loss"], r["variant"]]
-        means = [_mean_sd({"mean": r[k], "sd": r[f"{k}_sd"]}, "dice") for k in ("dice", "iou", "found_dice")]
+        setting = [
+            r["method"],
+            str(r["labels"]),
+            f"{r['percent']:.3g}",
+            r["dice_loss"],
+            r["variant"],
+        ]
+        means = [
+            _mean_sd({"mean": r[k], "sd": r[f"{k}_sd"]}, "dice")
+            for k in ("dice", "iou", "found_dice")
+        ]
         table.append([*setting, str(r["draws"]), *means, f"{r['lost']:.3g}"])
         n = r["diff_n"]
         interval = f"{r['diff_low']:+.3f} to {r['diff_high']:+.3f}" if n > 1 else "no interval"
         if r["method"] != args.against:
-            numbers = [f"{r['diff_mean']:+.3f}" if n else "-", _number(r["diff_sd"], "dice"), interval]
-            pairs.append([*setting[:2], *setting[3:], str(n), *numbers, f"{r['diff_positive']}/{n}"])
+            numbers = [
+                f"{r['diff_mean']:+.3f}" if n else "-",
+                _number(r["diff_sd"], "dice"),
+                interval,
+            ]
+            pairs.append(
+                [*setting[:2], *setting[3:], str(n), *numbers, f"{r['diff_positive']}/{n}"]
+            )
     gap = "\n" * args.markdown
     print(_layout(table, args.markdown))
     cases, names = (len({held[k] for held in runs[0]["held"]}) for k in (0, 1))
@@ -1385,7 +1675,9 @@ def _draws(args: argparse.Namespace) -> None:
     )
     if len(pairs) > 1:
         print(f"\n{_layout(pairs, args.markdown)}")
-        print(f"{gap}paired over the draws that both have; 95 % t-interval over draws, not over cases")
+        print(
+            f"{gap}paired over the draws that both have; 95 % t-interval over draws, not over cases"
+        )
     if args.csv:
         text = io.StringIO()
         writer = csv.DictWriter(text, rows[0], lineterminator="\n")
@@ -1411,9 +1703,14 @@ def _read_mask(path: Path) -> tuple[np.ndarray, tuple[float, ...], np.ndarray]:
             affine = np.eye(4)
         else:
             raw = path.read_bytes()
-            if path.suffix == ".gz":  # here, because nibabel stops at the last voxel and then misses a wrong checksum
+            if (
+                path.suffix == ".gz"
+            ):  # here, because nibabel stops at the last voxel and then misses a wrong checksum
                 raw = gzip.decompress(raw)
-            sizes = (540).to_bytes(4, "little"), (540).to_bytes(4, "big")  # the first number of a NIfTI-2 header
+            sizes = (
+                (540).to_bytes(4, "little"),
+                (540).to_bytes(4, "big"),
+            )  # the first number of a NIfTI-2 header
             file = (nib.Nifti2Image if raw[:4] in sizes else nib.Nifti1Image).from_bytes(raw)
             labels = np.asanyarray(file.dataobj)  # [X, Y, Z]
             spacing, affine = tuple(float(s) for s in file.header.get_zooms()[:3]), file.affine
@@ -1432,12 +1729,16 @@ def _read_mask(path: Path) -> tuple[np.ndarray, tuple[float, ...], np.ndarray]:
         labels = labels[..., 0]
     if labels.ndim != (2 if path.suffix == ".png" else len(spacing)) or not labels.size:
         raise InputError(f"has shape {labels.shape}, expected one channel")
-    if labels.dtype.kind not in "uib" and not (np.isfinite(labels).all() and (labels == np.rint(labels)).all()):
+    if labels.dtype.kind not in "uib" and not (
+        np.isfinite(labels).all() and (labels == np.rint(labels)).all()
+    ):
         raise InputError("has label values that are not integers")
     return labels if labels.dtype.kind in "ui" else labels.astype(np.int32), spacing, affine
 
 
-def _read_pair(pred_file: Path, true_file: Path) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
+def _read_pair(
+    pred_file: Path, true_file: Path
+) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
     """Labels of both and their spacing. InputError unless both are readable and lie on the same grid."""
     masks = []
     for side, file in (("prediction", pred_file), ("truth", true_file)):
@@ -1448,17 +1749,23 @@ def _read_pair(pred_file: Path, true_file: Path) -> tuple[np.ndarray, np.ndarray
     (pred, _, affine_p), (true, spacing, affine_t) = masks
     if pred.shape != true.shape:
         raise InputError(f"prediction has shape {pred.shape}, truth has {true.shape}")
-    corners = np.stack(np.meshgrid(*((0, n - 1) for n in (*true.shape, 1)[:3]), [1]), -1).reshape(-1, 4)
+    corners = np.stack(np.meshgrid(*((0, n - 1) for n in (*true.shape, 1)[:3]), [1]), -1).reshape(
+        -1, 4
+    )
     shift = np.abs(corners @ (affine_p - affine_t).T).max()
     if not shift <= 1e-3:
-        raise InputError(f"affines differ by {shift:.3g} mm at a corner of the grid, expected at most 0.001")
+        raise InputError(
+            f"affines differ by {shift:.3g} mm at a corner of the grid, expected at most 0.001"
+        )
     return pred, true, spacing
 
 
 def _mask_files(folder: str) -> dict[str, Path]:
     """Case id -> mask file; the id is the name without extension and without a trailing _0000."""
     if not Path(folder).is_dir():
-        raise InputError(f"{folder} is no folder; expected one with .nii, .nii.gz or .png masks; check the path")
+        raise InputError(
+            f"{folder} is no folder; expected one with .nii, .nii.gz or .png masks; check the path"
+        )
     files: dict[str, Path] = {}
     for file in sorted(Path(folder).iterdir()):
         for end in (".nii.gz", ".nii", ".png"):
@@ -1471,7 +1778,9 @@ def _mask_files(folder: str) -> dict[str, Path]:
                 files[case] = file
                 break
     if not files:
-        raise InputError(f"{folder} has no .nii, .nii.gz or .png files; expected one mask a case; check the path")
+        raise InputError(
+            f"{folder} has no .nii, .nii.gz or .png files; expected one mask a case; check the path"
+        )
     return files
 
 
@@ -1480,7 +1789,9 @@ def _parse_classes(words: list[str]) -> dict[str, list[int]]:
     try:
         pairs = [w.split("=") for word in words for w in word.split(",") if w]
         if twice := {name for name, _ in pairs if [n for n, _ in pairs].count(name) > 1}:
-            raise InputError(f"--classes names {', '.join(sorted(twice))} twice; give one name to each class")
+            raise InputError(
+                f"--classes names {', '.join(sorted(twice))} twice; give one name to each class"
+            )
         return {name: [int(value) for value in values.split("+")] for name, values in pairs}
     except ValueError as error:
         raise InputError(
@@ -1494,7 +1805,10 @@ def _pairs(
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray, tuple[float, ...]]]:
     """(case, labels of both, spacing) of each sound pair; at the end one InputError that names all faulty cases."""
     faults = []
-    folders = {side: next(iter(files.values())).parent for side, files in (("pred", preds), ("true", trues))}
+    folders = {
+        side: next(iter(files.values())).parent
+        for side, files in (("pred", preds), ("true", trues))
+    }
     for case in sorted({*preds, *trues}):
         if case not in preds or case not in trues:
             faults.append(f"{case}: no file in {folders['true' if case in preds else 'pred']}")
@@ -1506,7 +1820,9 @@ def _pairs(
             continue
         yield case, pred, true, spacing
     if faults:
-        raise InputError(f"{len(faults)} faulty cases: {' | '.join(faults)}; correct or remove these files")
+        raise InputError(
+            f"{len(faults)} faulty cases: {' | '.join(faults)}; correct or remove these files"
+        )
 
 
 def _score_instances(preds: Mapping[str, Path], trues: Mapping[str, Path]) -> None:
@@ -1522,7 +1838,9 @@ def _score_instances(preds: Mapping[str, Path], trues: Mapping[str, Path]) -> No
     values = np.array(scores)  # [image, score]
     n = np.count_nonzero(~np.isnan(values[:, 0]))
     spread = np.nanstd(values, axis=0, ddof=1) if n > 1 else np.full(values.shape[1], NAN)
-    means = [f"{m:.4f}" + f"±{sd:.4f}" * int(n > 1) for m, sd in zip(_nanmean(values, axis=0), spread)]
+    means = [
+        f"{m:.4f}" + f"±{sd:.4f}" * int(n > 1) for m, sd in zip(_nanmean(values, axis=0), spread)
+    ]
     table = [["image", "true objects", "found", "Dice", "IoU", "AJI", "object Dice"], *table]
     print(_layout([*table, [f"mean±SD, n = {n}", "", "", *means]]))
 
@@ -1530,8 +1848,12 @@ def _score_instances(preds: Mapping[str, Path], trues: Mapping[str, Path]) -> No
 def _score(args: argparse.Namespace) -> None:
     """Score each pair of masks; all faulty cases are named in one error, before anything is written."""
     if args.tolerance < 0:
-        raise InputError(f"--tolerance is {args.tolerance:g}, expected mm of 0 or more; correct the flag")
-    if args.instances and (args.out or args.classes or args.tolerance != 1 or args.empty_distance != "none"):
+        raise InputError(
+            f"--tolerance is {args.tolerance:g}, expected mm of 0 or more; correct the flag"
+        )
+    if args.instances and (
+        args.out or args.classes or args.tolerance != 1 or args.empty_distance != "none"
+    ):
         raise InputError(
             "--instances prints object scores alone; leave --out, --classes, --tolerance and --empty-distance out"
         )
@@ -1539,30 +1861,48 @@ def _score(args: argparse.Namespace) -> None:
     out = Path(args.out) if args.out else None
     for name in ("metrics.csv", "summary.json"):
         if out and (out / name).exists() and not args.overwrite:
-            raise InputError(f"{out / name} exists; expected an empty folder; choose another --out or add --overwrite")
+            raise InputError(
+                f"{out / name} exists; expected an empty folder; choose another --out or add --overwrite"
+            )
     preds, trues = _mask_files(args.pred), _mask_files(args.true)
     png = {file.suffix == ".png" for file in [*preds.values(), *trues.values()]}
     if len(png) > 1:
-        raise InputError("the folders hold both PNG and NIfTI masks; expected one kind; score them one at a time")
+        raise InputError(
+            "the folders hold both PNG and NIfTI masks; expected one kind; score them one at a time"
+        )
     if args.instances:
         return _score_instances(preds, trues)
     results, grids = {}, {}
     for case, pred, true, spacing in _pairs(preds, trues):
-        found = classes or {str(v): [int(v)] for v in np.union1d(np.unique(pred), np.unique(true)) if v}
-        results[case] = {row["class"]: row for row in evaluate_case(case, pred, true, spacing, found, args.tolerance)}
+        found = classes or {
+            str(v): [int(v)] for v in np.union1d(np.unique(pred), np.unique(true)) if v
+        }
+        results[case] = {
+            row["class"]: row
+            for row in evaluate_case(case, pred, true, spacing, found, args.tolerance)
+        }
         grids[case] = diagonal_mm(true.shape, spacing), spacing
-    classes = classes or {name: [int(name)] for name in sorted({n for rows in results.values() for n in rows}, key=int)}
+    classes = classes or {
+        name: [int(name)]
+        for name in sorted({n for rows in results.values() for n in rows}, key=int)
+    }
     if not classes:
-        raise InputError("all masks are empty; expected label values above 0; check the folders, or give --classes")
+        raise InputError(
+            "all masks are empty; expected label values above 0; check the folders, or give --classes"
+        )
     rows = []
     for case, by_class in results.items():
         spacing = grids[case][1]
-        blank = np.zeros((1,) * len(spacing), dtype=np.uint8)  # a class that this case has on neither side
+        blank = np.zeros(
+            (1,) * len(spacing), dtype=np.uint8
+        )  # a class that this case has on neither side
         rows += [
             by_class.get(name) or evaluate_case(case, blank, blank, spacing, {name: values})[0]
             for name, values in classes.items()
         ]
-    summary = summarise(rows, {c: g[0] for c, g in grids.items()} if args.empty_distance == "diagonal" else None)
+    summary = summarise(
+        rows, {c: g[0] for c, g in grids.items()} if args.empty_distance == "diagonal" else None
+    )
     print(format_summary(summary))
     print(
         "Units: pixels (PNG has no spacing; the mm and ml columns count 1 pixel as 1 mm)."
@@ -1589,32 +1929,91 @@ class _Parser(argparse.ArgumentParser):
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = _Parser(prog="python -m common.metrics", description="Tables, tests and scores of segmentation results.")
+    parser = _Parser(
+        prog="python -m common.metrics",
+        description="Tables, tests and scores of segmentation results.",
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     table = verbs.add_parser("table", help="one row a run: mean±SD per class")
-    table.add_argument("files", nargs="+", metavar="FILE", help="summary.json, metrics.csv or a run folder")
+    table.add_argument(
+        "files", nargs="+", metavar="FILE", help="summary.json, metrics.csv or a run folder"
+    )
     table.add_argument("--markdown", action="store_true", help="write the table as Markdown")
-    table.add_argument("--seeds", action="store_true", help="also mean±SD over runs that differ in their last number")
-    table.add_argument("--plot", default="", metavar="FILE", help="draw the Dice of the classes by size, as PNG")
-    compare = verbs.add_parser("compare", help="paired t-test, Wilcoxon test and bootstrap interval of B - A")
-    compare.add_argument("a", metavar="A", help="metrics.csv or run folder; 'runs/x-?' in quotes: the mean of several")
+    table.add_argument(
+        "--seeds",
+        action="store_true",
+        help="also mean±SD over runs that differ in their last number",
+    )
+    table.add_argument(
+        "--plot", default="", metavar="FILE", help="draw the Dice of the classes by size, as PNG"
+    )
+    compare = verbs.add_parser(
+        "compare", help="paired t-test, Wilcoxon test and bootstrap interval of B - A"
+    )
+    compare.add_argument(
+        "a",
+        metavar="A",
+        help="metrics.csv or run folder; 'runs/x-?' in quotes: the mean of several",
+    )
     compare.add_argument("b", metavar="B", help="likewise")
-    compare.add_argument("--shared", action="store_true", help="pair the cases that both hold, leave the others out")
-    sure = verbs.add_parser("calibration", help="error against entropy, of runs evaluated with --save-maps")
-    sure.add_argument("runs", nargs="+", metavar="RUN", help="run folder; 'runs/x-?' in quotes: their mean probability")
-    sure.add_argument("--data", default="", metavar="NAME", help="prepared data of the truth; default: the run's own")
-    sure.add_argument("--margin", type=float, default=3.0, metavar="MM", help="round the foreground, in mm (default 3)")
-    sure.add_argument("--plot", default="", metavar="FILE", help="draw the share of errors by entropy, as PNG")
+    compare.add_argument(
+        "--shared", action="store_true", help="pair the cases that both hold, leave the others out"
+    )
+    sure = verbs.add_parser(
+        "calibration", help="error against entropy, of runs evaluated with --save-maps"
+    )
+    sure.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="run folder; 'runs/x-?' in quotes: their mean probability",
+    )
+    sure.add_argument(
+        "--data",
+        default="",
+        metavar="NAME",
+        help="prepared data of the truth; default: the run's own",
+    )
+    sure.add_argument(
+        "--margin",
+        type=float,
+        default=3.0,
+        metavar="MM",
+        help="round the foreground, in mm (default 3)",
+    )
+    sure.add_argument(
+        "--plot", default="", metavar="FILE", help="draw the share of errors by entropy, as PNG"
+    )
     sure.add_argument("--markdown", action="store_true", help="write the table as Markdown")
-    few = verbs.add_parser("draws", help="Dice by number of labels, mean±SD and paired differences over draws")
-    few.add_argument("runs", nargs="+", metavar="RUN", help="run folder of finetune, or 'runs/x-?' in quotes")
-    few.add_argument("--against", default="scratch", metavar="METHOD", help="of the differences (default scratch)")
-    few.add_argument("--plot", default="", metavar="FILE", help="draw Dice against labels with all points, as PNG")
-    few.add_argument("--csv", default="", metavar="FILE", help="write the rows of both tables with all digits")
+    few = verbs.add_parser(
+        "draws", help="Dice by number of labels, mean±SD and paired differences over draws"
+    )
+    few.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run folder of finetune, or 'runs/x-?' in quotes"
+    )
+    few.add_argument(
+        "--against",
+        default="scratch",
+        metavar="METHOD",
+        help="of the differences (default scratch)",
+    )
+    few.add_argument(
+        "--plot",
+        default="",
+        metavar="FILE",
+        help="draw Dice against labels with all points, as PNG",
+    )
+    few.add_argument(
+        "--csv", default="", metavar="FILE", help="write the rows of both tables with all digits"
+    )
     few.add_argument("--markdown", action="store_true", help="write the tables as Markdown")
     for verb in (table, compare):
-        verb.add_argument("--metric", nargs="+", choices=SCORES, default=["dice", "hd95_mm"], help="default: both")
-    score = verbs.add_parser("score", help="score two folders of NIfTI or PNG masks, paired by file name")
+        verb.add_argument(
+            "--metric", nargs="+", choices=SCORES, default=["dice", "hd95_mm"], help="default: both"
+        )
+    score = verbs.add_parser(
+        "score", help="score two folders of NIfTI or PNG masks, paired by file name"
+    )
     score.add_argument("--pred", required=True, metavar="DIR", help="predicted masks")
     score.add_argument("--true", required=True, metavar="DIR", help="reference masks")
     score.add_argument(
@@ -1624,9 +2023,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="NAME=VALUE, or NAME=VALUE+VALUE for a union; default: every value but 0 in the files",
     )
     score.add_argument(
-        "--instances", action="store_true", help="values are object ids: print Dice, IoU, AJI and object Dice a file"
+        "--instances",
+        action="store_true",
+        help="values are object ids: print Dice, IoU, AJI and object Dice a file",
     )
-    score.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of NSD, in mm (default 1)")
+    score.add_argument(
+        "--tolerance", type=float, default=1.0, metavar="MM", help="of NSD, in mm (default 1)"
+    )
     score.add_argument(
         "--empty-distance",
         choices=("none", "diagonal"),
@@ -1642,7 +2045,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; 0 done, 2 bad input (one line on stderr), 130 after Ctrl-C."""
     try:
         args = make_parser().parse_args(argv)
-        verbs = {"table": _table, "compare": _compare, "score": _score, "calibration": _calibration, "draws": _draws}
+        verbs = {
+            "table": _table,
+            "compare": _compare,
+            "score": _score,
+            "calibration": _calibration,
+            "draws": _draws,
+        }
         verbs[args.verb](args)
     except (InputError, OSError) as error:
         print(f"metrics: {error}", file=sys.stderr)

@@ -41,7 +41,18 @@ from common.old.loaders import lock_folder
 from common.old.unet import load_public, public_flags
 
 FORMAT = 1  # of checkpoints; raised when an old program could misread a new file
-CHECKPOINT_KEYS = ("format", "script", "config", "model", "ema", "optimizer", "scaler", "step", "best", "data")
+CHECKPOINT_KEYS = (
+    "format",
+    "script",
+    "config",
+    "model",
+    "ema",
+    "optimizer",
+    "scaler",
+    "step",
+    "best",
+    "data",
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes and device
@@ -67,19 +78,26 @@ def start_processes(device: str) -> Ranks:
 
     device: auto | cpu | cuda | cuda:N. Raises InputError for a device that is not there.
     """
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda"):
         n = torch.cuda.device_count()
         index = int(device[5:]) if ":" in device else local
         if index >= n:
-            raise InputError(f"--device {device}: process {rank} needs GPU {index}, {n} found here; use --device cpu")
+            raise InputError(
+                f"--device {device}: process {rank} needs GPU {index}, {n} found here; use --device cpu"
+            )
         device = f"cuda:{index}"
         torch.cuda.set_device(index)
     if world > 1 and not dist.is_initialized():
         # A process waits as long as another one samples; torchrun itself ends all of them when one fails.
-        backend, patience = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timedelta(days=7)
+        backend, patience = (
+            "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
+            timedelta(days=7),
+        )
         dist.init_process_group(backend, timeout=patience)
     return Ranks(rank, world, local, torch.device(device))
 
@@ -132,7 +150,11 @@ def peak_memory_gb(device: torch.device) -> float:
     """Largest memory so far in GB: allocated on the GPU, or resident of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024)
+        / 1e9
+    )
 
 
 def measure(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
@@ -144,7 +166,14 @@ def measure(call: Callable[[], Any], device: torch.device) -> tuple[float, float
     """
 
     def resident(key: str) -> float:
-        return int(next(line for line in status.read_text().splitlines() if line.startswith(key)).split()[1]) * 1024
+        return (
+            int(
+                next(
+                    line for line in status.read_text().splitlines() if line.startswith(key)
+                ).split()[1]
+            )
+            * 1024
+        )
 
     status, gpu, before = Path("/proc/self/status"), device.type == "cuda", math.nan
     if gpu:
@@ -153,7 +182,9 @@ def measure(call: Callable[[], Any], device: torch.device) -> tuple[float, float
         before = torch.cuda.memory_allocated(device)
     elif sys.platform == "linux":
         try:
-            ctypes.CDLL(None).malloc_trim(0)  # else the call gets memory that earlier ones have freed, and looks frugal
+            ctypes.CDLL(None).malloc_trim(
+                0
+            )  # else the call gets memory that earlier ones have freed, and looks frugal
             Path("/proc/self/clear_refs").write_text("5")
             before = resident("VmRSS")
         except (OSError, AttributeError):  # not allowed everywhere; a C library other than glibc
@@ -163,7 +194,13 @@ def measure(call: Callable[[], Any], device: torch.device) -> tuple[float, float
     if gpu:
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - begin
-    peak = torch.cuda.max_memory_allocated(device) if gpu else 0.0 if math.isnan(before) else resident("VmHWM")
+    peak = (
+        torch.cuda.max_memory_allocated(device)
+        if gpu
+        else 0.0
+        if math.isnan(before)
+        else resident("VmHWM")
+    )
     del result
     return seconds, (peak - before) / 1e9
 
@@ -194,7 +231,9 @@ def free_in_container(group: Path) -> float:
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether an allocation failed; that of a tensor on the CPU is a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    return isinstance(
+        error, torch.OutOfMemoryError | MemoryError
+    ) or "can't allocate memory" in str(error)
 
 
 def kept_for_backward_gb(forward: Callable[[], Any]) -> float:
@@ -217,11 +256,18 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
-def noise(seed: int, name: str, ns: Sequence[int | str], shape: Sequence[int], device: torch.device) -> torch.Tensor:
+def noise(
+    seed: int, name: str, ns: Sequence[int | str], shape: Sequence[int], device: torch.device
+) -> torch.Tensor:
     """Standard normal [B, *shape] on the device; each n has its own generator: equal on one process and on four."""
     generator = torch.Generator(device)
     return torch.stack(
-        [torch.randn(*shape, device=device, generator=generator.manual_seed(seed_of(seed, name, n))) for n in ns]
+        [
+            torch.randn(
+                *shape, device=device, generator=generator.manual_seed(seed_of(seed, name, n))
+            )
+            for n in ns
+        ]
     )
 
 
@@ -272,14 +318,18 @@ def ignore_signals(worker: int) -> None:
     """For processes that load data: a signal to the whole group must not end them before the training has saved."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    for handle in _held.values():  # else these processes would hold the folder for a moment longer than the training
+    for handle in (
+        _held.values()
+    ):  # else these processes would hold the folder for a moment longer than the training
         os.close(handle)
 
 
 def end_loading_processes() -> None:
     """Kill those that an error has left: they ignore the SIGTERM by which Python ends its children before it waits."""
     if children := multiprocessing.active_children():
-        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where torch would raise for each of them
+        before = signal.signal(
+            signal.SIGCHLD, signal.SIG_DFL
+        )  # where torch would raise for each of them
         for child in children:
             child.kill()
             child.join()
@@ -314,15 +364,25 @@ def run_main(name: str, main: Callable[[Sequence[str]], int], argv: Sequence[str
             time.sleep(15)
         if isinstance(error, OSError) and error.errno is not None:
             where = f"{error.filename}: " if error.filename is not None else ""
-            error = InputError(f"{where}{error.strerror}; check the path, its permissions and the free space")
+            error = InputError(
+                f"{where}{error.strerror}; check the path, its permissions and the free space"
+            )
         if lacks_memory(error):
             remedy = "lower --batch or --num-channels, split the batch by --accumulate, or use --recompute"
             error = InputError(f"out of memory ({_first_line(error)}); {remedy}")
-        if "DataLoader worker (pid" in str(error):  # killed, mostly for lack of memory or of room in /dev/shm
+        if "DataLoader worker (pid" in str(
+            error
+        ):  # killed, mostly for lack of memory or of room in /dev/shm
             remedy = "give fewer --workers, or more (shared) memory; the same command continues"
-            error = InputError(f"a process that loads data has ended ({_first_line(error)}); {remedy}")
-        if world > 1 and ("Connection closed by peer" in str(error) or "Connection reset by peer" in str(error)):
-            error = InputError("another of the processes has ended, see its message; the same command continues")
+            error = InputError(
+                f"a process that loads data has ended ({_first_line(error)}); {remedy}"
+            )
+        if world > 1 and (
+            "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error)
+        ):
+            error = InputError(
+                "another of the processes has ended, see its message; the same command continues"
+            )
         if not isinstance(error, InputError):
             raise
         line = (
@@ -357,7 +417,9 @@ def write_atomic(path: Path, write: Callable[[Any], None], previous: Path | None
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
-        kept = "the file that was there is untouched" if path.exists() else "nothing was there before"
+        kept = (
+            "the file that was there is untouched" if path.exists() else "nothing was there before"
+        )
         raise InputError(
             f"{path} cannot be written ({_first_line(error)}); {kept}; free space, then run again"
         ) from error
@@ -400,7 +462,9 @@ def read_csv(path: Path) -> list[dict[str, str]]:
             raise InputError(f"{path} is no table ({error}); mend it or move it away") from error
     for number, row in enumerate(rows, 2):
         if None in row or None in row.values():
-            raise InputError(f"{path}, line {number}: not as many cells as the first line has; mend it or move it away")
+            raise InputError(
+                f"{path}, line {number}: not as many cells as the first line has; mend it or move it away"
+            )
     return rows
 
 
@@ -411,7 +475,9 @@ class DamagedError(InputError):
 def load_tensors(path: Path) -> Any:
     """`torch.load` that runs no code (weights_only) and names what is wrong with a file (InputError)."""
     if not path.is_file():
-        raise InputError(f"checkpoint {path} does not exist; train first, or name another with --checkpoint or --init")
+        raise InputError(
+            f"checkpoint {path} does not exist; train first, or name another with --checkpoint or --init"
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -422,7 +488,9 @@ def load_tensors(path: Path) -> Any:
     except (
         RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, struct.error,
     ) as error:  # fmt: skip
-        raise DamagedError(f"{path} is damaged or not a checkpoint ({_first_line(error)}); use another file") from error
+        raise DamagedError(
+            f"{path} is damaged or not a checkpoint ({_first_line(error)}); use another file"
+        ) from error
 
 
 def load_checkpoint(path: Path, script: str) -> dict[str, Any]:
@@ -433,17 +501,30 @@ def load_checkpoint(path: Path, script: str) -> dict[str, Any]:
             bad = parts.testzip()  # torch.load does not look at the checksums
     except zipfile.BadZipFile:  # in the older format
         bad = None
-    except (NotImplementedError, RuntimeError, zlib.error, EOFError, struct.error, ValueError) as error:
+    except (
+        NotImplementedError,
+        RuntimeError,
+        zlib.error,
+        EOFError,
+        struct.error,
+        ValueError,
+    ) as error:
         bad = _first_line(error)
     if bad:
         raise DamagedError(f"{path} is damaged ({bad} does not fit its checksum); use another file")
     if not isinstance(state, dict) or "format" not in state:
-        raise InputError(f"{path} is not a checkpoint of this program (no `format`); public weights go to --init")
+        raise InputError(
+            f"{path} is not a checkpoint of this program (no `format`); public weights go to --init"
+        )
     if not isinstance(state["format"], int) or state["format"] > FORMAT:
-        raise InputError(f"{path} has format {state['format']}, this program reads up to {FORMAT}; use a newer version")
+        raise InputError(
+            f"{path} has format {state['format']}, this program reads up to {FORMAT}; use a newer version"
+        )
     missing = [k for k in CHECKPOINT_KEYS if k not in state]
     if missing:
-        raise DamagedError(f"{path} lacks {', '.join(missing)}; it was not written to its end; use another file")
+        raise DamagedError(
+            f"{path} lacks {', '.join(missing)}; it was not written to its end; use another file"
+        )
     if state["script"] != script:
         raise InputError(
             f"{path} belongs to {state['script']}.py, this is {script}.py; run that script, or choose another"
@@ -468,14 +549,21 @@ def network_flags(path: Path, script: str) -> dict[str, Any]:
     state = load_tensors(path)
     if isinstance(state, dict) and "format" in state:
         config = load_checkpoint(path, script)["config"]
-        return {k: config[k] for k in ("num_channels", "channel_mult", "num_res_blocks", "num_groups", "skips")}
+        return {
+            k: config[k]
+            for k in ("num_channels", "channel_mult", "num_res_blocks", "num_groups", "skips")
+        }
     try:
         return public_flags(state)
     except (KeyError, IndexError, AttributeError) as error:
-        raise InputError(f"--init {path} has no {error}, so it is no U-Net of this kind; use another file") from error
+        raise InputError(
+            f"--init {path} has no {error}, so it is no U-Net of this kind; use another file"
+        ) from error
 
 
-def checkpoint_file(given: str, folder: Path, names: Sequence[str] = ("best.pt", "last.pt")) -> Path:
+def checkpoint_file(
+    given: str, folder: Path, names: Sequence[str] = ("best.pt", "last.pt")
+) -> Path:
     """The file that --checkpoint names; of a run folder, its own or the run's, the first of `names` that is there."""
     path = Path(given) if given else folder
     if given and not path.is_dir():
@@ -493,14 +581,21 @@ def scores_folder(config: Any, checkpoint: Path, script: str) -> Path:
         return config.run_folder
     trained = load_checkpoint(checkpoint, script)["config"]["data"]
     name = (
-        f"{Path(config.data).name}-" * (config.data != trained) + config.split + f"-{config.limit}" * (config.limit > 0)
+        f"{Path(config.data).name}-" * (config.data != trained)
+        + config.split
+        + f"-{config.limit}" * (config.limit > 0)
     )
     name += "-last" * (checkpoint.name == "last.pt" and checkpoint.with_name("best.pt").exists())
     return config.run_folder / name if name != "test" else config.run_folder
 
 
 def trained_config(
-    config: Any, given: Mapping[str, Any], path: Path, script: str, use: Iterable[str], once: Iterable[str]
+    config: Any,
+    given: Mapping[str, Any],
+    path: Path,
+    script: str,
+    use: Iterable[str],
+    once: Iterable[str],
 ) -> Any:
     """For verbs that use a trained network: the settings of its training, changed by the given flags.
 
@@ -508,11 +603,17 @@ def trained_config(
     Results go beside the checkpoint unless --out is given.
     """
     saved = load_checkpoint(path, script)["config"]
-    fixed = [f"--{k.replace('_', '-')} {saved.get(k)}" for k in given if k not in use and given[k] != saved.get(k)]
+    fixed = [
+        f"--{k.replace('_', '-')} {saved.get(k)}"
+        for k in given
+        if k not in use and given[k] != saved.get(k)
+    ]
     if fixed:
         raise InputError(f"{path} was trained with {', '.join(fixed)}; leave these flags out")
     fields = {field.name for field in dataclasses.fields(config)} - set(once)
-    return type(config)(**{**{k: v for k, v in saved.items() if k in fields}, "out": str(path.parent), **given})
+    return type(config)(
+        **{**{k: v for k, v in saved.items() if k in fields}, "out": str(path.parent), **given}
+    )
 
 
 def load_newest(out: Path, script: str, ranks: Ranks | None = None) -> dict[str, Any] | None:
@@ -525,20 +626,28 @@ def load_newest(out: Path, script: str, ranks: Ranks | None = None) -> dict[str,
         return load_checkpoint(previous, script)
     try:
         return load_checkpoint(last, script)
-    except DamagedError as error:  # of a newer program or another script: it is no accident, and is refused
+    except (
+        DamagedError
+    ) as error:  # of a newer program or another script: it is no accident, and is refused
         if not previous.exists():
             raise
         say(f"note: {error}. Continuing from {previous.name}.", ranks)
         return load_checkpoint(previous, script)
 
 
-def check_same_config(old: Mapping[str, Any], new: Mapping[str, Any], may_differ: Iterable[str], out: Path) -> None:
+def check_same_config(
+    old: Mapping[str, Any], new: Mapping[str, Any], may_differ: Iterable[str], out: Path
+) -> None:
     """Refuse to continue a run with other settings; InputError lists each differing flag with both values."""
     allowed = set(may_differ)
     keys = [k for k in {**old, **new} if k not in allowed and old.get(k) != new.get(k)]
     if keys:
-        rows = ", ".join(f"--{k.replace('_', '-')} was {old.get(k)} and is {new.get(k)}" for k in keys)
-        raise InputError(f"{out} holds a run with other settings ({rows}); use them, another --out, or --overwrite")
+        rows = ", ".join(
+            f"--{k.replace('_', '-')} was {old.get(k)} and is {new.get(k)}" for k in keys
+        )
+        raise InputError(
+            f"{out} holds a run with other settings ({rows}); use them, another --out, or --overwrite"
+        )
 
 
 def find_run(
@@ -601,7 +710,9 @@ def make_run(out: Path, config: Mapping[str, Any], overwrite: bool, ranks: Ranks
     """
     if ranks.first:
         if Path.cwd().resolve().is_relative_to(out.resolve()):
-            raise InputError(f"--out {out} is the folder you are in, or above it; name one of its own for the run")
+            raise InputError(
+                f"--out {out} is the folder you are in, or above it; name one of its own for the run"
+            )
         if overwrite and out.is_symlink():
             raise InputError(
                 f"--out {out} is a link, which --overwrite leaves alone; name the folder itself, or another"
@@ -609,7 +720,9 @@ def make_run(out: Path, config: Mapping[str, Any], overwrite: bool, ranks: Ranks
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"--out {out} cannot be made ({error.strerror}); choose another") from error
+            raise InputError(
+                f"--out {out} cannot be made ({error.strerror}); choose another"
+            ) from error
         hold(out)
         if overwrite:
             _throw_away(out)
@@ -622,15 +735,21 @@ def _throw_away(out: Path) -> None:
     """Remove the run in `out` with the runs and scores below it; InputError where there is none, or one is in use."""
     names = {f.name for f in out.iterdir()} - {"profile.csv"}
     if any(name[0] != "." for name in names) and not names & RUN_FILES:
-        raise InputError(f"{out} holds files but no run (no config.json) and is left alone; choose another --out")
+        raise InputError(
+            f"{out} holds files but no run (no config.json) and is left alone; choose another --out"
+        )
     for file in out.glob("*/**/config.json"):
         if file.parent.resolve() in _held:
             continue
         handle = lock_folder(file.parent)
         if handle is None:
-            raise InputError(f"another run is writing to {file.parent}; wait for it before --overwrite")
+            raise InputError(
+                f"another run is writing to {file.parent}; wait for it before --overwrite"
+            )
         os.close(handle)
-    for file in sorted(out.iterdir(), key=lambda f: f.name == "config.json"):  # last: a stopped removal can be repeated
+    for file in sorted(
+        out.iterdir(), key=lambda f: f.name == "config.json"
+    ):  # last: a stopped removal can be repeated
         if file.is_dir() and not file.is_symlink():
             if file.name in RUN_FOLDERS or {f.name for f in file.iterdir()} & RUN_FILES:
                 shutil.rmtree(file)
@@ -706,7 +825,11 @@ class LossByTime:
     def add(self, t: torch.Tensor, losses: torch.Tensor) -> None:
         """t: [B] in 1..steps, losses: [B]."""
         good = losses.isfinite()
-        self.sums.index_add_(1, (t - 1) * 4 // self.steps, torch.stack([losses.where(good, 0), good.to(losses.dtype)]))
+        self.sums.index_add_(
+            1,
+            (t - 1) * 4 // self.steps,
+            torch.stack([losses.where(good, 0), good.to(losses.dtype)]),
+        )
 
     def row(self, ranks: Ranks) -> dict[str, float]:
         """`loss` and `loss_q1` .. `loss_q4` over all processes; starts again from nothing."""
@@ -752,7 +875,11 @@ def make_parser(config: type, verbs: Sequence[str], description: str) -> argpars
     int, float, str, Path-like str, Literal (choices), bool (--flag / --no-flag), tuple[int, ...] (1,2,4) and
     tuple[str, ...] (several words). Flags that are not given are absent from the result, so presets can fill in.
     """
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "verb",
         nargs="?",
@@ -800,7 +927,9 @@ def parse_flags(
     for word in (w.split("=")[0] for w in argv if w.startswith("--")):
         if word not in known:  # said here, since argparse would blame the value that follows
             close = difflib.get_close_matches(word, known, 1)
-            raise InputError(f"unknown flag {word}; " + (f"did you mean {close[0]}?" if close else "see --help"))
+            raise InputError(
+                f"unknown flag {word}; " + (f"did you mean {close[0]}?" if close else "see --help")
+            )
     given = vars(parser.parse_args(list(argv)))
     verb = given.pop("verb")
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
@@ -822,7 +951,11 @@ def shared_batch(config: Any, given: Mapping[str, Any], ranks: Ranks, folder: Pa
     continued.
     """
     share = ranks.world * config.accumulate
-    if "batch" not in given and not config.overwrite and (begun := _begun_batch(folder)) > config.batch:
+    if (
+        "batch" not in given
+        and not config.overwrite
+        and (begun := _begun_batch(folder)) > config.batch
+    ):
         config = dataclasses.replace(config, batch=begun)
     if config.batch % share == 0:
         return config
@@ -832,7 +965,10 @@ def shared_batch(config: Any, given: Mapping[str, Any], ranks: Ranks, folder: Pa
             f"--batch {config.batch} cannot be shared by {ranks.world} processes x --accumulate {config.accumulate}; "
             f"use a multiple of {share}, for example {batch}"
         )
-    say(f"note: the preset's batch of {config.batch} becomes {batch}, so that all processes have work (--batch)", ranks)
+    say(
+        f"note: the preset's batch of {config.batch} becomes {batch}, so that all processes have work (--batch)",
+        ranks,
+    )
     return dataclasses.replace(config, batch=batch)
 
 
@@ -845,7 +981,9 @@ def _begun_batch(folder: Path) -> int:
         return 0
 
 
-def check_range(config: Any, name: str, low: float, high: float = math.inf, open_low: bool = False) -> None:
+def check_range(
+    config: Any, name: str, low: float, high: float = math.inf, open_low: bool = False
+) -> None:
     """InputError unless low <= value < inf (low < value with open_low) and value <= high; NaN is refused."""
     value = getattr(config, name)
     values = value if isinstance(value, tuple) else (value,)
@@ -853,4 +991,6 @@ def check_range(config: Any, name: str, low: float, high: float = math.inf, open
         bounds = f"a number {'above' if open_low else 'from'} {low:g}" + (
             "" if high == math.inf else f" up to {high:g}"
         )
-        raise InputError(f"--{name.replace('_', '-')} is {value}, expected {bounds}; correct the flag")
+        raise InputError(
+            f"--{name.replace('_', '-')} is {value}, expected {bounds}; correct the flag"
+        )

@@ -49,7 +49,9 @@ def fast_layout(model: Any, compiled: bool = False) -> Any:
     sample = next(p for p in model.parameters() if p.ndim > 3)
     if sample.device.type != "cpu" or compiled:
         return model
-    return model.to(memory_format=torch.channels_last_3d if sample.ndim == 5 else torch.channels_last)
+    return model.to(
+        memory_format=torch.channels_last_3d if sample.ndim == 5 else torch.channels_last
+    )
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000) -> Tensor:
@@ -59,7 +61,9 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000) -> Tensor
     odd `dim` ends with one zero column. Source: Ho et al. 2020 in the public codes' order (cosines first).
     """
     half = dim // 2
-    freq = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)  # [half]
+    freq = torch.exp(
+        -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    )  # [half]
     angle = t.float()[:, None] * freq[None]  # [B, half]
     return F.pad(torch.cat([angle.cos(), angle.sin()], dim=1), (0, dim % 2))  # [B, dim]
 
@@ -77,7 +81,9 @@ class _GroupNorm(torch.autograd.Function):
         # The CPU kernel takes a 16-bit input with fp32 parameters and sums in fp32, the CUDA kernel does not.
         wide = x.float() if x.is_cuda and x.dtype != torch.float64 else x
         n, c, size = x.shape[0], x.shape[1], x[0, 0].numel()
-        y, mean, rstd = torch.ops.aten.native_group_norm(wide, weight, bias, n, c, size, groups, eps)
+        y, mean, rstd = torch.ops.aten.native_group_norm(
+            wide, weight, bias, n, c, size, groups, eps
+        )
         ctx.save_for_backward(x, weight, mean, rstd)  # mean, rstd: [B, groups]
         ctx.groups = groups
         return y.to(x.dtype)
@@ -161,14 +167,21 @@ class ResBlock(nn.Module):
         self.scale_shift = scale_shift
         self.in_layers = nn.Sequential(GroupNorm(groups, c_in), nn.SiLU(), conv(dims, c_in, c_out))
         if emb_channels is not None:
-            self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, c_out * (2 if scale_shift else 1)))
+            self.emb_layers = nn.Sequential(
+                nn.SiLU(), nn.Linear(emb_channels, c_out * (2 if scale_shift else 1))
+            )
         self.out_layers = nn.Sequential(
-            GroupNorm(groups, c_out), nn.SiLU(), nn.Dropout(dropout), zero_module(conv(dims, c_out, c_out))
+            GroupNorm(groups, c_out),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero_module(conv(dims, c_out, c_out)),
         )
         self.skip_connection = nn.Identity() if c_in == c_out else conv(dims, c_in, c_out, kernel=1)
         self.resample: nn.Module | None = None
         if resample is not None:
-            self.resample = (Upsample if resample == "up" else Downsample)(dims, c_in, use_conv=False)
+            self.resample = (Upsample if resample == "up" else Downsample)(
+                dims, c_in, use_conv=False
+            )
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         """x: [B, c_in, *S], emb: [B, emb_channels] or None; returns [B, c_out, *S'] (S' = S, 2S or S/2)."""
@@ -249,9 +262,13 @@ def up(x: Tensor, size: Sequence[int]) -> Tensor:
 def pixels_of(x: Tensor, where: Tensor, size: Sequence[int]) -> Tensor:
     """The rows of up(x, size) at pixels `where` [P, 2] (row, column), without enlarging: [1, c, h, w] -> [P, c]."""
     rows, columns = where[:, 0], where[:, 1]
-    at = torch.stack([(2 * columns + 1) / size[1] - 1, (2 * rows + 1) / size[0] - 1], dim=1)  # [P, 2], x first
+    at = torch.stack(
+        [(2 * columns + 1) / size[1] - 1, (2 * rows + 1) / size[0] - 1], dim=1
+    )  # [P, 2], x first
     # border, not zeros: centres of the outermost pixels lie outside those of the native map
-    found = F.grid_sample(x, at.to(x)[None, None], mode="bilinear", padding_mode="border", align_corners=False)
+    found = F.grid_sample(
+        x, at.to(x)[None, None], mode="bilinear", padding_mode="border", align_corners=False
+    )
     return found[0, :, 0].T
 
 
@@ -269,28 +286,40 @@ class PixelClassifier(nn.Module):
         self.widths = list(widths)
         self.first = nn.Linear(sum(widths), a)
         norm = nn.BatchNorm1d if batch_norm else nn.Identity
-        self.rest = nn.Sequential(nn.ReLU(), norm(a), nn.Linear(a, b), nn.ReLU(), norm(b), nn.Linear(b, classes))
+        self.rest = nn.Sequential(
+            nn.ReLU(), norm(a), nn.Linear(a, b), nn.ReLU(), norm(b), nn.Linear(b, classes)
+        )
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.normal_(m.weight, std=0.02 if batch_norm else math.sqrt(2 / m.in_features))
                 nn.init.zeros_(m.bias)
 
-    def enlarge(self, maps: Sequence[Tensor], by: Tensor, size: Sequence[int], where: Tensor | None = None) -> Tensor:
+    def enlarge(
+        self, maps: Sequence[Tensor], by: Tensor, size: Sequence[int], where: Tensor | None = None
+    ) -> Tensor:
         """W up(f) / by + b for all pixels of a window [H W, a], or for those in `where` [P, 2]: [P, a].
 
         maps: [1, c, h, w] each. The layer works on the native maps, and only its few channels are enlarged.
         """
         sums: dict[tuple[int, ...], Tensor] = {}  # maps of one size are enlarged once, as their sum
         for f, weight in zip(maps, self.first.weight.split(self.widths, dim=1)):
-            f = f.contiguous(memory_format=torch.channels_last)  # then rows of pixels need no copy below
+            f = f.contiguous(
+                memory_format=torch.channels_last
+            )  # then rows of pixels need no copy below
             small = F.conv2d(f, (weight / by)[..., None, None])  # [1, a, h, w]
-            sums[small.shape[2:]] = sums[small.shape[2:]] + small if small.shape[2:] in sums else small
+            sums[small.shape[2:]] = (
+                sums[small.shape[2:]] + small if small.shape[2:] in sums else small
+            )
         if where is not None:
-            return self.first.bias + sum(pixels_of(small, where, size) for small in sums.values())  # [P, a]
+            return self.first.bias + sum(
+                pixels_of(small, where, size) for small in sums.values()
+            )  # [P, a]
         total: Any = sum(up(small, size) for small in sums.values())  # [1, a, H, W]
         return total.permute(0, 2, 3, 1).flatten(0, 2) + self.first.bias  # [H W, a]
 
-    def forward(self, maps: Sequence[Tensor], by: Tensor, size: Sequence[int], where: Tensor | None = None) -> Tensor:
+    def forward(
+        self, maps: Sequence[Tensor], by: Tensor, size: Sequence[int], where: Tensor | None = None
+    ) -> Tensor:
         return self.rest(self.enlarge(maps, by, size, where))  # [P, classes]
 
 
@@ -326,12 +355,18 @@ class FeatureStore:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             total = sum(m.numel() for m in maps) * self.count
             self.values = np.lib.format.open_memmap(self.file, "w+", np.float16, (total,))
-            if hasattr(os, "posix_fallocate"):  # a map that outgrows the disk would end the process without a word
+            if hasattr(
+                os, "posix_fallocate"
+            ):  # a map that outgrows the disk would end the process without a word
                 with open(self.file, "r+b") as f:
                     try:
                         os.posix_fallocate(f.fileno(), 0, self.file.stat().st_size)
                     except OSError as error:
-                        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # else it cannot be told here
+                        if error.errno in (
+                            errno.ENOSPC,
+                            errno.EDQUOT,
+                            errno.EFBIG,
+                        ):  # else it cannot be told here
                             raise OSError(error.errno, error.strerror, str(self.file)) from error
         at = len(self.divisors) * sum(m.numel() for m in maps)
         for m in maps:
@@ -351,7 +386,9 @@ class FeatureStore:
         rows, columns = np.divmod(inside, self.size[1])
         parts = []
         for k, (c, h, w) in enumerate(self.shapes):
-            y, x = ((v + 0.5) * n / full - 0.5 for v, n, full in zip((rows, columns), (h, w), self.size))
+            y, x = (
+                (v + 0.5) * n / full - 0.5 for v, n, full in zip((rows, columns), (h, w), self.size)
+            )
             y, x = np.clip(y, 0, h - 1), np.clip(x, 0, w - 1)
             y0, x0 = np.floor(y).astype(int), np.floor(x).astype(int)
             fy, fx = (y - y0).astype(np.float32)[:, None], (x - x0).astype(np.float32)[:, None]
@@ -374,7 +411,9 @@ class FeatureStore:
 # of its terms, the cheapest skip is computed twice, and with slabs the input of a convolution never exists as a whole.
 
 
-def _slabs(make: Callable[[int, int], Tensor], size: int, slab: int, layer: Any, into: Tensor | None = None) -> Tensor:
+def _slabs(
+    make: Callable[[int, int], Tensor], size: int, slab: int, layer: Any, into: Tensor | None = None
+) -> Tensor:
     """A 3^3 convolution of stride 1, `slab` slices of its output at a time: a new tensor, or added to `into`.
 
     make(a, b): slices a..b-1 along X of the convolution's input, [B, C, b - a, Y, Z]. size: of its X axis.
@@ -415,7 +454,9 @@ def _norm_silu(norm: Any, x: Tensor, film: Sequence[Tensor]) -> Callable[[int, i
     centre = means.mean((0, 3), keepdim=True)  # [1, B, groups, 1]
     var = (variances + (means - centre) ** 2).mean((0, 3), keepdim=True)
     centre, var = (v.expand_as(means[:1]).flatten().to(wide) for v in (centre, var))  # [B C]
-    weight, bias = (p.to(wide).repeat(b, 1)[..., None, None, None] for p in (norm.weight, norm.bias))  # [B, C, 1, 1, 1]
+    weight, bias = (
+        p.to(wide).repeat(b, 1)[..., None, None, None] for p in (norm.weight, norm.bias)
+    )  # [B, C, 1, 1, 1]
     if film:
         weight, bias = weight * (1 + film[0]), bias * (1 + film[0]) + film[1]
 
@@ -429,7 +470,12 @@ def _norm_silu(norm: Any, x: Tensor, film: Sequence[Tensor]) -> Callable[[int, i
 
 
 def _norm_silu_conv(
-    norm: Any, layer: Any, x: list[Tensor], slab: int, film: Sequence[Tensor] = (), into: Tensor | None = None
+    norm: Any,
+    layer: Any,
+    x: list[Tensor],
+    slab: int,
+    film: Sequence[Tensor] = (),
+    into: Tensor | None = None,
 ) -> Tensor:
     """layer(SiLU(norm(x) (1 + film[0]) + film[1])), added to `into` if given. The list x may be emptied."""
     if 0 < slab < x[0].shape[2]:
@@ -455,7 +501,9 @@ def _lean_block(block: Any, x: list[Tensor], emb: Tensor, slab: int, own: bool) 
                 hidden[0].add_(e)
             short = layer.skip_connection(h)
             h = h.clone() if short is h and not own else short
-            h = _norm_silu_conv(layer.out_layers[0], layer.out_layers[3], hidden, slab, film, into=h)
+            h = _norm_silu_conv(
+                layer.out_layers[0], layer.out_layers[3], hidden, slab, film, into=h
+            )
             del short, hidden
         elif not isinstance(layer, Upsample) or layer.conv is None:
             h = layer(h)
@@ -486,14 +534,21 @@ def lean_forward(model: Any, x: list[Tensor], t: Tensor, slab: int = 0) -> Tenso
     bits, since its norm works on an fp32 copy.
     """
     if slab and x[0].ndim != 5:
-        raise ValueError(f"slab={slab} meets an input of shape {tuple(x[0].shape)}; slabs are for 3D, use slab=0")
+        raise ValueError(
+            f"slab={slab} meets an input of shape {tuple(x[0].shape)}; slabs are for 3D, use slab=0"
+        )
     if any(isinstance(m, ResBlock) and m.resample is not None for m in model.modules()):
         return model(x.pop(), t)
     device, (first, *encoder) = x[0].device, model.input_blocks
     emb = model.time_embed(timestep_embedding(t, model.width))  # [B, 4C]
-    h, skips = [first(x[0])], []  # a list of one, since a variable of each caller would keep its tensor alive
+    h, skips = (
+        [first(x[0])],
+        [],
+    )  # a list of one, since a variable of each caller would keep its tensor alive
     for i, block in enumerate(encoder):
-        _lean_block(block, h, emb, slab, own=i == 0)  # the input of every other block is a skip that is kept
+        _lean_block(
+            block, h, emb, slab, own=i == 0
+        )  # the input of every other block is a skip that is kept
         skips.append(h[0])
     _lean_block(model.middle_block, h, emb, slab, own=False)
     for block in model.output_blocks:
@@ -511,7 +566,10 @@ def lean_forward(model: Any, x: list[Tensor], t: Tensor, slab: int = 0) -> Tenso
 
 # Which flags decide the shape of a tensor, by a part of its name; the first match counts.
 _FLAGS = (
-    ("input_blocks.0.0.", "--num-channels and the inputs (image channels of the data, --coords, number of classes)"),
+    (
+        "input_blocks.0.0.",
+        "--num-channels and the inputs (image channels of the data, --coords, number of classes)",
+    ),
     ("out.2.", "--num-channels and the outputs (number of classes, --task)"),
     ("time_embed.", "--num-channels"),
     ("qkv", "--attention-resolutions, --num-head-channels"),
@@ -553,7 +611,10 @@ def public_flags(state: Mapping[str, Tensor]) -> dict[str, Any]:
     c = state["input_blocks.0.0.weight"].shape[0]
     mult: list[int] = []
     blocks, k = 0, 1
-    while f"input_blocks.{k}.0.in_layers.2.weight" in state or f"input_blocks.{k}.0.op.weight" in state:
+    while (
+        f"input_blocks.{k}.0.in_layers.2.weight" in state
+        or f"input_blocks.{k}.0.op.weight" in state
+    ):
         if f"input_blocks.{k}.0.op.weight" not in state:
             width = state[f"input_blocks.{k}.0.in_layers.2.weight"].shape[0]
             first = k == 1 or f"input_blocks.{k - 1}.0.op.weight" in state
@@ -561,4 +622,10 @@ def public_flags(state: Mapping[str, Tensor]) -> dict[str, Any]:
         k += 1
     average = state["output_blocks.0.0.in_layers.0.weight"].shape[0] == mult[-1] * c
     skips = "average" if average else "concat"
-    return {"num_channels": c, "channel_mult": tuple(mult), "num_res_blocks": blocks, "num_groups": c, "skips": skips}
+    return {
+        "num_channels": c,
+        "channel_mult": tuple(mult),
+        "num_res_blocks": blocks,
+        "num_groups": c,
+        "skips": skips,
+    }
