@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
-from common.old import runtime  # noqa: E402  (found by the line above)
+from common import runtime  # noqa: E402  (found by the line above)
 from data_prep import msd  # noqa: E402
 
 
@@ -136,12 +136,15 @@ class CommandLine:
         )
         assert done.returncode == 2 and "last.pt cannot be written" in done.stderr, done.stderr
 
+    def state_of(self, out: Path, name: str = "last.pt") -> dict:
+        return torch.load(out / name, weights_only=True)
+
     def step_of(self, out: Path) -> int:
-        return runtime.load_checkpoint(out / "last.pt", self.name)["step"]
+        return self.state_of(out)["step"]
 
     def weights(self, out: Path) -> dict[str, torch.Tensor]:
-        """Weights, averaged weights and Adam's moments of last.pt."""
-        state = runtime.load_checkpoint(out / "last.pt", self.name)
+        """Return weights, averaged weights and Adam's moments of last.pt."""
+        state = self.state_of(out)
         tensors = {f"{part}.{k}": v for part in ("model", "ema") for k, v in state[part].items()}
         for i, moments in state["optimizer"]["state"].items():
             tensors |= {f"adam.{i}.{k}": v for k, v in moments.items()}
