@@ -73,7 +73,7 @@ Usage
     python ddpm_pretrain_finetune.py score --data flare22
     python ddpm_pretrain_finetune.py evaluate --checkpoint RUN/finetune-4-decoder-joint-draw0/last.pt --split train
     python ddpm_pretrain_finetune.py predict --checkpoint FILE --image ct.nii.gz --output mask.nii.gz
-    python -m common.metrics draws runs/ddpm_pretrain_finetune-flare22-paper/finetune-*
+    python -m results.draws runs/ddpm_pretrain_finetune-flare22-paper/finetune-*
 
 Expect
     The bare run takes four and a half minutes on two cores of a server CPU, two of them pre-training (600 steps), and

@@ -1,7 +1,9 @@
 """What the four scripts share. It teaches nothing about a paper and calls no script back."""
 
 import contextlib
+import importlib.metadata
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -14,6 +16,18 @@ class InputError(Exception):
 
     The scripts print it without a traceback and leave with exit code 2.
     """
+
+
+def version() -> dict[str, str]:
+    """Return the versions of this package and of torch, and the commit where git knows one."""
+    root = Path(__file__).parents[1]
+    commit = ""
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=5)
+            commit = answer.stdout.strip()
+    return {"version": __version__, "commit": commit, "torch": importlib.metadata.version("torch")}
 
 
 def atomic_write(
@@ -41,12 +55,13 @@ def atomic_write(
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         reason = str(error).strip().partition("\n")[0]
         raise InputError(
-            f"{path} cannot be written ({reason}); free space or choose another place, then run again"
+            f"{path} cannot be written ({reason}); nothing there was changed; "
+            "free space or choose another place, then run again"
         ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-    # The rename itself is lost in a power cut unless the folder is written, too. Windows has no such call.
+    # A power cut undoes the rename unless the folder is written, too. Windows has no such call.
     with contextlib.suppress(OSError, AttributeError):
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:

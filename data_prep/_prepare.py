@@ -10,6 +10,7 @@ Volumes may also become square slices, see the section on them.
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import math
 import multiprocessing
@@ -25,38 +26,38 @@ import traceback
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
-from common import InputError
-from common.old.loaders import (
+from common import InputError, atomic_write
+from common.loaders import (
     FORMAT,
     FOV_FLOOR,
+    NIFTI_ENDING,
     PERCENTILES,
     Nifti,
     SliceGrid,
     as_volume,
-    atomic_write,
     check_intensities,
     check_same_grid,
-    lock_folder,
-    make_splits,
     natural_key,
     normalise,
-    orientation_name,
+    published_path,
     read_nifti,
     resample,
     shrink,
     slices_of,
     stack_channels,
     to_ras,
+    walk_files,
 )
 
 MEMBER = 1 << 29  # bytes, the largest file that is unpacked from an archive
@@ -110,7 +111,7 @@ class Source:
     )
     crop: dict | None = None  # {"kind": "label"|"centre"|"none", "size": [X, Y, Z]}, see crop_start
     splits: dict[str, list[str]] | None = (
-        None  # of the labelled cases: train, val, test; None: loaders.make_splits
+        None  # of the labelled cases: train, val, test; None: make_splits
     )
     patient: Callable[[str], str] = str  # case id -> patient, whose cases stay in one split
     grids: dict[tuple[int, ...], tuple[int, ...]] = field(
@@ -154,43 +155,18 @@ class Report:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _walk(src: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """os.walk that follows links, but no link back to a folder above, and raises OSError where it cannot look."""
-
-    def raise_it(error: OSError) -> None:
-        raise error
-
-    seen = set()
-    for top, folders, names in os.walk(src, onerror=raise_it, followlinks=True):
-        real = os.path.realpath(top)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield top, folders, names
-
-
 def nifti_files(src: Path, faults: list[str]) -> Iterator[tuple[Path, str, Path]]:
     """(folder, published name, file) of every NIfTI below src; a folder x.nii stands for the one file in it."""
-
-    def volume(name: str) -> bool:
-        return name[0] not in "._" and name.endswith((".nii", ".nii.gz"))
-
-    for top, folders, names in _walk(src):
-        for name in sorted(filter(volume, names)):
-            yield Path(top), name, Path(top, name)
-        for name in sorted(filter(volume, folders)):
-            inside = sorted(f for f in Path(top, name).iterdir() if f.is_file() and volume(f.name))
-            if len(inside) == 1:
-                yield Path(top), name, inside[0]
-            else:
-                what = f"a folder with {len(inside)} NIfTI files"
-                faults.append(
-                    f"{Path(top, name)}: {what}, expected a file, or one in it; unpack it again"
-                )
-        folders[:] = sorted(
-            (f for f in folders if f[0] not in "._" and not volume(f)), key=natural_key
-        )
+    inside: dict[Path, list[Path]] = {}
+    for file in walk_files(src):
+        if NIFTI_ENDING.search(file.name):
+            inside.setdefault(published_path(file), []).append(file)
+    for path, files in inside.items():
+        if len(files) == 1:
+            yield path.parent, path.name, files[0]
+        else:
+            what = f"a folder with {len(files)} NIfTI files"
+            faults.append(f"{path}: {what}, expected a file, or one in it; unpack it again")
 
 
 def plain_files(src: Path) -> Iterator[Path]:
@@ -200,11 +176,7 @@ def plain_files(src: Path) -> Iterator[Path]:
     """
     if not src.exists():
         raise InputError(f"{src}: no such file or folder; check --src")
-    for file in (
-        [src]
-        if src.is_file()
-        else sorted(Path(top, name) for top, _, names in _walk(src) for name in names)
-    ):
+    for file in [src] if src.is_file() else sorted(walk_files(src)):
         if file.suffix.lower() == ".zip":
             with _unzip(file) as packed:
                 names = [info.filename for info in packed.infolist() if not info.is_dir()]
@@ -213,9 +185,10 @@ def plain_files(src: Path) -> Iterator[Path]:
             ]  # "/x" would leave the archive
         else:
             inside = [file]
-        yield from (
-            f for f in inside if not {part[0] for part in f.relative_to(src).parts} & {".", "_"}
-        )
+        for path in inside:
+            parts = path.relative_to(src).parts
+            if "__MACOSX" not in parts and not any(part.startswith(".") for part in parts):
+                yield path
 
 
 @contextlib.contextmanager
@@ -325,8 +298,7 @@ def load_case(
     allow: an affine that differs between files of one shape is said, not refused. Faults go into the report, each of
     them; then the return value is None.
     """
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always", UserWarning)
+    with noting(report):
         files = [attempt(report, read_nifti, path) for path in case.images]
         label_file = attempt(report, read_nifti, case.label) if case.label else None
         image = labels = None
@@ -345,8 +317,17 @@ def load_case(
                 attempt(report, check_same_grid, files[0], label_file, allow_affine_mismatch=allow)
             labels, wrong = clean_label(volume, source.label_map, label_file.path)
             report.faults += wrong
-    report.notes += [str(w.message) for w in said if str(w.message) not in report.notes]
     return None if report.faults or image is None else (image, labels, files[0])
+
+
+@contextlib.contextmanager
+def noting(report: Report) -> Iterator[None]:
+    """Warnings become notes of the report."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    texts = dict.fromkeys(str(warning.message) for warning in caught)
+    report.notes += [text for text in texts if text not in report.notes]
 
 
 def attempt(report: Report, function: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -425,6 +406,7 @@ def check_volume(source: Source, case: Case, allow: bool, report: Report) -> Non
             report.facts["quantiles"] = [
                 None if v is None else np.quantile(v, QUANTILES).tolist() for v in inside
             ]
+            report.facts["ranges"] = [[float(c.min()), float(c.max())] for c in image]
 
 
 def crop_start(shape: Sequence[int], size: Sequence[int], label: np.ndarray | None) -> list[int]:
@@ -478,7 +460,9 @@ def volume_case(
     if loaded is None:
         return None
     image, labels, first = loaded
-    image, affine, _ = to_ras(normalise(image, recipe["normalisation"]), first.affine)
+    with noting(report):
+        image = normalise(image, recipe["normalisation"], case.images)
+    image, affine, _ = to_ras(image, first.affine)
     if labels is not None:
         labels, _, _ = to_ras(labels, first.affine)
     if recipe["spacing"]:
@@ -520,7 +504,7 @@ def original_of(first: Nifti) -> dict[str, Any]:
     return {
         "shape": list(first.data.shape[:3]),
         "spacing_mm": [round(s, 6) for s in first.spacing],
-        "orientation": orientation_name(first.affine),
+        "orientation": "".join(nib.aff2axcodes(first.affine)),
     }
 
 
@@ -826,13 +810,14 @@ def slice_case(
     image, labels, first = loaded
     volume, native, _ = to_ras(image[0], first.affine)
     spacing = recipe["spacing"]["labelled" if case.label else "unlabelled"]
-    grid = SliceGrid.of(volume.shape, native, recipe["slices"]["side"], spacing)
-    stored = slices_of(volume, grid, recipe["normalisation"])
+    grid = SliceGrid(volume.shape, native, recipe["slices"]["side"], spacing)
+    with noting(report):
+        stored = slices_of(volume, grid, recipe["normalisation"], case.images[0])
     arrays = {"image": np.asfortranarray(stored[None])}
     if labels is not None:
         labels = grid.label(to_ras(labels, first.affine)[0])
         arrays["label"] = np.asfortranarray(labels)
-    return arrays, volume_facts(source, stored.shape, grid.affine(native), labels, first)
+    return arrays, volume_facts(source, stored.shape, grid.affine, labels, first)
 
 
 def slice_entries(source: Source, recipe: dict) -> dict[str, Any]:
@@ -941,6 +926,9 @@ def over_cases(
 @contextlib.contextmanager
 def _sigint_blocked() -> Iterator[None]:
     """Workers started in here inherit the blocked signal: Ctrl-C reaches all processes, and the parent answers it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -948,25 +936,38 @@ def _sigint_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def normalisation_of(source: Source, train: list[str], quantiles: dict[str, list | None]) -> dict:
+def normalisation_of(
+    source: Source, train: list[str], facts: dict[str, dict], notes: list[str]
+) -> dict:
     """The rule for each channel: the source's own; else percentiles of each volume (MR), or one window for all (CT).
 
     The window is the 0.5th and 99.5th percentile of the labelled foreground of the training cases; each case counts
-    the same, by 1001 quantiles of its own.
+    the same, by 1001 quantiles of its own. Where these meet (a binary CT), it is the range of all their voxels.
+    facts: of the first pass, by case.
     """
     rules: list[dict] = [dict(rule) for rule in source.rules or ()]
     if rules:
         return {"channels": rules}
+    labelled = [facts[case] for case in train if facts.get(case, {}).get("quantiles")]
     for channel, ct in enumerate(source.ct):
         if not ct:
             rules.append(dict(PERCENTILES))
             continue
-        pooled = [own[channel] for case in train if (own := quantiles.get(case))]
-        if not pooled:
+        if not labelled:
             raise InputError(
                 f"{source.name}: no training case has a labelled voxel, expected some for the CT window; add labels"
             )
-        low, high = (round(float(p), 3) for p in np.percentile(np.concatenate(pooled), [0.5, 99.5]))
+        pooled = np.concatenate([case["quantiles"][channel] for case in labelled])
+        low, high = (round(float(p), 3) for p in np.percentile(pooled, [0.5, 99.5]))
+        if low >= high:
+            ranges = np.array([case["ranges"][channel] for case in labelled])
+            text = (
+                f"{source.name}: the labelled voxels of {source.channels[channel]} are all {low:g}"
+            )
+            low, high = float(ranges[:, 0].min()), float(ranges[:, 1].max())
+            if low >= high:
+                raise InputError(f"{text}, as all other voxels; check the images")
+            notes.append(f"{text}; the window is the range of all voxels, {low:g} to {high:g}")
         rules.append({"kind": "window", "low": low, "high": high})
     return {"channels": rules}
 
@@ -1172,6 +1173,26 @@ def check_destination(dst: Path, setup: dict, splits: dict[str, list[str]]) -> N
                          f"{new[case]}; networks would be tested on what they learnt; use another --dst")  # fmt: skip
 
 
+def lock_folder(folder: Path) -> int | None:
+    """A handle that keeps `folder` to this process until it is closed or the process ends; None: another one has it.
+
+    On one machine only; where there are no locks (Windows, some network drives) all are let in.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return os.open(os.devnull, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    except OSError:  # a file system without locks
+        pass
+    return handle
+
+
 @contextlib.contextmanager
 def alone_in(dst: Path) -> Iterator[None]:
     """InputError where another run is writing to dst. The system ends the lock with the process, however that ends."""
@@ -1185,6 +1206,21 @@ def alone_in(dst: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def make_splits(
+    ids: Iterable[Any], seed: int = 0, fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+) -> dict[str, list[Any]]:
+    """Sorted ids, shuffled by numpy's RandomState(seed): first train, then val, the rest test.
+
+    At least one case each from three cases on; two give train and val, one gives train.
+    """
+    order = sorted(ids)
+    n = len(order)
+    np.random.RandomState(seed).shuffle(order)  # the generator of the published splits
+    val = min(max(1, round(n * fractions[1])), max(n - 1, 0))
+    train = min(max(1, round(n * fractions[0])), max(n - val - 1, min(n, 1)))
+    return {"train": order[:train], "val": order[train : train + val], "test": order[train + val :]}
 
 
 def splits_of(source: Source, sizes: tuple[int, ...] | None) -> dict[str, list[str]]:
@@ -1223,9 +1259,10 @@ def prepare(source: Source, options: argparse.Namespace, tool: str) -> str:
     done = {} if options.check else {c.id: r for c in source.cases if (r := finished(c, folder))}
     corpus = corpus_of(source, splits, dst) if source.slices else None
     reports = check_all(source, [c for c in source.cases if c.id not in done], options, corpus)
-    notes = [r.notes for r in reports.values()] + [r["notes"] for r in done.values()]
-    for note in dict.fromkeys([*source.notes, *(n for own in notes for n in own)]):
-        print(f"{tool}: note: {note}", file=sys.stderr)
+    printed = list(source.notes)
+    for lines in [r.notes for r in reports.values()] + [r["notes"] for r in done.values()]:
+        printed += lines
+    print_notes(tool, printed)
     if options.check:
         done_text = f"{tool}: {len(reports)} cases checked, no faults; nothing was written"
         return "\n".join([done_text, *counts_text(counts_of(source))])
@@ -1239,11 +1276,11 @@ def prepare(source: Source, options: argparse.Namespace, tool: str) -> str:
     if corpus:
         normalisation, spacing = corpus.normalisation(), slice_spacing(source, reports, done)
     else:
-        quantiles = {r.id: r.facts.get("quantiles") for r in reports.values()}
-        normalisation, spacing = (
-            normalisation_of(source, splits.get("train", []), quantiles),
-            setup["spacing"],
-        )
+        facts = {report.id: report.facts for report in reports.values()}
+        of_window: list[str] = []
+        normalisation = normalisation_of(source, splits.get("train", []), facts, of_window)
+        print_notes(tool, of_window)
+        spacing = setup["spacing"]
     recipe = {
         "normalisation": normalisation,
         "spacing": spacing,
@@ -1271,6 +1308,7 @@ def prepare(source: Source, options: argparse.Namespace, tool: str) -> str:
         )
         if corpus:
             corpus.save()
+        new_notes: list[str] = []
         jobs = [(replace(source, cases=()), case, recipe, folder) for case in todo]
         for report in over_cases(prepare_case, jobs, options.workers, "prepare", options.quiet):
             if report.faults:
@@ -1278,7 +1316,15 @@ def prepare(source: Source, options: argparse.Namespace, tool: str) -> str:
                     report.faults, f"{report.id} could be read before: has it changed? run again"
                 )
             records[report.id] = report.facts
+            new_notes += [note for note in report.notes if note not in printed]
+        print_notes(tool, new_notes)
         return _finish(source, dst, setup, recipe, splits, records, corpus)
+
+
+def print_notes(tool: str, notes: list[str]) -> None:
+    """One line each, on stderr; the same note once."""
+    for note in dict.fromkeys(notes):
+        print(f"{tool}: note: {note}", file=sys.stderr)
 
 
 def _finish(
@@ -1308,6 +1354,7 @@ def _finish(
         "spacing": setup["spacing"],
         **(slice_entries(source, recipe) if source.slices else {}),
         **({"grid": list(grid)} if grid else {}),
+        **({"allow_affine_mismatch": True} if setup["allow_affine_mismatch"] else {}),
         **({"crop": source.crop} if source.crop else {}),
         "orientation": "YX" if source.read else "RAS",
         "normalisation": recipe["normalisation"],
@@ -1490,6 +1537,9 @@ def main(
     read_source(src) lists the folder; where add_flags gives the parser more flags, it is read_source(src, options).
     flat: the set is of 2D images.
     """
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show ends nothing
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with _stop_signals():
             parser = parser_of(tool, description, layouts, flat)

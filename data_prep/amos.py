@@ -39,7 +39,7 @@ import nibabel as nib
 import numpy as np
 
 from common import InputError
-from common.old.loaders import natural_key, nifti_stem
+from common.loaders import natural_key, nifti_stem
 from data_prep import _prepare
 from data_prep._prepare import Case, Source, some
 
@@ -301,7 +301,7 @@ def make_fake(root: Path, layout: str) -> None:
     The first four CT of training: one too wide for the window, one stored in LAS, one with a float32 label, one whose
     air is -3024. MR are listed between the CT.
     """
-    from common.old.loaders import phantom
+    from common.synthetic import phantom
 
     n, m, mr = (200, 100, (40, 20)) if layout == "full" else (6, 20, (2, 2))
     drawn = [phantom(0, index, (24, 20, 16), (1.5, 1.5, 2.5), classes=13) for index in range(4)]

@@ -38,9 +38,9 @@ import nibabel as nib
 import numpy as np
 
 from common import InputError
-from common.old.loaders import make_splits, natural_key, nifti_stem, read_nifti
+from common.loaders import natural_key, nifti_stem, read_nifti
 from data_prep import _prepare
-from data_prep._prepare import Case, Report, Source, nifti_files, some
+from data_prep._prepare import Case, Report, Source, make_splits, nifti_files, some
 
 LAYOUTS = ("2020", "2018", "2021", "2023")
 CHANNELS = ("t1", "t1ce", "t2", "flair")
@@ -249,7 +249,7 @@ def family_faults(src: Path, found: list[Found]) -> list[str]:
 
 
 def split_patients(cases: Iterable[str]) -> dict[str, list[str]]:
-    """loaders.make_splits over patients instead of cases; the same where each has one date."""
+    """make_splits over patients instead of cases; the same where each has one date."""
     patients: dict[str, list[str]] = {}
     for case in cases:
         patients.setdefault(patient_of(case), []).append(case)
@@ -376,7 +376,7 @@ def make_fake(root: Path, layout: str) -> None:
     2018: grades, qform codes that differ, an int16 label. 2020: nested, .nii, the label of case 355, a folder that
     holds its file. 2021: flat. 2023: hyphens, label 3, two dates of some patients.
     """
-    from common.old.loaders import phantom
+    from common.synthetic import phantom
 
     shape = (24, 28, 16)
     affine = np.diag([-1.0, -1.0, 1.0, 1.0])  # LPS

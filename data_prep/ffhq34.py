@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from common import InputError
-from common.old.loaders import IMAGE_ENDINGS, read_image
+from common.loaders import IMAGE_ENDINGS, read_image
 from data_prep import _prepare
 from data_prep._prepare import Case, Flat, Report, Source, some
 

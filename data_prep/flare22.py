@@ -34,7 +34,8 @@ import nibabel as nib
 import numpy as np
 
 from common import InputError
-from common.old.loaders import ct_phantom, make_splits, natural_key
+from common.loaders import natural_key
+from common.synthetic import ct_phantom
 from data_prep import _prepare
 from data_prep._prepare import Case, Source, some
 
@@ -119,7 +120,9 @@ def find_files(src: Path, faults: list[str]) -> tuple[dict[str, Path], dict[str,
     labels: dict[str, Path] = {}
     others = []
     for _, name, file in _prepare.nifti_files(src, faults):
-        match = re.fullmatch(r"(FLARE22_Tr_\d{4}|Case_\d{5})(_0000)?\.nii(\.gz)?", name)
+        match = re.fullmatch(
+            r"(FLARE22_Tr_\d{4}|Case_\d{5})(_0000)?\.nii(\.gz)?", name, re.IGNORECASE
+        )
         if match is None or (match[1].startswith("Case") and not match[2]):
             others.append(name)
             continue
@@ -138,7 +141,7 @@ def find_files(src: Path, faults: list[str]) -> tuple[dict[str, Path], dict[str,
 
 def split(labelled: list[str]) -> dict[str, list[str]]:
     """Four fifths for training, a fifth for the test, none for validation; shuffled by seed 0."""
-    order = [case for part in make_splits(labelled).values() for case in part]
+    order = [case for part in _prepare.make_splits(labelled).values() for case in part]
     cut = len(order) - round(len(order) / 5)
     return {"train": order[:cut], "val": [], "test": order[cut:]}
 

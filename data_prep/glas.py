@@ -30,8 +30,8 @@ import numpy as np
 from PIL import Image
 
 from common import InputError
-from common.old.loaders import read_image, read_mask
-from common.old.metrics import components
+from common.loaders import read_image, read_mask
+from common.metrics import components
 from data_prep import _prepare
 from data_prep._prepare import Case, Flat, Report, Source, some
 

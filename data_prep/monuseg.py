@@ -34,7 +34,7 @@ import numpy as np
 from PIL import Image
 
 from common import InputError
-from common.old.loaders import read_image
+from common.loaders import read_image
 from data_prep import _prepare
 from data_prep._prepare import Case, Flat, Report, Source, some
 

@@ -29,7 +29,7 @@ import nibabel as nib
 import numpy as np
 
 from common import InputError
-from common.old.loaders import make_splits, natural_key, nifti_stem
+from common.loaders import NIFTI_ENDING, natural_key, nifti_stem
 from data_prep import _prepare
 from data_prep._prepare import Case, Source
 
@@ -197,7 +197,7 @@ def published_splits(
     notes.append(
         f"the {len(test)} labelled cases that dataset.json lists as test are the test set (without --split-sizes)"
     )
-    parts = make_splits([name for name in labelled if name not in names])
+    parts = _prepare.make_splits([name for name in labelled if name not in names])
     return {
         "train": parts["train"] + parts["test"],
         "val": parts["val"],
@@ -275,11 +275,7 @@ def volumes(folder: Path) -> list[Path]:
     """NIfTI files of a folder in natural order, without a Mac's `._` files."""
     if not folder.is_dir():
         return []
-    files = [
-        f
-        for f in folder.iterdir()
-        if f.name[0] not in "._" and f.name.endswith((".nii", ".nii.gz"))
-    ]
+    files = [f for f in folder.iterdir() if f.name[0] != "." and NIFTI_ENDING.search(f.name)]
     return sorted(files, key=lambda f: natural_key(f.name))
 
 
@@ -301,17 +297,16 @@ def list_cases(src: Path, meta: dict, channels: int) -> tuple[list[Case], list[s
             faults.append(f"{src}: case {case.id} is there twice; remove one")
         seen[case.id.lower()] = case
     used = {f.resolve() for case in cases for f in case.files}
+    folders = [src / name for name in ("imagesTr", "labelsTr", "imagesTs", "labelsTs")]
+    files = [f for folder in folders if folder.is_dir() for f in sorted(folder.iterdir())]
     extra = [
-        f.name
-        for sub in ("imagesTr", "labelsTr")
-        for f in volumes(src / sub)
-        if f.resolve() not in used
+        f"{f.parent.name}/{f.name}" for f in files if f.name[0] != "." and f.resolve() not in used
     ]
-    notes = (
-        [f"{src}: {len(extra)} files are not in dataset.json and left out: {', '.join(extra[:5])}"]
-        if extra
-        else []
-    )
+    notes = []
+    if extra:
+        notes.append(
+            f"{src}: {len(extra)} files are left out, no case has them: {_prepare.some(extra)}"
+        )
     labelled = sum(case.label is not None for case in cases)
     if str(meta.get("numTraining", labelled)) != str(labelled):
         notes.append(
@@ -421,7 +416,7 @@ def _found_cases(src: Path, channels: int) -> tuple[list[Case], list[str]]:
 
 def make_fake(root: Path, layout: str) -> None:
     """Write 10 labelled cases and 1 without label, from phantoms: some LAS, all anisotropic, one float32 label."""
-    from common.old.loaders import phantom
+    from common.synthetic import phantom
 
     channels, names = (1, ["MRI"]) if layout == "msd" else (2, ["T2", "ADC"])
     for folder in ("imagesTr", "labelsTr", "imagesTs"):

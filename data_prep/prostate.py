@@ -35,7 +35,7 @@ import nibabel as nib
 import numpy as np
 
 from common import InputError
-from common.old.loaders import natural_key, nifti_stem
+from common.loaders import natural_key, nifti_stem
 from data_prep import _prepare
 from data_prep._prepare import Case, Source, nifti_files, some
 
@@ -278,7 +278,7 @@ def make_fake(root: Path, layout: str) -> None:
     Cases take turns in institution.txt. Of the first eight one is too wide for the window, one too high, one is stored
     in LPS, one has a float32 mask.
     """
-    from common.old.loaders import phantom
+    from common.synthetic import phantom
 
     sizes = (
         (185, 33, 57, 50, 60, 104, 100) if layout == "full" else (8, 8)

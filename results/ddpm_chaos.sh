@@ -60,7 +60,7 @@ for STEPS in $STAGES; do
   STAGED+=("$RUN-$STEPS/finetune-4-decoder-per-class-draw?" "$RUN-$STEPS/finetune-4-full-per-class-draw?")
 done
 settle
-$PYTHON -m common.metrics draws "${STAGED[@]}"
+$PYTHON -m results.draws "${STAGED[@]}"
 # Slices that each stage draws, below slices of validation and test volumes; the distance of the two and its floor.
 $PYTHON - $RUN $STAGES <<'END'
 import csv
@@ -116,13 +116,13 @@ for SPLIT in val test; do
 done
 $PYTHON -m common.metrics table $RUN/finetune-4-scratch-per-class*-draw?/val/summary.json --metric dice --seeds
 for LR in 0.0003 0.001 0.003; do
-  $PYTHON -m common.metrics draws "$RUN/finetune-4-scratch-per-class*-draw?" "$BEST/finetune-4-decoder-per-class-draw?" \
+  $PYTHON -m results.draws "$RUN/finetune-4-scratch-per-class*-draw?" "$BEST/finetune-4-decoder-per-class-draw?" \
     "$BEST/finetune-4-full-per-class-draw?" --against "scratch, lr=$LR"
 done
 for DRAW in 0 1 2; do
   $PYTHON ddpm_pretrain_finetune.py ddpmseg $FLAGS --labels 4 --draw $DRAW --out $BEST
 done
-$PYTHON -m common.metrics draws "$RUN/finetune-*-scratch-per-class-draw?" "$BEST/finetune-*-per-class-draw?" "$BEST/finetune-*-random-draw?" "$BEST/ddpmseg-*" \
+$PYTHON -m results.draws "$RUN/finetune-*-scratch-per-class-draw?" "$BEST/finetune-*-per-class-draw?" "$BEST/finetune-*-random-draw?" "$BEST/ddpmseg-*" \
   --plot results/ddpm_chaos.png
 # Each organ.
 for LABELS in 4 39 all; do
@@ -132,7 +132,7 @@ done
 $PYTHON -m common.metrics table --metric dice iou --seeds $BEST/{finetune-4-linear-per-class,ddpmseg-4}-draw?/summary.json
 for STRATEGY in decoder full; do
   WORD=$([ $STRATEGY = full ] && echo start || echo encoder)
-  $PYTHON -m common.metrics draws "$BEST/finetune-4-$STRATEGY-per-class-draw?" "$BEST/finetune-4-$STRATEGY-per-class-random-draw?" \
+  $PYTHON -m results.draws "$BEST/finetune-4-$STRATEGY-per-class-draw?" "$BEST/finetune-4-$STRATEGY-per-class-random-draw?" \
     --against "$STRATEGY, random $WORD"
 done
-$PYTHON -m common.metrics draws "$RUN/finetune-4-scratch-joint-draw?" "$BEST/finetune-4-*-joint-draw?"
+$PYTHON -m results.draws "$RUN/finetune-4-scratch-joint-draw?" "$BEST/finetune-4-*-joint-draw?"

@@ -19,5 +19,5 @@ for VARIANT in S M L; do
   done
 done
 shopt -s nullglob
-$PYTHON -m common.metrics draws $OUT-c*/finetune-all-scratch-joint{,-M,-L}-draw0 \
+$PYTHON -m results.draws $OUT-c*/finetune-all-scratch-joint{,-M,-L}-draw0 \
   $OUT-c*/finetune-all-{decoder,linear}-joint{,-M,-L,-noised,-M-noised,-L-noised,-t*}-draw0

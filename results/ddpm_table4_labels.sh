@@ -49,14 +49,14 @@ for RUN in $OUT-c128-250000 $OUT-c256-300000; do
     done
   done
   shopt -s nullglob
-  $PYTHON -m common.metrics draws $RUN/finetune-*-{joint,per-class}{,-random}{,-t200}{,-M,-L}-draw? $RUN/ddpmseg-* --plot $RUN/labels.png --csv $RUN/labels.csv
+  $PYTHON -m results.draws $RUN/finetune-*-{joint,per-class}{,-random}{,-t200}{,-M,-L}-draw? $RUN/ddpmseg-* --plot $RUN/labels.png --csv $RUN/labels.csv
   for LABELS in 4 39 388 all; do
     [ -z "$VAL" ] || $PYTHON -m common.metrics table $RUN/finetune-$LABELS-scratch-joint*-draw?/val/summary.json --metric dice --seeds
     # each organ, as in table 5
     $PYTHON -m common.metrics table $RUN/finetune-$LABELS-{scratch,decoder,full,linear}-joint{,-M,-L}-draw?/summary.json \
       $RUN/ddpmseg-$LABELS-draw?/summary.json --metric dice iou --seeds
     for LR in 0.0001 0.0003 0.001; do
-      $PYTHON -m common.metrics draws $RUN/finetune-$LABELS-scratch-joint{,-M,-L}{,-lr*}-draw? $RUN/finetune-$LABELS-{decoder,full}-joint{,-M,-L}-draw? \
+      $PYTHON -m results.draws $RUN/finetune-$LABELS-scratch-joint{,-M,-L}{,-lr*}-draw? $RUN/finetune-$LABELS-{decoder,full}-joint{,-M,-L}-draw? \
         --against "scratch, lr=$LR"
     done
   done

@@ -21,7 +21,8 @@ $PYTHON diffseg3d_recycle.py train $FLAGS --steps 1600 --eval-every 400 --method
 for ROW in prev none eps unet; do
   $PYTHON diffseg3d_recycle.py evaluate $FLAGS --out $D-$ROW-0
 done
-$PYTHON -m common.metrics table --markdown $D-{prev,none,eps,unet}-0 --plot results/diffseg3d_chaos.png --metric $METRICS
+$PYTHON -m common.metrics table --markdown $D-{prev,none,eps,unet}-0 --metric $METRICS
+$PYTHON -m results.class_shares $D-{prev,none,eps,unet}-0 --plot results/diffseg3d_chaos.png
 for ROW in none eps unet; do
   $PYTHON -m common.metrics compare $D-$ROW-0 $D-prev-0 --metric $METRICS
 done

@@ -25,7 +25,7 @@ for S in $SEEDS; do
   $PYTHON diffseg3d_recycle.py train $FLAGS --eval-every 400 --seed "$S" --steps 3200 --method unet --image-range 0,1 \
     --out $D-unet-"$S"
   for ROW in prev none unet; do
-    $PYTHON diffseg3d_recycle.py evaluate $FLAGS --seed "$S" --out $D-$ROW-"$S" --save-maps
+    $PYTHON diffseg3d_recycle.py evaluate $FLAGS --out $D-$ROW-"$S" --save maps
   done
 done
 # (c) predicts the noise

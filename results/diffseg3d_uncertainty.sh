@@ -9,9 +9,9 @@ FLAGS="--preset laptop --quiet"
 
 # 1. five members from other noise of one network, beside three networks from other seeds
 for ROW in prev none; do
-  $PYTHON diffseg3d_recycle.py evaluate $FLAGS --data hippocampus --checkpoint $D-$ROW-0/best.pt --ensemble 5 --save-maps --out $D-members-$ROW
+  $PYTHON diffseg3d_recycle.py evaluate $FLAGS --data hippocampus --checkpoint $D-$ROW-0/best.pt --ensemble 5 --save maps --out $D-members-$ROW
 done
-$PYTHON -m common.metrics calibration $D-prev-0 $D-members-prev "$D-prev-?" $D-none-0 $D-members-none "$D-none-?" $D-unet-0 "$D-unet-?" \
+$PYTHON -m results.calibration $D-prev-0 $D-members-prev "$D-prev-?" $D-none-0 $D-members-none "$D-none-?" $D-unet-0 "$D-unet-?" \
   --data hippocampus --plot results/diffseg3d_uncertainty.png
 
 # 2. the test images with Gaussian noise, or with another contrast: image ** gamma, in [0, 1]
@@ -34,10 +34,10 @@ for name, sd, gamma in (("noise05", 0.05, 1), ("noise10", 0.1, 1), ("noise20", 0
     shutil.copy(source / "dataset.json", folder)  # the last: a folder with it is whole
 PYTHON_END
 # The control: a U-net that saw noise of any SD up to 0.2 in training, in half of the steps of the others
-$PYTHON diffseg3d_recycle.py train $FLAGS --data hippocampus --eval-every 400 --steps 1600 --method unet --image-range 0,1 \
+$PYTHON -m results.diffseg_rivals train $FLAGS --data hippocampus --eval-every 400 --steps 1600 --method unet --image-range 0,1 \
   --image-noise 0.2 --out $D-unet-noise-0
 for NAME in hippocampus hippocampus-noise05 hippocampus-noise10 hippocampus-noise20; do
-  $PYTHON diffseg3d_recycle.py evaluate $FLAGS --data $NAME --checkpoint $D-unet-noise-0/best.pt --out runs/diffseg3d-$NAME-unet-noise-0
+  $PYTHON -m results.diffseg_rivals evaluate $FLAGS --data $NAME --checkpoint $D-unet-noise-0/best.pt --out runs/diffseg3d-$NAME-unet-noise-0
 done
 for NAME in noise05 noise10 noise20 gamma05 gamma20; do
   for ROW in prev none unet; do
@@ -57,7 +57,7 @@ done
 $PYTHON -m common.metrics compare $D-unet-2 $D-unet-noise-0 --metric dice
 $PYTHON - <<'PYTHON_END'
 from pathlib import Path
-from common import figures, metrics
+from common import figures, tables
 
 lines = {}
 for row, name in (("prev", "recycled"), ("none", "not recycled"), ("unet", "U-net")):
@@ -65,9 +65,10 @@ for row, name in (("prev", "recycled"), ("none", "not recycled"), ("unet", "U-ne
     for percent in (0, 5, 10, 20):
         noise = f"-noise{percent:02}" if percent else ""
         files = [Path(f"runs/diffseg3d-hippocampus{noise}-{row}-{seed}/summary.json") for seed in (0, 1, 2)]
-        means = [metrics.read_summary(file)["mean"]["dice"]["mean"] for file in files if file.exists()]
+        means = [tables.read_summary(file)["mean"]["dice"]["mean"] for file in files if file.exists()]
         x.append(percent)
         y.append(sum(means) / len(means))
     lines[name] = (x, y)
-print(figures.curves(lines, "results/diffseg3d_noise.png", "", "SD of the noise in the test images, % of their range", "mean Dice", dots=True))
+x_name = "SD of the noise in the test images, % of their range"
+print(figures.lines("results/diffseg3d_noise.png", {"mean Dice": lines}, "", x_name))
 PYTHON_END

@@ -1,20 +1,31 @@
 #!/usr/bin/env bash
-# The hippocampus rows of the README. SRC is the unpacked Task04_Hippocampus folder of the Medical Segmentation Decathlon.
-# Two trainings of about half an hour on two cores; each can be stopped and continued by running this file again.
+# The hippocampus rows of the README: PatchDDM with the targets x0 and eps. SRC is the unpacked
+# Task04_Hippocampus of the Medical Segmentation Decathlon. Two trainings of about half an hour on
+# two cores. Each can be stopped, and this file continues it. Shorter: STEPS=50 LIMIT=2 ENSEMBLE=2.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-SRC=${SRC:?set SRC to the unpacked Task04_Hippocampus folder}
 PYTHON=${PYTHON:-python}
-X0=runs/patchddm-hippocampus-laptop
-EPS=runs/patchddm-hippocampus-laptop-eps
+PRESET=${PRESET:-laptop}
+ENSEMBLE=${ENSEMBLE:-5}
+X0=runs/patchddm-hippocampus-$PRESET
+EPS=$X0-eps
 
 [ -e data/hippocampus/dataset.json ] ||
-  $PYTHON -m data_prep.msd --src "$SRC" --dst data/hippocampus
+  $PYTHON -m data_prep.msd --src "${SRC:?set SRC to the Task04_Hippocampus folder}" --dst data/hippocampus
 
-$PYTHON patchddm.py train --data hippocampus --preset laptop --out $X0 --quiet
-$PYTHON patchddm.py evaluate --data hippocampus --preset laptop --out $X0 --ensemble 5 --save-maps --quiet
-$PYTHON patchddm.py train --data hippocampus --preset laptop --target eps --out $EPS --quiet
-$PYTHON patchddm.py evaluate --data hippocampus --preset laptop --out $EPS --ensemble 5 --quiet
+train() { # TARGET OUT
+  $PYTHON patchddm.py train --data hippocampus --preset "$PRESET" --target "$1" --out "$2" \
+    ${STEPS:+--steps "$STEPS"} --quiet
+}
+evaluate() { # OUT FLAGS...
+  $PYTHON patchddm.py evaluate --data hippocampus --preset "$PRESET" --out "$@" \
+    --ensemble "$ENSEMBLE" ${LIMIT:+--limit "$LIMIT"} --quiet
+}
+train x0 "$X0"
+evaluate "$X0" --save maps
+train eps "$EPS"
+evaluate "$EPS"
 
-$PYTHON -m common.metrics table $X0/summary_ensemble1.json $X0/summary.json $EPS/summary_ensemble1.json $EPS/summary.json
-$PYTHON -m common.metrics compare $EPS/metrics.csv $X0/metrics.csv
+SCORES=${LIMIT:+/test-$LIMIT} # fewer cases are scored in a folder of their own
+$PYTHON -m common.metrics table {"$X0","$EPS"}"$SCORES"/summary{_ensemble1,}.json
+$PYTHON -m common.metrics compare "$EPS$SCORES" "$X0$SCORES"

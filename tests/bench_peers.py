@@ -27,7 +27,9 @@ from monai.metrics import (
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import blobs, interleaved
 
-from common.old import metrics, runtime
+from common import metrics
+from results.ddpm_score import frechet_distance
+from results.patchddm_profile import measure
 
 CPU = torch.device("cpu")
 
@@ -92,7 +94,7 @@ def frechet_variants(n: int = 2000, width: int = 768) -> dict[str, Callable[[], 
         }
 
     return {
-        "here": lambda: {"distance": float(metrics.frechet_distance(a, b))},
+        "here": lambda: {"distance": float(frechet_distance(a, b))},
         "scipy.linalg.sqrtm": with_root,
     }
 
@@ -112,7 +114,7 @@ def main() -> None:
         seconds = interleaved(calls, args.repeats)
         for name, call in calls.items():
             found: dict[str, float] = {}
-            memory = runtime.measure(lambda call=call, found=found: found.update(call()), CPU)[1]
+            memory = measure(lambda call=call, found=found: found.update(call()), CPU)[1]
             values = "  ".join(f"{k} {v:.6g}" for k, v in found.items())
             print(
                 f"{title:<40}{name:<22}{1000 * seconds[name]:>9.1f} ms{1000 * memory:>8.0f} MB  {values}"

@@ -11,14 +11,9 @@ import numpy as np
 import pytest
 
 import patchddm
-from common.old.loaders import (
-    data_record,
-    load_for_prediction,
-    make_splits,
-    open_prepared,
-    write_nifti,
-)
+from common.loaders import VolumeScan, data_record, open_data, read_nifti
 from data_prep import brats
+from data_prep._prepare import make_splits
 
 # PatchDDM's published lists, of the official numbers
 VAL = """29 32 33 39 43 54 58 83 85 92 106 120 122 128 129 152 164 184 186 203 204 245 258 263 268 274 289 291 292 316
@@ -121,7 +116,7 @@ def test_brats_prepares_each_years_layout(fakes, tmp_path, capsys, layout):
         and "11 cases (8 train, 1 val, 1 test, 1 unlabelled)" in out
         and "LPS -> RAS" in out
     )
-    data = open_prepared(tmp_path / "p")
+    data = open_data(tmp_path / "p")
     assert data.channels == ["t1", "t1ce", "t2", "flair"]
     case, hyphens = FIRST[layout], layout == "2023"
     image, label = np.array(data.image(case)), np.array(data.label(case))
@@ -211,7 +206,7 @@ def test_brats_accepts_the_lone_odd_label_of_case_355_aloud(fakes, tmp_path, cap
     )
     assert code == 0 and lines.count(f"brats: note: {odd}: {told}") == 1
     published = voxels(fakes / "2020", "W39_1998.09.19_Segm")
-    stored = open_prepared(tmp_path / "p").label("BraTS20_Training_355")
+    stored = open_data(tmp_path / "p").label("BraTS20_Training_355")
     np.testing.assert_array_equal(stored, np.where(published == 4, 3, published))
 
 
@@ -265,7 +260,7 @@ def test_brats_says_the_enhancing_value_and_prediction_writes_it_back(
         lines.count(f"brats: note: {said}") == 1
         and f"label 3 (published {value}) enhancing tumour" in out
     )
-    data = open_prepared(tmp_path / "p")
+    data = open_data(tmp_path / "p")
     assert data.classes == {"necrotic core": 1, "oedema": 2, "enhancing tumour": 3}
     assert (
         data.meta["label_values"] == {"0": 0, "1": 1, "2": 2, "3": value}
@@ -273,11 +268,10 @@ def test_brats_says_the_enhancing_value_and_prediction_writes_it_back(
     )
     case, mark = data.cases("train")[0], "-" if value == 3 else "_"
     files = [find(src, f"{case}{mark}{name}.nii") for name in (NEW if value == 3 else OLD)]
-    image, restore = load_for_prediction(files, data_record(data))
-    np.testing.assert_array_equal(image, np.array(data.image(case), np.float32))
-    write_nifti(
-        tmp_path / "mask.nii.gz", restore.mask(np.array(data.label(case))), restore.like, np.uint8
-    )
+    scan = VolumeScan(case, [read_nifti(file) for file in files], data_record(data))
+    np.testing.assert_array_equal(scan.image, np.array(data.image(case), np.float32))
+    scan.target = tmp_path / "mask.nii.gz"
+    scan.save(scan.mask(np.moveaxis(np.eye(4, dtype=np.float32)[data.label(case)], 3, 0)))
     mask, seg = nib.load(tmp_path / "mask.nii.gz"), nib.load(find(src, f"{case}{mark}seg.nii"))
     np.testing.assert_array_equal(np.asarray(mask.dataobj), np.asarray(seg.dataobj))
     np.testing.assert_array_equal(mask.affine, seg.affine)
@@ -288,7 +282,7 @@ def test_brats_says_the_enhancing_value_and_prediction_writes_it_back(
 
 def test_brats_merges_all_tumour_into_one_class_by_default(src, tmp_path):
     assert run("--src", src, "--dst", tmp_path / "p")[0] == 0
-    data = open_prepared(tmp_path / "p")
+    data = open_data(tmp_path / "p")
     assert data.classes == {"whole tumour": 1} and data.meta["label_values"] == {"0": 0, "1": 1}
     for case in data.cases("train"):
         np.testing.assert_array_equal(data.label(case), voxels(src, f"{case}_seg") > 0)
@@ -296,7 +290,7 @@ def test_brats_merges_all_tumour_into_one_class_by_default(src, tmp_path):
 
 def test_brats_regions_keep_three_labels_and_name_their_unions(src, tmp_path):
     assert run("--src", src, "--dst", tmp_path / "p", "--classes", "regions")[0] == 0
-    data = open_prepared(tmp_path / "p")
+    data = open_data(tmp_path / "p")
     assert data.classes == {"necrotic core": 1, "oedema": 2, "enhancing tumour": 3}
     unions = {"whole tumour": (1, 2, 4), "tumour core": (1, 4), "enhancing tumour": (4,)}
     assert list(data.meta["regions"]) == list(unions)
@@ -309,7 +303,7 @@ def test_brats_regions_keep_three_labels_and_name_their_unions(src, tmp_path):
 @pytest.mark.parametrize("classes", ["whole", "all", "regions"])
 def test_brats_tells_by_which_words_any_year_names_its_channels(src, tmp_path, classes):
     assert run("--src", src, "--dst", tmp_path / "p", "--classes", classes)[0] == 0
-    words = open_prepared(tmp_path / "p").meta["channel_suffixes"]
+    words = open_data(tmp_path / "p").meta["channel_suffixes"]
     assert list(words.items()) == [(old, [old, *{new} - {old}]) for old, new in zip(OLD, NEW)]
 
 
@@ -437,7 +431,7 @@ def test_brats_keeps_the_dates_of_a_patient_together():
 
 def test_brats_stores_the_split_by_patients(fakes, tmp_path):
     assert run("--src", fakes / "2023", "--dst", tmp_path / "p")[0] == 0
-    splits, source = open_prepared(tmp_path / "p").meta["splits"], listed(fakes / "2023")
+    splits, source = open_data(tmp_path / "p").meta["splits"], listed(fakes / "2023")
     assert splits == source.splits | {"unlabelled": ["BraTS-GLI-00001-000"]}
     assert splits["train"] != make_splits(case.id for case in source.cases if case.label)["train"]
 
@@ -454,7 +448,7 @@ def test_brats_refuses_two_years_in_one_folder(fakes, tmp_path, capsys):
 
 def test_brats_scales_each_channel_by_percentiles_of_the_brain(src, tmp_path):
     run("--src", src, "--dst", tmp_path / "p")
-    image = open_prepared(tmp_path / "p").image("BraTS2021_00002")
+    image = open_data(tmp_path / "p").image("BraTS2021_00002")
     for channel, name in enumerate(OLD):
         raw = voxels(src, f"BraTS2021_00002_{name}").astype(float)
         low, high = np.percentile(raw[raw != 0], [1, 99])
@@ -485,7 +479,7 @@ def test_brats_names_the_virtual_grid_where_all_cases_have_the_published_size(
     for name in (*OLD, "seg"):
         write_volume(tmp_path / "src" / f"BraTS2021_00000_{name}.nii", shape)
     assert run("--src", tmp_path / "src", "--dst", tmp_path / "p")[0] == 0
-    data = open_prepared(tmp_path / "p")
+    data = open_data(tmp_path / "p")
     assert data.meta.get("grid") == grid and data_record(data).get("grid") == grid
     assert data.image("BraTS2021_00000").shape == (4, *shape)  # stored on the native grid
 
@@ -493,11 +487,11 @@ def test_brats_names_the_virtual_grid_where_all_cases_have_the_published_size(
 def test_brats_names_no_grid_where_sizes_differ(src, tmp_path, monkeypatch):
     monkeypatch.setattr(brats, "GRIDS", {(24, 28, 16): (32, 32, 32)})
     assert run("--src", src, "--dst", tmp_path / "same")[0] == 0
-    assert open_prepared(tmp_path / "same").meta["grid"] == [32, 32, 32]
+    assert open_data(tmp_path / "same").meta["grid"] == [32, 32, 32]
     for file in (src / "BraTS2021_00002").iterdir():
         change(file, lambda a: np.concatenate([a, a[-1:]]))
     assert run("--src", src, "--dst", tmp_path / "other")[0] == 0
-    assert "grid" not in open_prepared(tmp_path / "other").meta
+    assert "grid" not in open_data(tmp_path / "other").meta
 
 
 def test_brats_accepts_other_codes_of_the_same_matrix(fakes, tmp_path, capsys):
@@ -524,9 +518,7 @@ def test_brats_refuses_an_identity_affine_and_accepts_it_where_allowed(src, tmp_
         "--src", src, "--dst", tmp_path / "p", "--allow-affine-mismatch", capsys=capsys
     )
     assert code == 0 and sum("the image's affine is used for both" in line for line in lines) == 1
-    np.testing.assert_array_equal(
-        open_prepared(tmp_path / "p").label("BraTS2021_00002"), published > 0
-    )
+    np.testing.assert_array_equal(open_data(tmp_path / "p").label("BraTS2021_00002"), published > 0)
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------
@@ -571,8 +563,8 @@ def test_brats_lists_all_faults_in_one_check(src, tmp_path, capsys, workers):
     code, out, lines = run("--src", src, "--check", "--workers", workers, capsys=capsys)
     wanted = [
         (one.parent, "case BraTS2021_00000 has no flair"),
-        (f"{two}_t1.nii.gz", "the gzip stream"),
-        (f"{two}_seg.nii.gz", "the gzip stream"),
+        (f"{two}_t1.nii.gz", "damaged or cut off"),
+        (f"{two}_seg.nii.gz", "damaged or cut off"),
         (
             f"{three}_t1ce.nii.gz",
             "shape 23 x 28 x 16, while BraTS2021_00003_t1.nii.gz has 24 x 28 x 16",
@@ -628,7 +620,7 @@ def test_brats_prepares_a_set_without_any_label(fakes, tmp_path, capsys):
     src = next(f for f in (fakes / "2023").iterdir() if "Validation" in f.name)
     code, out, _ = run("--src", src, "--dst", tmp_path / "p", "--classes", "all", capsys=capsys)
     assert code == 0 and "1 cases (0 train, 0 val, 0 test, 1 unlabelled)" in out
-    assert open_prepared(tmp_path / "p").meta["label_values"]["3"] == 3
+    assert open_data(tmp_path / "p").meta["label_values"]["3"] == 3
 
 
 def test_brats_refuses_classes_that_it_does_not_know(src, tmp_path, capsys):
@@ -641,7 +633,7 @@ def test_brats_refuses_classes_that_it_does_not_know(src, tmp_path, capsys):
 def test_brats_of_each_year_trains_and_predicts(fakes, tmp_path, layout):
     src, weights = some_cases(fakes, tmp_path / "src", 3, layout), tmp_path / "run" / "last.pt"
     assert run("--src", src, "--dst", tmp_path / "p", "--classes", "all")[0] == 0
-    common = ["--device", "cpu", "--amp", "off", "--quiet", "--sampling-steps", "1"]
+    common = ["--device", "cpu", "--amp", "off", "--quiet"]
     network = ["--num-channels", "4", "--channel-mult", "1,2", "--num-groups", "2", "--patch", "16"]
     argv = [
         "train",
@@ -655,12 +647,13 @@ def test_brats_of_each_year_trains_and_predicts(fakes, tmp_path, layout):
         "1",
     ]
     assert patchddm.main([*argv, "--batch", "2", *network, *common]) == 0
-    case, hyphens = open_prepared(tmp_path / "p").cases("train")[0], layout == "2023"
+    case, hyphens = open_data(tmp_path / "p").cases("train")[0], layout == "2023"
     files = [
         find(src, f"{case}{'-' if hyphens else '_'}{name}.nii")
         for name in (NEW if hyphens else OLD)
     ]
-    argv, output = ["predict", "--checkpoint", str(weights), *common], tmp_path / "mask.nii.gz"
+    argv = ["predict", "--checkpoint", str(weights), "--sampling-steps", "1", *common]
+    output = tmp_path / "mask.nii.gz"
     assert patchddm.main([*argv, "--image", *map(str, files), "--output", str(output)]) == 0
     mask, image = nib.load(output), nib.load(files[0])
     assert mask.shape == image.shape and mask.header["qform_code"] == image.header["qform_code"]
@@ -671,7 +664,7 @@ def test_brats_of_each_year_trains_and_predicts(fakes, tmp_path, layout):
 def test_brats_split_sizes_cut_the_same_order_and_never_a_patient(fakes, tmp_path, capsys):
     src = str(fakes / "2023")
     assert brats.main(["--src", src, "--dst", str(tmp_path / "a"), "--quiet"]) == 0
-    usual = open_prepared(tmp_path / "a").meta["splits"]
+    usual = open_data(tmp_path / "a").meta["splits"]
     order = usual["train"] + usual["val"] + usual["test"]
     results = {}
     for n in range(1, 11):
@@ -683,7 +676,7 @@ def test_brats_split_sizes_cut_the_same_order_and_never_a_patient(fakes, tmp_pat
             assert "the same patient" in capsys.readouterr().err
             assert brats.patient_of(order[n - 1]) == brats.patient_of(order[n])
             continue
-        splits = open_prepared(tmp_path / f"b{n}").meta["splits"]
+        splits = open_data(tmp_path / f"b{n}").meta["splits"]
         results[n] = (splits["train"], splits["val"], splits["test"]) == (order[:n], [], order[n:])
     assert all(results.values()) and 0 < len(results) < 10
     capsys.readouterr()

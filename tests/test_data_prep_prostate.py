@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import patchddm
-from common.old.loaders import (
+from common.loaders import (
+    VolumeScan,
     data_record,
-    load_for_prediction,
-    open_prepared,
+    open_data,
+    read_nifti,
     read_window,
     symmetric_pad,
 )
@@ -158,7 +159,7 @@ def test_prostate_with_the_published_counts_passes_and_prints_them(fakes, tmp_pa
 
 
 def test_prostate_manifest_stands_beside_the_published_counts(done):
-    meta = open_prepared(done / "label").meta
+    meta = open_data(done / "label").meta
     line = "cases 16 of 589, institutions 2 of 7, train 4 of 411, val 4 of 14, test 8 of 164"
     assert f"  published    {line}" in meta["manifest"]
     assert meta["counts"]["test"] == {"found": 8, "published": 164}
@@ -206,7 +207,7 @@ def test_prostate_subset_leaves_all_others_where_the_whole_list_puts_them(src, t
 
 
 def test_prostate_stores_each_cases_institution(done):
-    where = open_prepared(done / "label").meta["institutions"]
+    where = open_data(done / "label").meta["institutions"]
     assert len(where) == 16 and where["0001"] == "UCL" and where["0002"] == "Prostate3T"
 
 
@@ -246,7 +247,7 @@ def box_start(label: np.ndarray, axis: int, size: int) -> int:
 @pytest.mark.parametrize(("case", "axis", "size"), [(WIDE, 0, 256), (HIGH, 2, 48)])
 @pytest.mark.parametrize("crop", ["label", "centre"])
 def test_prostate_cuts_only_the_longer_axis(done, case, axis, size, crop):
-    full, data = open_prepared(done / "none"), open_prepared(done / crop)
+    full, data = open_data(done / "none"), open_data(done / crop)
     before, after = np.array(full.label(case)), np.array(data.label(case))
     n = before.shape[axis]
     assert n == (288 if axis == 0 else 58) and after.shape[axis] == size
@@ -268,7 +269,7 @@ def test_prostate_cuts_only_the_longer_axis(done, case, axis, size, crop):
 
 
 def test_prostate_crops_by_the_label_and_by_the_volume_differ_in_the_fake(done):
-    starts = {c: open_prepared(done / c).meta["cases"] for c in ("label", "centre")}
+    starts = {c: open_data(done / c).meta["cases"] for c in ("label", "centre")}
     assert all(
         starts["label"][c]["crop"]["start"] != starts["centre"][c]["crop"]["start"]
         for c in (WIDE, HIGH)
@@ -276,28 +277,28 @@ def test_prostate_crops_by_the_label_and_by_the_volume_differ_in_the_fake(done):
 
 
 def test_prostate_manifest_counts_what_the_window_lost(done):
-    facts = [c["crop"] for c in open_prepared(done / "centre").meta["cases"].values()]
+    facts = [c["crop"] for c in open_data(done / "centre").meta["cases"].values()]
     lost = [f["label_voxels_outside"] for f in facts if f["label_voxels_outside"]]
     line = f"2 cases were larger, {sum(lost):,} labelled voxels of {len(lost)} cases lie outside"
     assert sum(lost) > 0
     assert (
         f"  crop         centre, 256 x 256 x 48: {line}"
-        in open_prepared(done / "centre").meta["manifest"]
+        in open_data(done / "centre").meta["manifest"]
     )
     line = "  crop         none; 256 x 256 x 48 would be the published window"
-    assert line in open_prepared(done / "none").meta["manifest"]
+    assert line in open_data(done / "none").meta["manifest"]
 
 
 def test_prostate_names_the_grid_to_pad_to_unless_nothing_is_cut(done):
     for crop in ("label", "centre", "none"):
-        data = open_prepared(done / crop)
+        data = open_data(done / crop)
         assert data.meta["crop"] == {"kind": crop, "size": [256, 256, 48]}
         assert (
             data.meta.get("grid")
             == data_record(data).get("grid")
             == (None if crop == "none" else [256, 256, 48])
         )
-    data = open_prepared(done / "label")
+    data = open_data(done / "label")
     front = symmetric_pad(data.shape(LPS), data.meta["grid"])
     assert front == (112, 114, 17)  # floor
     padded = read_window(data.label(LPS), [-f for f in front], data.meta["grid"])
@@ -306,12 +307,12 @@ def test_prostate_names_the_grid_to_pad_to_unless_nothing_is_cut(done):
 
 def test_prostate_prediction_is_never_cut(fakes, done):
     for case in (WIDE, HIGH):
-        file = fakes / "few" / "data" / f"{case}_img.nii"
-        image, restore = load_for_prediction([file], data_record(open_prepared(done / "label")))
+        file = read_nifti(fakes / "few" / "data" / f"{case}_img.nii")
+        scan = VolumeScan(case, [file], data_record(open_data(done / "label")))
         np.testing.assert_array_equal(
-            image, np.array(open_prepared(done / "none").image(case), np.float32)
+            scan.image, np.array(open_data(done / "none").image(case), np.float32)
         )
-        assert restore.mask(np.zeros(image.shape[1:], np.uint8)).shape == (24, 20, 12)
+        assert scan.mask(np.zeros((1, *scan.image.shape[1:]))).shape == (24, 20, 12)
 
 
 @pytest.mark.parametrize(("spacing", "size"), [
@@ -331,14 +332,14 @@ def test_prostate_window_keeps_its_millimetres(src, spacing, size):
 
 
 def test_prostate_names_its_classes_as_published(done):
-    data = open_prepared(done / "label")
+    data = open_data(done / "label")
     assert data.channels == ["T2"] and data.name == "prostate"
     assert list(data.classes.items()) == [(name, value) for value, name in enumerate(NAMES, 1)]
     assert data.meta["label_values"] == {str(v): v for v in range(9)}
 
 
 def test_prostate_resamples_to_the_papers_spacing(done):
-    data = open_prepared(done / "label")
+    data = open_data(done / "label")
     assert data.meta["spacing"] == [0.75, 0.75, 2.5] and data.spacing("0001") == (0.75, 0.75, 2.5)
     assert data.shape("0001") == (32, 27, 14)  # 24 * 1 / 0.75, 20 * 1 / 0.75, 12 * 3 / 2.5
     assert set(np.unique(data.label("0001"))) <= set(range(9))
@@ -347,7 +348,7 @@ def test_prostate_resamples_to_the_papers_spacing(done):
 def test_prostate_scales_by_minimum_and_maximum_of_the_whole_volume(src, tmp_path):
     change(src / "data" / "0001_img.nii", at_first(9000))  # one bright voxel decides
     assert run("--src", src, "--dst", tmp_path / "p", "--subset", *NATIVE)[0] == 0
-    data = open_prepared(tmp_path / "p")
+    data = open_data(tmp_path / "p")
     for case in ("0001", "0002"):
         raw = voxels(src, f"{case}_img").astype(float)
         assert raw.min() > 0 and (case == "0002" or raw.max() == 9000)
@@ -368,13 +369,13 @@ def test_prostate_zeros_are_values_like_others(src, tmp_path):
     assert (raw == 0).mean() >= 0.25 and raw.min() < 0
     assert run("--src", src, "--dst", tmp_path / "p", "--subset", *NATIVE)[0] == 0
     wanted = (raw - raw.min()) / (raw.max() - raw.min())
-    np.testing.assert_allclose(open_prepared(tmp_path / "p").image("0001")[0], wanted, atol=5e-4)
+    np.testing.assert_allclose(open_data(tmp_path / "p").image("0001")[0], wanted, atol=5e-4)
 
 
 def test_prostate_turns_voxels_to_ras_and_reads_float_masks(fakes, tmp_path):
     src = fakes / "few"
     assert run("--src", src, "--dst", tmp_path / "p", "--subset", *NATIVE)[0] == 0
-    data = open_prepared(tmp_path / "p")
+    data = open_data(tmp_path / "p")
     np.testing.assert_array_equal(data.label(LPS), voxels(src, f"{LPS}_mask")[::-1, ::-1])
     assert voxels(src, f"{FLOAT}_mask").dtype == np.float32
     np.testing.assert_array_equal(data.label(FLOAT), voxels(src, f"{FLOAT}_mask"))
@@ -621,7 +622,7 @@ def test_prostate_makes_a_fake_of_the_published_counts_by_default(tmp_path, caps
 
 def test_prostate_folder_that_is_not_prepared_names_this_tool(tmp_path):
     with pytest.raises(_prepare.InputError, match=r"python -m data_prep\.prostate --src DIR --dst"):
-        open_prepared(tmp_path / "prostate")
+        open_data(tmp_path / "prostate")
 
 
 def test_prostate_trains_and_predicts_with_the_published_label_values(fakes, tmp_path):
@@ -629,9 +630,9 @@ def test_prostate_trains_and_predicts_with_the_published_label_values(fakes, tmp
         run("--src", fakes / "few", "--dst", tmp_path / "p", "--subset", "--spacing", "6,6,7.5")[0]
         == 0
     )
-    data, weights = open_prepared(tmp_path / "p"), tmp_path / "run" / "last.pt"
+    data, weights = open_data(tmp_path / "p"), tmp_path / "run" / "last.pt"
     assert data.meta["grid"] == [32, 32, 16]
-    common = ["--device", "cpu", "--amp", "off", "--quiet", "--sampling-steps", "1"]
+    common = ["--device", "cpu", "--amp", "off", "--quiet"]
     network = ["--num-channels", "4", "--channel-mult", "1,2", "--num-groups", "2", "--patch", "16"]
     argv = [
         "train",
@@ -654,6 +655,8 @@ def test_prostate_trains_and_predicts_with_the_published_label_values(fakes, tmp
         str(file),
         "--output",
         str(output),
+        "--sampling-steps",
+        "1",
         *common,
     ]
     assert patchddm.main(argv) == 0

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from common.old.loaders import open_slices
+from common.loaders import open_data
 from data_prep import flare22
 
 LABELLED, PRETRAIN = "FLARE22_LabeledCase50", "FLARE22_UnlabeledCase1-1000"
@@ -115,7 +115,7 @@ def test_classes_are_in_the_publishers_order():
 
 
 def test_fake_is_prepared_as_slices(done):
-    data = open_slices(str(done))
+    data = open_data(str(done), "slices")
     sizes = {"train": 4, "val": 0, "test": 1, "unlabelled": 7, "pretrain": 6}
     assert {split: len(data.cases(split)) for split in data.meta["splits"]} == sizes
     assert data.side == 32 and data.image("Case_00001").dtype == np.int16
@@ -127,7 +127,7 @@ def test_fake_is_prepared_as_slices(done):
 def test_window_is_the_percentiles_of_cases_1_to_1000(made, done):
     files = sorted((made / PRETRAIN).glob("Case*.nii.gz"))
     values = np.concatenate([np.rint(np.asarray(nib.load(f).dataobj)).ravel() for f in files])
-    data = open_slices(str(done))
+    data = open_data(str(done), "slices")
     low, high = np.percentile(np.maximum(values, -1024), [0.5, 99.5])
     rule, s = data.meta["normalisation"], data.meta["statistics"]
     assert (rule["low"], rule["high"]) == pytest.approx((low, high), abs=1e-9)
@@ -137,7 +137,7 @@ def test_window_is_the_percentiles_of_cases_1_to_1000(made, done):
 
 def test_organs_lie_where_the_body_has_them(done):
     """On the screen: the liver on the left, the spleen on the right, also of the case that is stored in LAS."""
-    data = open_slices(str(done))
+    data = open_data(str(done), "slices")
     assert data.meta["cases"]["FLARE22_Tr_0002"]["original"]["orientation"] == "LAS"
     for case in data.cases("train") + data.cases("test"):
         labels = np.stack(
@@ -177,7 +177,7 @@ def test_split_sizes_cut_the_same_order(made, tmp_path):
         "3,1,1",
     ]
     assert flare22.main(flags) == 0
-    splits = open_slices(str(tmp_path / "p")).meta["splits"]
+    splits = open_data(str(tmp_path / "p"), "slices").meta["splits"]
     usual = flare22.split([f"FLARE22_Tr_{i:04d}" for i in range(1, 6)])
     assert splits["train"] + splits["val"] + splits["test"] == usual["train"] + usual["test"]
 
@@ -190,7 +190,7 @@ def test_without_unlabelled_cases_the_labelled_ones_serve(src, tmp_path, capsys)
         == 0
     )
     assert "no unlabelled case 1-1000" in capsys.readouterr().err
-    data = open_slices(str(tmp_path / "p"))
+    data = open_data(str(tmp_path / "p"), "slices")
     assert (
         data.cases("pretrain") == data.cases("train") and data.meta["normalisation"]["high"] > 100
     )

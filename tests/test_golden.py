@@ -49,12 +49,12 @@ def training(steps: int) -> str:
 # fine-tuning find no organ, 60 find some.
 COMMANDS: dict[str, tuple[str, ...]] = {
     "patchddm": (
-        f"train {training(12)} --limit 1 --sampling-steps 3",
+        f"train {training(12)}",
         "evaluate --limit 1 --sampling-steps 3 --ensemble 2",
         "predict --sampling-steps 3 --ensemble 2 --image IMAGE --output MASK",
     ),
     "diffseg3d_recycle": (
-        f"train {training(12)} --limit 1",
+        f"train {training(12)}",
         "evaluate --limit 1",
         "predict --ensemble 2 --image IMAGE --output MASK",
     ),
@@ -258,7 +258,7 @@ def losses_of(log: Path) -> dict[str, float]:
 
 
 def sha256_of(state: Mapping[str, Any]) -> str:
-    """Of names and fp32 bytes of all tensors, in order of names; state: a state dict, or several."""
+    """Of names and fp32 bytes of all tensors, in order of names; state: one state dict or several."""
     digest = hashlib.sha256()
 
     def add(name: str, value: Any) -> None:

@@ -10,18 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.old.unet import (
+from common import InputError
+from common.unet import (
     AttentionBlock,
     Downsample,
-    EmbedSequential,
     GroupNorm,
     ResBlock,
+    UNet,
     Upsample,
     _GroupNorm,
-    conv,
     load_public,
+    redraw_zeros,
     timestep_embedding,
-    zero_module,
 )
 
 FIXTURES = (
@@ -109,7 +109,7 @@ def test_groupnorm_has_the_gradients_of_the_formula_in_any_layout(layout, dtype)
 
 
 def test_groupnorm_refuses_one_value_a_group():
-    with pytest.raises(ValueError, match="one value a group"):
+    with pytest.raises(InputError, match="one value a group"):
         GroupNorm(4, 4)(torch.randn(2, 4, 1, 1, 1))
     GroupNorm(2, 4)(torch.randn(1, 4, 1, 1, 1))
 
@@ -162,11 +162,16 @@ def test_resblock_without_time_has_no_time_layers():
     assert block(torch.randn(1, 4, 6, 6)).shape == (1, 4, 6, 6)
 
 
-def test_resblock_dropout_acts_in_training_only():
-    block = randomise(ResBlock(2, 4, 4, None, groups=2, dropout=0.5))
-    x = torch.randn(1, 4, 6, 6)
-    assert not torch.equal(block.train()(x), block(x))
-    assert torch.equal(block.eval()(x), block(x))
+@pytest.mark.parametrize("scale_shift, resample", [(False, None), (True, None), (True, "up")])
+def test_blocks_without_gradients_give_the_same_and_spare_their_input(scale_shift, resample):
+    block = randomise(ResBlock(2, 4, 6, 8, 2, scale_shift, resample))
+    attention = randomise(AttentionBlock(6, 3, 2))
+    x, emb = torch.randn(2, 4, 6, 6), torch.randn(2, 8)
+    kept = x.clone()
+    plain = attention(block(x, emb)).detach()
+    with torch.no_grad():
+        assert torch.equal(attention(block(x, emb)), plain)
+    assert torch.equal(x, kept)
 
 
 @pytest.mark.parametrize("heads_first", [True, False])
@@ -186,102 +191,67 @@ def test_attention_equals_explicit_softmax(heads_first):
     torch.testing.assert_close(block(x), expected, atol=1e-4, rtol=1e-4)
 
 
-class GuidedUNet2d(nn.Module):
-    """The layout of the public 2D network, built from our blocks for the fixture."""
-
-    def __init__(self, c=32, mult=(1, 2), res=2, attention=(2,), head=16, c_in=3, c_out=6):
-        super().__init__()
-        self.c, emb = c, 4 * c
-        self.time_embed = nn.Sequential(nn.Linear(c, emb), nn.SiLU(), nn.Linear(emb, emb))
-
-        def block(a, b, **kw):
-            return ResBlock(2, a, b, emb, groups=32, scale_shift=True, **kw)
-
-        self.input_blocks = nn.ModuleList([EmbedSequential(conv(2, c_in, c))])
-        widths, width = [c], c
-        for level, m in enumerate(mult):
-            for _ in range(res):
-                layers = [block(width, c * m)]
-                width = c * m
-                if 2**level in attention:
-                    layers.append(AttentionBlock(width, head, 32))
-                self.input_blocks.append(EmbedSequential(*layers))
-                widths.append(width)
-            if level < len(mult) - 1:
-                self.input_blocks.append(EmbedSequential(block(width, width, resample="down")))
-                widths.append(width)
-        self.middle_block = EmbedSequential(
-            block(width, width), AttentionBlock(width, head, 32), block(width, width)
-        )
-        self.output_blocks = nn.ModuleList()
-        for level in reversed(range(len(mult))):
-            for i in range(res + 1):
-                layers = [block(width + widths.pop(), c * mult[level])]
-                width = c * mult[level]
-                if 2**level in attention:
-                    layers.append(AttentionBlock(width, head, 32))
-                if level and i == res:
-                    layers.append(block(width, width, resample="up"))
-                self.output_blocks.append(EmbedSequential(*layers))
-        self.out = nn.Sequential(
-            GroupNorm(32, width), nn.SiLU(), zero_module(conv(2, width, c_out))
-        )
-
-    def forward(self, x, t, record=None):
-        record = {} if record is None else record
-        emb = record["time_embed"] = self.time_embed(timestep_embedding(t, self.c))
-        skips = []
-        for block in self.input_blocks:
-            x = block(x, emb)
-            skips.append(x)
-        x = record["middle_block"] = self.middle_block(x, emb)
-        for i, block in enumerate(self.output_blocks):
-            x = record[f"output_blocks.{i}"] = block(torch.cat([x, skips.pop()], dim=1), emb)
-        return self.out(x)
-
-
 @needs_fixtures
 def test_public_2d_network_agrees_at_every_decoder_block():
     z = np.load(FIXTURES / "guided_diffusion_2d_tiny.npz")
     info = json.loads((FIXTURES / "guided_diffusion_2d_tiny.json").read_text())
-    model = GuidedUNet2d()
-    load_public(
-        model, {k: torch.from_numpy(z[k]) for k in z.files if "." in k and not k.startswith("act/")}
-    )
+    model = UNet(3, 6, 32, (1, 2), 2, attention={1}, head_channels=16)
+    state = {k: torch.from_numpy(z[k]) for k in z.files if "." in k and not k.startswith("act/")}
+    load_public(model, state)
     assert sum(p.numel() for p in model.parameters()) == info["parameters"]
-    record: dict[str, torch.Tensor] = {}
+    x, t = torch.from_numpy(z["x"]), torch.from_numpy(z["t"])
     with torch.no_grad():
-        out = model(torch.from_numpy(z["x"]), torch.from_numpy(z["t"]), record)
-        out_b = model(torch.from_numpy(z["x"]), torch.from_numpy(z["t_b"]))
-    compared = 0
-    for key in z.files:
-        if key.startswith("act/"):
-            torch.testing.assert_close(record[key[4:]], torch.from_numpy(z[key]), atol=1e-5, rtol=0)
-            compared += 1
-    assert compared == 8
+        middle, skips, emb = model.encode(x, t)
+        maps = {"middle_block": middle, "time_embed": emb}
+        for k, values in enumerate(model.decode(middle, skips, emb, range(6))):
+            maps[f"output_blocks.{k}"] = values
+        out = model(x, t)
+        out_b = model(x, torch.from_numpy(z["t_b"]))
+    compared = [key for key in z.files if key.startswith("act/")]
+    assert len(compared) == 8
+    for key in compared:
+        torch.testing.assert_close(maps[key[4:]], torch.from_numpy(z[key]), atol=1e-5, rtol=0)
     torch.testing.assert_close(out, torch.from_numpy(z["out"]), atol=1e-5, rtol=0)
     torch.testing.assert_close(out_b, torch.from_numpy(z["out_b"]), atol=1e-5, rtol=0)
 
 
-def test_load_public_names_the_first_mismatch_and_its_flags():
+def test_network_without_time_ignores_it_and_recompute_changes_no_gradient():
+    grads = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = UNet(1, 1, 8, (1, 2), 1, {1}, groups=4, adm=False, timed=False, recompute=recompute)
+        redraw_zeros(model)
+        x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+        out = model(x, torch.tensor([3]))
+        assert torch.equal(out, model(x, torch.tensor([900]))) and out.abs().max() > 0
+        out.square().mean().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+
+
+def test_decoder_stops_after_the_last_block_asked_for_and_keeps_its_maps():
+    model = randomise(UNet(1, 1, 8, (1, 2), 1, set(), head_channels=8, groups=4))
+    x, t = torch.randn(1, 1, 8, 8), torch.tensor([3])
+    with torch.no_grad():
+        every = model.decode(*model.encode(x, t), range(4))
+        some = model.decode(*model.encode(x, t), [2, 0])
+    assert torch.equal(some[0], every[2]) and torch.equal(some[1], every[0])
+
+
+def test_load_public_names_the_first_mismatch():
     model = nn.Sequential()
     model.add_module("time_embed", nn.Linear(4, 8))
-    model.add_module("out", nn.Sequential(nn.Identity(), nn.Identity(), nn.Conv3d(4, 2, 3)))
     good = {k: v.clone() for k, v in model.state_dict().items()}
     load_public(model, {f"module.{k}": v.half() for k, v in good.items()})
     with pytest.raises(
-        ValueError,
-        match=r"out\.2\.weight is \(1, 4, 3, 3, 3\) .* \(2, 4, 3, 3, 3\) .*number of classes",
+        ValueError, match=r"time_embed\.weight is \(1, 4\) in the file and \(8, 4\)"
     ):
-        load_public(model, {**good, "out.2.weight": torch.zeros(1, 4, 3, 3, 3)})
-    with pytest.raises(
-        ValueError, match=r"time_embed\.weight is absent in the checkpoint .*--num-channels"
-    ):
+        load_public(model, {**good, "time_embed.weight": torch.zeros(1, 4)})
+    with pytest.raises(ValueError, match=r"time_embed\.weight is absent in the file"):
         load_public(model, {k: v for k, v in good.items() if k != "time_embed.weight"})
-    with pytest.raises(
-        ValueError, match=r"output_blocks\.3\.0\.x is \(1,\) .* absent in this network .*--skips"
-    ):
-        load_public(model, {**good, "output_blocks.3.0.x": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"extra is \(1,\) in the file and absent"):
+        load_public(model, {**good, "extra": torch.zeros(1)})
 
 
 def test_load_public_loads_nothing_after_a_mismatch():
