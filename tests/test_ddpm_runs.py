@@ -571,8 +571,9 @@ def test_interrupted_sampling_makes_what_is_missing(trained, tmp_path, monkeypat
         "--sampling-steps",
         "2",
     ]
+    # One slice a batch: convolutions of another batch size may differ in the last bit.
+    monkeypatch.setattr(P, "AT_ONCE", 1)
     assert P.main([*argv, "--out", str(tmp_path / "whole")]) == 0
-    monkeypatch.setattr(P, "AT_ONCE", 2)
     made, asked, write = P.generate, [], P.write_array
 
     def listed(net, numbers, quiet=True):
