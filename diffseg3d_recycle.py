@@ -6,13 +6,13 @@ Paper
 
 Idea
     A diffusion model makes a mask out of noise and sees the image as extra channels. It is usually
-    trained on the true mask with noise: where that is little the truth shines through, and copying
-    it is learnt. In use there is no truth. So (1) x_k is made of the network's own prediction at
+    trained on the true mask with noise. With little noise the truth still shows, and the network
+    learns to copy it. In use there is no truth. So (1) x_k is made of the network's own prediction at
     the noisier step k + 1: "recycling", two passes, a gradient through the second only; (2) the
-    mask is predicted, not the noise, with (3) a Dice loss, (4) on the five levels of sampling.
+    mask is predicted, not the noise, with (3) a Dice loss, (4) on the five levels that it is sampled at.
 
 Symbols
-    I         image  [B, M, *S]  M channels in [0, 1]; S = (X, Y, Z)
+    I         image  [B, M, *S]  M channels in [0, 1], spread to --image-range; S = (X, Y, Z)
     x_0       x0     [B, C, *S]  mask: 1 in the channel of its class, else -1; background first
     x_k       xk     [B, C, *S]  mask with noise, k = 1..K; k = 0 is the mask; never clipped
     eps_k     eps    [B, C, *S]  standard normal noise
@@ -52,8 +52,9 @@ Differs
     D11 Volumes larger than --size: random windows in training; in sampling the mean of windows at
         each step. The paper crops all volumes to one size.
     D12 Images are scaled by data_prep, not after cropping; predict never crops.
-    D13 The small presets: a smaller network and batch, a larger rate that falls to the end.
-    D14 The small presets spread the image to [-2.5, 2.5]: beside noise of SD 1 it is else lost.
+    D13 All presets but paper have a smaller batch, and a larger rate that warms up and falls until
+        the last step; tiny and laptop also have a smaller network.
+    D14 All presets but paper spread the image to [-2.5, 2.5]; else noise of SD 1 drowns it.
 
 Usage
     python diffseg3d_recycle.py                            train, sample and score on phantoms
@@ -61,7 +62,7 @@ Usage
     python diffseg3d_recycle.py train --data hippocampus
     python diffseg3d_recycle.py evaluate --data hippocampus --ensemble 5
     python diffseg3d_recycle.py predict --data hippocampus --image scan.nii.gz --output mask.nii.gz
-    torchrun --nproc_per_node=8 diffseg3d_recycle.py --data prostate --preset paper   the paper's
+    torchrun --nproc_per_node=8 diffseg3d_recycle.py --data prostate --preset paper
     python -m results.diffseg_rivals --recycle recursive   how others make x_k; 2D networks
     results/diffseg3d_story.sh trains it recycled, not recycled and as a U-net, side by side.
 
@@ -104,8 +105,13 @@ T = 1000  # steps of the original schedule; t = 1..T, and k = 1..K of them, in t
 
 @dataclass(frozen=True)
 class Config(flags.RunFlags):
-    """The flags of the method, with the paper's defaults; the tables are those of version 2."""
+    """The flags of the method; flags.RunFlags has those of every script, such as --data.
 
+    flag(default, help, part, smallest, largest). The defaults are the paper's, the tables those of
+    version 2.
+    """
+
+    script = SCRIPT
     method: Literal["diffusion", "unet"] = flag("diffusion", "unet: the baseline, table 2", "model")
     num_channels: int = flag(32, "width at full size, unit of --channel-mult", "model", 1)
     channel_mult: tuple[int, ...] = flag((1, 2, 4, 8), "widths of the levels below", "model", 1)
@@ -134,10 +140,6 @@ class Config(flags.RunFlags):
         """Noise levels of sampling. The U-net's are one step, which does not look at x_k."""
         trained = 5 if self.train_K == T else self.train_K
         return 1 if self.method == "unet" else self.sampling_steps or trained
-
-    @property
-    def run_folder(self) -> Path:
-        return Path(self.out or f"runs/{SCRIPT}-{Path(self.data).name}-{self.preset}")
 
     def __post_init__(self) -> None:
         """Check the ranges, then the rules between flags. Raises InputError that names the flag."""
@@ -222,15 +224,10 @@ class UNet(nn.Module):
         self.head = nn.Conv3d(width, out_channels, 1)
         self.apply(start_as_haiku)
 
-    def run(self, block: nn.Module, x: Tensor, emb: Tensor | None) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return unet.recomputed(block, x, emb)
-        return block(x, emb)
-
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         x = x[:, : self.in_channels]  # the baseline does not look at x_k
         emb = gelu(unet.timestep_embedding(t, self.emb)).to(x.dtype) if self.emb else None
-        x = self.run(self.first, gelu(self.stem(x)), emb)  # [B, width, *S]
+        x = unet.run(self.first, gelu(self.stem(x)), emb, self.recompute)  # [B, width, *S]
         skips = []
         for down, block in zip(self.downs, self.down_blocks):
             skips.append(x)
@@ -238,11 +235,11 @@ class UNet(nn.Module):
             odd = [n % 2 for n in reversed(x.shape[2:])]
             if any(odd):
                 x = F.pad(x, [side for n in odd for side in (0, n)])
-            x = self.run(block, down(x), emb)  # [B, width m, *ceil(S / 2)]
+            x = unet.run(block, down(x), emb, self.recompute)  # [B, width m, *ceil(S / 2)]
         for up, block in zip(self.ups, self.up_blocks):
             inside = tuple(slice(n) for n in (None, None, *skips[-1].shape[2:]))
             x = unet.plus(up(x)[inside], skips.pop())  # [B, width m', *S]
-            x = self.run(block, x, emb)
+            x = unet.run(block, x, emb, self.recompute)
         return self.head(x)  # [B, C_out, *S]
 
 
@@ -297,12 +294,12 @@ def at(values: Tensor, volume: Tensor) -> Tensor:
 
 def q_sample(s: Schedule, x0: Tensor, eps: Tensor, k: Tensor) -> Tensor:
     """Return x_k: the mask x0 with noise eps of the level k [B] in 1..K."""
-    abar = s.abar[k]  # eq. (3), eq. (5), eq. (8), eq. (11)
+    abar = s.abar[k]
     return at(abar.sqrt(), x0) * x0 + at((1 - abar).sqrt(), x0) * eps
 
 
 def x0_of(s: Schedule, target: str, output: Tensor, xk: Tensor, k: Tensor) -> Tensor:
-    """Return x_{0,theta} of a network's output: of logits in [-1, 1], of noise anything."""
+    """Return the predicted mask x_{0,theta}; from logits it lies in [-1, 1], else it may not."""
     if target == "x0":
         return 2 * output.softmax(dim=1) - 1
     abar = s.abar[k]
@@ -333,7 +330,9 @@ def diffusion_loss(s, target, output, label, xk, eps, k, dice=True) -> Tensor:
     if target == "x0":
         return segmentation_loss(output, label, dice)  # eq. (6)
     prob = (x0_of(s, target, output, xk, k) + 1) / 2
-    loss = segmentation_loss(prob.clamp(1e-5, 1).log(), label, dice)  # its softmax normalises
+    loss = segmentation_loss(
+        prob.clamp(1e-5, 1).log(), label, dice
+    )  # its softmax rescales to sum 1
     return loss + 0.1 * (output - eps).square().flatten(1).mean(dim=1)  # eq. (7)
 
 
@@ -345,17 +344,19 @@ def recycling_loss(
     model(x, t) is fed image and x_k, [B, M + C, *S], and t_k; it gives logits (target x0) or noise
     (eps), [B, C, *S]. image [B, M, *S], label [B, *S], k [B] in 1..K; eps, other_eps: noise of the
     second and of the first pass, [B, C, *S]. recycle none: the usual training, one pass.
+    Under autocast use cache_enabled=False: the first pass would cache cast weights without a
+    gradient, and the second would use them.
     """
     s = schedule(K, image.device)
     x0 = mask_to_x0(label, eps.shape[1])
     source = x0  # what x_k is made of
     if recycle != "none":
-        j = (k + 1).clamp(max=K) if recycle == "prev" else torch.full_like(k, K)  # D5
-        xj = q_sample(s, x0, other_eps, j)
+        above = (k + 1).clamp(max=K) if recycle == "prev" else torch.full_like(k, K)  # D5
+        x_above = q_sample(s, x0, other_eps, above)  # eq. (3), eq. (8)
         with torch.no_grad():
-            output = model(torch.cat([image, xj], dim=1), s.t[j]).float()  # eq. (4), eq. (9)
-            source = x0_of(s, target, output, xj, j).clamp(-1, 1)  # D4
-    xk = q_sample(s, source, eps, k)
+            output = model(torch.cat([image, x_above], dim=1), s.t[above]).float()
+            source = x0_of(s, target, output, x_above, above).clamp(-1, 1)  # eq. (4), eq. (9)  # D4
+    xk = q_sample(s, source, eps, k)  # eq. (5), eq. (11)
     output = model(torch.cat([image, xk], dim=1), s.t[k]).float()
     return diffusion_loss(s, target, output, label, xk, eps, k, dice)
 
@@ -393,7 +394,7 @@ def draw_affine(rng, label, spacing, rotate=0.088, scale=0.15, shift=0.08) -> np
 class Volumes(Dataset):
     """Training samples n = 0, 1, 2, ...: each is a function of (seed, n), and n never ends."""
 
-    data: Any  # gives image(case) [M, X, Y, Z] in [0, 1], label(case) [X, Y, Z], spacing(case)
+    data: Any  # see loaders.open_data: image(case) [M, X, Y, Z] in [0, 1], label(case)  # D12
     cases: list[str]
     size: Sequence[int]
     K: int = 5
@@ -413,7 +414,7 @@ class Volumes(Dataset):
         for axis, (length, side) in enumerate(zip(label.shape, self.size)):
             if length > side:
                 start[axis] = int(rng.integers(0, length - side + 1))  # D11
-        image = loaders.read_window(image, start, self.size).astype(np.float32)  # D12
+        image = loaders.read_window(image, start, self.size).astype(np.float32)
         label = loaders.read_window(label, start, self.size)
         spacing = self.data.spacing(case)
         theta = draw_affine(rng, label, spacing) if self.augmented else np.eye(3, 4)
@@ -434,10 +435,11 @@ def train(config: Config, data: Any, ranks: Ranks) -> int:
     record["size"] = size = training_size(config, record, [data.shape(case) for case in cases])
     volumes = Volumes(data, cases, size, config.train_K, config.augment == "on", config.seed)
     val_cases = [case for case in data.cases("val") if data.has_label(case)]
+    # The U-net is fed x_k, too, and reads only the image: one pass.
     recycle = config.recycle if config.method == "diffusion" else "none"
     warn_of_absent_classes(data, cases, ranks)
 
-    # The network, its average for sampling, and the optimiser.
+    # The network, its running average (what validation, evaluate and predict use), the optimiser.
     torch.manual_seed(seed_of(config.seed, "weights") % 2**32)
     model = network_for(config, record).to(device)
     if config.init:
@@ -471,7 +473,7 @@ def train(config: Config, data: Any, ranks: Ranks) -> int:
         worker_init_fn=runtime.ignore_signals,
     )
     batches = iter(loader)
-    run.stopped()  # sets run.time_up, where a run of --minutes is complete
+    run.stopped()  # a resumed run may have used up its --minutes: sets run.time_up
     last = step == config.steps or run.time_up
 
     while True:
@@ -510,14 +512,14 @@ def train(config: Config, data: Any, ranks: Ranks) -> int:
             # Gradients are shared between the processes with the last part only.
             shared = ranks.world == 1 or part == config.accumulate - 1
             with nullcontext() if shared else net.no_sync():
-                # No cache: a weight that the pass without gradient has cast would get none.
+                # No cache: the second pass would use weights cast without gradient in the first.
                 with torch.autocast(device.type, dtype, dtype is not None, cache_enabled=False):
                     loss = recycling_loss(
                         net, image, label, k, eps, other,
                         config.train_K, recycle, config.target, config.dice == "on",
                     )  # [B]  # fmt: skip
                 scaler.scale(loss.mean() / config.accumulate).backward()
-            run.collect(loss, schedule(config.train_K, device).t[k] / T)
+            run.collect(loss, schedule(config.train_K, device).t[k] / T)  # for the log
 
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -530,7 +532,7 @@ def train(config: Config, data: Any, ranks: Ranks) -> int:
         step += 1
         run.seconds += time.perf_counter() - begin
 
-        run.count_skip(step, finite)
+        run.count_skip(step, finite)  # ends the run after 20 in a row
         stopped = run.stopped()  # Ctrl-C or SIGTERM on any process; also sets run.time_up
         last = step == config.steps or run.time_up
         run.log(step, lr=lr, grad_norm=norm)
@@ -540,7 +542,7 @@ def train(config: Config, data: Any, ranks: Ranks) -> int:
     runtime.same_weights(model, ranks, "at the end")
     if ranks.first:
         figures.loss_curve(run.out / "log.csv", run.out / "loss.png", f"DiffSeg3D, {data.name}")
-    return run.finish(step)
+    return run.finish(step)  # the exit code
 
 
 def augment(image: Tensor, label: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -637,7 +639,7 @@ def sample(f, noise_of, K=5, target="x0", eta=1.0, watch=None) -> Iterator[tuple
 
 
 def windows(full: Sequence[int], size: Sequence[int]) -> list[tuple[slice, ...]]:
-    """Return windows that cover the grid and overlap by half; the last of an axis ends with it."""
+    """Return windows that cover the grid and overlap by half; the last one ends at the edge."""
     starts = [[*range(0, n - w, max(1, w // 2)), n - w] for n, w in zip(full, size)]
     return [tuple(slice(a, a + w) for a, w in zip(corner, size)) for corner in product(*starts)]
 
@@ -645,7 +647,7 @@ def windows(full: Sequence[int], size: Sequence[int]) -> list[tuple[slice, ...]]
 def gaussian(full: Sequence[int], size: Sequence[int]) -> Tensor:
     """Return a window's weights, [*size], at least 1e-3 of the largest; sigma: 1/8 of an axis.
 
-    An axis with one window has no weights.
+    An axis that one window covers is weighted evenly.
     """
     weights = torch.ones(())
     for n, w in zip(full, size):
@@ -655,10 +657,10 @@ def gaussian(full: Sequence[int], size: Sequence[int]) -> Tensor:
 
 
 def in_windows(model, image, xk, t, size, target="x0") -> Tensor:
-    """Return the output of the network for a whole volume, [B, C, *S], a window after the other.
+    """Return the output of the network for a whole volume, [B, C, *S], one window after another.
 
-    model: see recycling_loss. image: [B, M, *S]. Where windows overlap their probabilities (or the
-    noise that they predict) are averaged, and the logarithm is a logit again.
+    model: see recycling_loss. image: [B, M, *S]. Where windows overlap, probabilities (or predicted
+    noise) are averaged; the logarithm turns probabilities into logits again.
     """
     full = image.shape[2:]
     places = windows(full, size)
@@ -677,13 +679,13 @@ def in_windows(model, image, xk, t, size, target="x0") -> Tensor:
 
 
 def mask_of(prob: Tensor) -> Tensor:
-    """Turn [C, X, Y, Z] into labels uint8: the largest channel, of equals the lower one."""
+    """Turn [C, X, Y, Z] into labels uint8: the largest channel, on a tie the lower one."""
     return prob.argmax(dim=0).to(torch.uint8)
 
 
 @dataclass(frozen=True)
 class Network:
-    """A trained network with what its use needs. record: of the data that it was trained on."""
+    """A trained UNet, `model`, with what sampling needs. record: of the data it was trained on."""
 
     config: Config
     model: UNet
@@ -714,7 +716,7 @@ class Network:
         """Return one sample, probabilities [C, *S], and k -> its mask after step k, at most ten.
 
         The noise of a step is drawn on the CPU from (seed, case, number, k), the same on every
-        device, and goes when it is used.
+        device, and is freed after use.
         """
         config = self.config
         shape = (1, 1 + len(self.record["classes"]), *image.shape[1:])
@@ -734,7 +736,7 @@ class Network:
         for k, x0 in sample(f, noise_of, config.K, config.target, config.eta, watch):
             if k in kept:
                 masks[k] = mask_of(x0[0])
-        prob = ((x0[0] + 1) / 2).clamp(min=1e-8)  # all channels of predicted noise may say no
+        prob = ((x0[0] + 1) / 2).clamp(min=1e-8)  # with target eps all may be -1
         return prob / prob.sum(dim=0), masks
 
     def sample_ensemble(self, image, case, watch=None) -> Iterator[tuple[Tensor, Tensor, dict]]:
@@ -817,9 +819,7 @@ def maps_of(prob: Tensor, record: dict[str, Any]) -> dict[str, np.ndarray]:
 def evaluate(network: Network, data: Any, ranks: Ranks, out: Path) -> int:
     """Score a split on the prepared grid: print the table, write metrics, masks and pictures."""
     config = network.config
-    cases = loaders.cases_to_score(data, config.split, config.limit)
-    loaders.check_alike(network.record, data)
-    seen = loaders.check_unseen(network.record, data, cases, config.split)
+    cases, seen = loaders.held_out(network.record, data, config.split, config.limit)
     begin = time.perf_counter()
     rows = score_cases(network, data, cases, ranks, out)
     if not ranks.first or rows is None:
@@ -854,16 +854,7 @@ def evaluate(network: Network, data: Any, ranks: Ranks, out: Path) -> int:
 def predict(network: Network, ranks: Ranks) -> int:
     """Write masks for NIfTI files, on their own grid and with the publisher's label values."""
     config = network.config
-    if not config.image or not config.output:
-        raise InputError(
-            "predict needs --image FILE... (or a folder) and --output FILE (or folder)"
-        )
-    scans = loaders.Scans(config.image, config.output, network.record, config.overwrite)
-    for note in scans.notes:
-        say(note, ranks)
-    for scan in scans.share(ranks.rank, ranks.world):
-        if scan.note:
-            say(scan.note)
+    for scan in runtime.scans(config, network.record, ranks):
         image, inside = network.whole_volume(scan.image)
         members: dict[object, np.ndarray] = {}
         for mean, member, _ in network.sample_ensemble(image, scan.name):
@@ -878,7 +869,6 @@ def predict(network: Network, ranks: Ranks) -> int:
             maps = maps_of(prob, network.record)
             maps = {name: scan.map(values) for name, values in maps.items()}
         say(scan.save(mask, maps, members))
-    scans.finish([fault for part in ranks.gather(scans.faults) for fault in part])
     return 0
 
 
@@ -894,19 +884,11 @@ VERBS = {
 }
 
 
-def with_start(config: Config, given: dict[str, Any]) -> Config:
-    """Return the config with the network of --init, but for flags that are given."""
-    fixed = runtime.start_flags(config.init, SCRIPT, flags.names(Config, "model"))
-    return replace(config, **{**fixed, **{name: given[name] for name in fixed if name in given}})
-
-
 def load_network(given: dict[str, Any], ranks: Ranks) -> Network:
     """Return the network that the flags name: of --checkpoint, of --init, or of the run."""
-    if given.get("init") and not given.get("checkpoint"):
-        given = {**given, "checkpoint": given["init"]}
     config, state = runtime.load_trained(Config, PRESETS, given, SCRIPT)
     model = network_for(config, state["data"])
-    model.load_state_dict(state["ema"])
+    runtime.load_weights(model, state["ema"], config.init or config.checkpoint)
     model = unet.fast_layout(model.to(ranks.device)).eval().requires_grad_(False)
     dtype, _ = runtime.autocast_dtype(config.amp, ranks.device)
     return Network(config, model, state["data"], ranks.device, dtype, state["step"])
@@ -931,11 +913,11 @@ def main(argv: Sequence[str]) -> int:
 
     config = flags.configure(Config, PRESETS, given)
     if config.init:
-        config = with_start(config, given)
+        config = runtime.with_start(config, given, SCRIPT)
     config = runtime.share_batch(config, given, ranks)
     data = loaders.open_data(config.data)
     if not verb:
-        loaders.cases_to_score(data, config.split, config.limit)  # are there any, before training
+        loaders.cases_to_score(data, config.split, config.limit)  # fail now, not after the training
     code = train(config, data, ranks)
     if verb or code or runtime.is_scored(config, given, ranks):
         return code

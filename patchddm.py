@@ -103,14 +103,16 @@ ENSEMBLES = (1, 3, 5, 7, 15)  # sizes that are scored on the way to --ensemble (
 class Config(flags.RunFlags):
     """The flags of the method; flags.RunFlags has those of every script, such as --data.
 
-    The defaults are the paper's (--preset paper). Sections and tables are the paper's, too.
+    flag(default, help, part, smallest, largest). The defaults are the paper's (--preset paper);
+    sections and tables are the paper's, too.
     """
 
+    script = SCRIPT
     # section 2.2
     num_channels: int = flag(29, "width of the first level", "model", 1)
     channel_mult: tuple[int, ...] = flag((1, 3, 4, 4, 4, 4, 4), "widths of the levels", "model", 1)
     num_res_blocks: int = flag(2, "residual blocks of a level", "model", 1)
-    num_groups: int = flag(29, "groups of a norm", "model", 1)
+    num_groups: int = flag(29, "groups of a norm", "start", 1)
     skips: Literal["average", "concat"] = flag("average", "how a skip meets the decoder", "model")
     # section 2.3, and the baselines of section 3
     method: Literal["patch", "full", "half"] = flag("patch", "full, half: whole volumes", "model")
@@ -151,10 +153,6 @@ class Config(flags.RunFlags):
     def multiple(self) -> int:
         """The sides of a volume are multiples of this: each level halves it, --method half, too."""
         return 2 ** (len(self.channel_mult) - 1 + self.half)
-
-    @property
-    def run_folder(self) -> Path:
-        return Path(self.out or f"runs/{SCRIPT}-{Path(self.data).name}-{self.preset}")
 
     def __post_init__(self) -> None:
         """Check the ranges, then the rules between flags. Raises InputError that names the flag."""
@@ -260,22 +258,17 @@ class UNet(nn.Module):
         head = unet.zero_module(unet.conv(3, width, out_channels))
         self.out = nn.Sequential(unet.GroupNorm(groups, width), nn.SiLU(), head)
 
-    def run(self, block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return unet.recomputed(block, x, emb)
-        return block(x, emb)
-
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
         lean = not torch.is_grad_enabled()
         emb = self.time_embed(unet.timestep_embedding(index, self.width))  # [B, 4 width]
         image = x
         skips: list[Tensor | None] = []
         for block in self.input_blocks:
-            x = self.run(block, x, emb)  # [B, c, X / 2^level, ...]
+            x = unet.run(block, x, emb, self.recompute)  # [B, c, X / 2^level, ...]
             skips.append(x)
         if lean:
             skips[0] = None  # the widest, and the cheapest to compute again
-        x = self.run(self.middle_block, x, emb)
+        x = unet.run(self.middle_block, x, emb, self.recompute)
         for block in self.output_blocks:
             skip = skips.pop()
             if skip is None:
@@ -286,7 +279,7 @@ class UNet(nn.Module):
             else:
                 x = torch.cat([x, skip], dim=1)
             del skip  # or it lives until the block has ended
-            x = self.run(block, x, emb)
+            x = unet.run(block, x, emb, self.recompute)
         norm, _, head = self.out
         return head(F.silu(norm(x), inplace=lean))  # [B, C_out, X, Y, Z]
 
@@ -464,7 +457,7 @@ def train(config: Config, data: Any, ranks: Ranks) -> int:
     )  # fmt: skip
     val_cases = [case for case in data.cases("val") if data.has_label(case)]
 
-    # The network, its average for sampling, and the optimiser.
+    # The network, its running average (what validation, evaluate and predict use), the optimiser.
     torch.manual_seed(seed_of(config.seed, "weights") % 2**32)
     model = network_for(config, record).to(device)
     if config.init:
@@ -479,7 +472,8 @@ def train(config: Config, data: Any, ranks: Ranks) -> int:
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     # The run folder. A checkpoint holds what is named here; the same command continues from it.
-    run = runtime.Run(config, SCRIPT, record, ranks, ["val_dice", *map(val_column, data.scored)])
+    columns = ["val_dice", *(f"val_dice_{name}" for name in data.scored)]
+    run = runtime.Run(config, SCRIPT, record, ranks, columns)
     run.keep(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
     step = run.resume()  # 0 for a new run
     differs = flags.departures(config, Config())
@@ -498,7 +492,7 @@ def train(config: Config, data: Any, ranks: Ranks) -> int:
         worker_init_fn=runtime.ignore_signals,
     )
     batches = iter(loader)
-    run.stopped()  # sets run.time_up, where a run of --minutes is complete
+    run.stopped()  # a resumed run may have used up its --minutes: sets run.time_up
     last = step == config.steps or run.time_up
 
     while True:
@@ -509,11 +503,10 @@ def train(config: Config, data: Any, ranks: Ranks) -> int:
             rows = score_cases(network, data, val_cases, ranks, stopped=run.stopped)
             if rows is not None:
                 summary = tables.summarise(rows[1])
-                dice = summary["mean"]["dice"]["mean"]
-                by_class = {val_column(c): v["dice"]["mean"] for c, v in summary["classes"].items()}
-                run.write_row(step, val_dice=dice, **by_class)
-                run.save_best(step, dice)
-                say(f"step {step}: validation Dice {dice:.3f}", ranks)
+                dice = [v["dice"]["mean"] for v in (summary["mean"], *summary["classes"].values())]
+                run.write_row(step, **dict(zip(columns, dice)))
+                run.save_best(step, dice[0])
+                say(f"step {step}: validation Dice {dice[0]:.3f}", ranks)
         if last or run.signal:
             break
 
@@ -534,7 +527,7 @@ def train(config: Config, data: Any, ranks: Ranks) -> int:
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
                     loss = diffusion_loss(net, config.target, cond, x0, t, eps)  # [B]
                 scaler.scale(loss.mean() / config.accumulate).backward()
-            run.collect(loss, t / T)
+            run.collect(loss, t / T)  # for the log, by noise level
 
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
@@ -547,7 +540,7 @@ def train(config: Config, data: Any, ranks: Ranks) -> int:
         step += 1
         run.seconds += time.perf_counter() - begin
 
-        run.count_skip(step, finite)
+        run.count_skip(step, finite)  # ends the run after 20 in a row
         stopped = run.stopped()  # Ctrl-C or SIGTERM on any process; also sets run.time_up
         last = step == config.steps or run.time_up
         run.log(step, lr=lr, grad_norm=norm)
@@ -557,11 +550,7 @@ def train(config: Config, data: Any, ranks: Ranks) -> int:
     runtime.same_weights(model, ranks, "at the end")
     if ranks.first:
         figures.loss_curve(run.out / "log.csv", run.out / "loss.png", f"PatchDDM, {data.name}")
-    return run.finish(step)
-
-
-def val_column(name: str) -> str:
-    return f"val_dice_{name}"
+    return run.finish(step)  # the exit code
 
 
 def mask_channels(record: dict[str, Any]) -> int:
@@ -604,11 +593,6 @@ def double(x: Tensor) -> Tensor:
 def timesteps(steps: int) -> list[int]:
     """Return S + 1 times from T down to 0, evenly spaced and rounded half up."""
     return [(T * i + steps // 2) // steps for i in range(steps, -1, -1)]  # D2
-
-
-def evaluations(steps: int, heun: bool) -> int:
-    """Return how often one sample evaluates the network; Heun's last step, to t = 0, does once."""
-    return 2 * steps - 1 if heun else steps
 
 
 @torch.no_grad()
@@ -659,7 +643,7 @@ def sample(
 
 @dataclass(frozen=True)
 class Network:
-    """A trained network with what its use needs. record: of the data that it was trained on."""
+    """A trained UNet, `model`, with what sampling needs. record: of the data it was trained on."""
 
     config: Config
     model: UNet
@@ -697,8 +681,7 @@ class Network:
             seed_of(config.seed, "sample", case, number)
         )  # D5
         start = torch.randn((1, k, *cond.shape[1:]), generator=generator).to(self.device)
-        total = evaluations(config.sampling_steps, config.heun)
-        bar = tqdm(total=total, desc=case, leave=False, delay=5, disable=config.quiet or None)
+        bar = tqdm(desc=f"{case}, evaluations", leave=False, delay=5, disable=config.quiet or None)
         # The network's input is put together once; a step changes only its last channels, x_t.
         fed = torch.cat([cond[None], start], dim=1)  # [1, C (+ 3) + K', *S]
 
@@ -736,8 +719,7 @@ class Network:
 
     def maps(self, mean: Tensor, variance: Tensor) -> dict[str, np.ndarray]:
         """Return name -> [X, Y, Z]: the mean of each channel [K', X, Y, Z], and the variance."""
-        classes = list(self.record["classes"])
-        names = classes if len(mean) == 1 else ["background", *classes]
+        names = ["background", *self.record["classes"]][-len(mean) :]
         maps = {f"mean_{name}": values.cpu().numpy() for name, values in zip(names, mean)}
         return {**maps, "variance": variance.cpu().numpy()}
 
@@ -757,14 +739,7 @@ class Network:
 # ==================================================================================================
 
 
-def score_cases(
-    network: Network,
-    data: Any,
-    cases: Sequence[str],
-    ranks: Ranks,
-    out: Path | None = None,
-    stopped: Callable[[], bool] | None = None,
-) -> dict[int, list[dict[str, Any]]] | None:
+def score_cases(network, data, cases, ranks, out=None, stopped=None) -> dict[int, list] | None:
     """Sample and score cases, shared over the processes.
 
     Returns rows of metrics.csv for some sizes of the ensemble; small ensembles are the first
@@ -772,7 +747,7 @@ def score_cases(
     """
     config = network.config
     sizes = sorted({n for n in ENSEMBLES if n < config.ensemble} | {config.ensemble})
-    rows = {}
+    rows: dict[Any, list[dict[str, Any]]] = {}
     for case in ranks.share(cases, config.quiet, stopped):
         truth = np.asarray(data.label(case))
         cond, inside = network.whole_volume(data.image(case))
@@ -801,9 +776,7 @@ def score_cases(
 def evaluate(network: Network, data: Any, ranks: Ranks, out: Path) -> int:
     """Score a split on the prepared grid: print the table, write metrics, masks and pictures."""
     config = network.config
-    cases = loaders.cases_to_score(data, config.split, config.limit)
-    loaders.check_alike(network.record, data)
-    seen = loaders.check_unseen(network.record, data, cases, config.split)
+    cases, seen = loaders.held_out(network.record, data, config.split, config.limit)
     begin = time.perf_counter()
     by_size = score_cases(network, data, cases, ranks, out)
     if not ranks.first or by_size is None:
@@ -817,11 +790,7 @@ def evaluate(network: Network, data: Any, ranks: Ranks, out: Path) -> int:
         suffix = "" if size == config.ensemble else f"_ensemble{size}"
         say(f"\nensemble of {size}\n{tables.report(out, rows, suffix)}")
     if config.data == "synthetic":
-        images = [data.image(case)[0] for case in cases]
-        labels = [data.label(case) for case in cases]
-        best = [metrics.best_interval_dice(images, labels, v) for v in data.classes.values()]
-        text = ", ".join(f"{c} {b['threshold']:.3f}" for c, b in zip(data.classes, best))
-        say(f"\nbest Dice of any threshold of the intensity, chosen with the truth: {text}")
+        say(f"\n{metrics.threshold_note(data, cases)}")
     say(f"\nmasks, pictures and tables are in {out}")
     return 0
 
@@ -834,14 +803,7 @@ def evaluate(network: Network, data: Any, ranks: Ranks, out: Path) -> int:
 def predict(network: Network, ranks: Ranks) -> int:
     """Write masks for NIfTI files, on their own grid and with the publisher's label values."""
     config = network.config
-    if not config.image or not config.output:
-        raise InputError("predict needs --image FILE... (or a folder) and --output FILE or FOLDER")
-    scans = loaders.Scans(config.image, config.output, network.record, config.overwrite)
-    for note in scans.notes:
-        say(note, ranks)
-    for scan in scans.share(ranks.rank, ranks.world):
-        if scan.note:
-            say(scan.note)
+    for scan in runtime.scans(config, network.record, ranks):
         cond, inside = network.whole_volume(scan.image)
         members: dict[object, np.ndarray] = {}
         for mean, variance, member in network.sample_ensemble(cond, scan.name):
@@ -855,7 +817,6 @@ def predict(network: Network, ranks: Ranks) -> int:
             maps = network.maps(mean[inside], variance[inside[1:]])
             maps = {name: scan.map(values) for name, values in maps.items()}
         say(scan.save(mask, maps, members))
-    scans.finish([fault for part in ranks.gather(scans.faults) for fault in part])
     return 0
 
 
@@ -864,49 +825,28 @@ def predict(network: Network, ranks: Ranks) -> int:
 # ==================================================================================================
 
 VERBS = {
-    "": ("run", "model", "train", "speed", "use", "evaluate"),
-    "train": ("run", "model", "train", "speed"),
-    "evaluate": ("run", "use", "evaluate"),
-    "predict": ("run", "use", "predict"),
+    "": ("run", "model", "start", "train", "speed", "use", "evaluate"),
+    "train": ("run", "model", "start", "train", "speed"),
+    "evaluate": ("run", "start", "use", "evaluate"),
+    "predict": ("run", "start", "use", "predict"),
 }
-
-
-def with_start(config: Config, given: dict[str, Any]) -> Config:
-    """Return the config with the network of --init, but for flags that are given."""
-    fixed = runtime.start_flags(config.init, SCRIPT, flags.names(Config, "model"))
-    if "num_groups" not in {**fixed, **given}:
-        raise InputError(
-            f"--init {config.init} does not tell the groups of its norms; add --num-groups "
-            f"(the public code has as many as channels, here {fixed['num_channels']})"
-        )
-    return replace(config, **{**fixed, **{name: given[name] for name in fixed if name in given}})
 
 
 def load_network(given: dict[str, Any], ranks: Ranks) -> Network:
     """Return the network that the flags name: of --checkpoint, of the run, or of --init."""
-    config = flags.configure(Config, PRESETS, given)
-    if config.init and not config.checkpoint:
-        config = with_start(config, given)
-        data = loaders.open_data(config.data)
-        record = {**loaders.data_record(data), "cases": {}}  # nobody says what these weights saw
-        shapes = [data.shape(case) for case in data.cases("all")]
-        record["least"] = least_grid(config, record, shapes)
-        model, step = network_for(config, record), 0
-        runtime.load_start(config.init, SCRIPT, model)
-    else:
-        config, state = runtime.load_trained(Config, PRESETS, given, SCRIPT)
-        record, step = state["data"], state["step"]
-        model = network_for(config, record)
-        model.load_state_dict(state["ema"])
+    config, state = runtime.load_trained(Config, PRESETS, given, SCRIPT)
+    record = state["data"]
+    record.setdefault("least", least_grid(config, record, [(1, 1, 1)]))  # of public weights
+    model = network_for(config, record)
+    runtime.load_weights(model, state["ema"], config.init or config.checkpoint)
     model = unet.fast_layout(model.to(ranks.device)).eval().requires_grad_(False)
     dtype, _ = runtime.autocast_dtype(config.amp, ranks.device)
-    return Network(config, model, record, ranks.device, dtype, step)
+    return Network(config, model, record, ranks.device, dtype, state["step"])
 
 
 def load(path: str, device: str = "auto") -> Network:
     """Return the network of a checkpoint, for its predict_array."""
-    given = {"checkpoint": str(path), "quiet": True}
-    return load_network(given, runtime.start(device))
+    return load_network({"checkpoint": str(path), "quiet": True}, runtime.start(device))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -923,11 +863,11 @@ def main(argv: Sequence[str]) -> int:
 
     config = flags.configure(Config, PRESETS, given)
     if config.init:
-        config = with_start(config, given)
+        config = runtime.with_start(config, given, SCRIPT)
     config = runtime.share_batch(config, given, ranks)
     data = loaders.open_data(config.data)
     if not verb:
-        loaders.cases_to_score(data, config.split, config.limit)  # are there any, before training
+        loaders.cases_to_score(data, config.split, config.limit)  # fail now, not after the training
     code = train(config, data, ranks)
     if verb or code or runtime.is_scored(config, given, ranks):
         return code

@@ -3,6 +3,8 @@
     part    read by                         when a run is continued   with a trained network
     run     every verb                      may change                from the command line
     model   train, and whatever loads it    must be the same          from the checkpoint
+    start   every verb: what the shapes of  must be the same          from the checkpoint
+            --init do not tell
     train   train                           must be the same          from the checkpoint
     speed   train                           may change                not read
 
@@ -17,13 +19,14 @@ import sys
 import textwrap
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from common import InputError, version
 
-FIXED = ("model", "train")  # the parts that a checkpoint decides
+FIXED = ("model", "start", "train")  # the parts that a checkpoint decides
 
 
 def flag(default: Any, help: str, part: str, low: float = -math.inf, high: float = math.inf) -> Any:
@@ -57,6 +60,12 @@ class RunFlags:
     image: tuple[str, ...] = flag((), "files, or one folder", "predict")
     output: str = flag("", "file for one image, or a folder", "predict")
     # fmt: on
+
+    script: typing.ClassVar[str] = ""  # the name of the script, in the default of --out
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.out or f"runs/{self.script}-{Path(self.data).name}-{self.preset}")
 
 
 def word(name: str) -> str:

@@ -913,18 +913,21 @@ def seen_cases(record: dict, data: Prepared, cases: Sequence[str]) -> list[str]:
     return [case for case in cases if case in seen]
 
 
-def check_unseen(record: dict, data: Prepared, cases: Sequence[str], split: str) -> str:
-    """Raise InputError where a network is scored on cases that it has seen, unless asked for.
+def held_out(record: dict, data: Prepared, split: str, limit: int = 0) -> tuple[list[str], str]:
+    """Return the labelled cases of a split, and a remark where the network has seen them.
 
-    Returns a remark for the heading of the scores, or an empty text.
+    Raises InputError for data that are prepared otherwise than the network's, and for cases of its
+    training or validation unless split is train or val.
     """
+    cases = cases_to_score(data, split, limit)
+    check_alike(record, data)
     seen = seen_cases(record, data, cases)
     if seen and split not in ("train", "val"):
         raise InputError(
             f"{len(seen)} of {len(cases)} cases of {split} were in this network's training or "
             f"validation, such as {seen[0]}; have the splits moved? Score other cases"
         )
-    return " (seen in training)" if seen else ""
+    return cases, " (seen in training)" if seen else ""
 
 
 def check_alike(record: dict, data: Prepared) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from tqdm import tqdm
 
-from common import InputError, atomic_write, flags, unet, version
+from common import InputError, atomic_write, flags, loaders, unet, version
 
 FORMAT = 2  # of checkpoints; raised when an old program could misread a new file
 KEYS = ("format", "script", "config", "model", "ema", "optimizer", "step", "best", "data")
@@ -694,22 +694,38 @@ def load_start(
         checkpoint = load_checkpoint(path, script)
         state, config = checkpoint["ema"] or checkpoint["model"], checkpoint["config"]
     if model is not None:
-        try:
-            unet.load_public(model, state)
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"--init {path} does not fit the network: {error}") from error
+        load_weights(model, state, path)
     return state, config
 
 
-def start_flags(path: str, script: str, names: Sequence[str]) -> dict[str, Any]:
-    """Return those of these flags that the file of --init decides: all, or what shapes tell."""
-    weights, config = load_start(path, script)
-    if config is None:
+def load_weights(model: nn.Module, state: dict[str, Tensor], path: object) -> None:
+    """Load weights, ours or public ones. Raises InputError where they do not fit."""
+    try:
+        unet.load_public(model, state)
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path} does not fit the network: {error}") from error
+
+
+def with_start(config: Any, given: Mapping[str, Any], script: str) -> Any:
+    """Return the config with the network of --init, but for flags that are given.
+
+    Shapes tell the sizes of public weights, but not the flags of part `start`: raises InputError
+    where one of these is not given.
+    """
+    weights, saved = load_start(config.init, script)
+    if saved is None:
         try:
-            config = unet.sizes_of(weights)
+            saved = unet.sizes_of(weights)
         except (KeyError, IndexError, AttributeError) as error:
-            raise InputError(f"--init {path} is no U-Net of this kind: it lacks {error}") from error
-    return {name: config[name] for name in names if name in config}
+            text = f"--init {config.init} is no U-Net of this kind: it lacks {error}"
+            raise InputError(text) from error
+        untold = flags.names(type(config), "start")
+        missing = [flags.word(name) for name in untold if name not in given]
+        if missing:
+            text = f"--init {config.init} does not tell {', '.join(missing)} of its network"
+            raise InputError(f"{text}; add {missing[0]}, which its authors state")
+    fixed = {n: saved[n] for n in flags.names(type(config), "model", "start") if n in saved}
+    return dataclasses.replace(config, **{n: given.get(n, value) for n, value in fixed.items()})
 
 
 def newest_checkpoint(out: Path, script: str, ranks: Ranks) -> dict[str, Any] | None:
@@ -747,8 +763,17 @@ def load_trained(
     """Return the config for using the network that the flags name, and its checkpoint.
 
     The network and its training are those of the checkpoint; results go beside it without --out.
+    Public weights of --init are a checkpoint of step 0; they know the prepared data by --data, but
+    not the cases that they were trained on.
     """
     config = flags.configure(Config, presets, given)
+    if config.init and not config.checkpoint:
+        weights, saved = load_start(config.init, script)
+        if saved is None:
+            record = {**loaders.data_record(loaders.open_data(config.data)), "cases": {}}
+            return with_start(config, given, script), {"data": record, "ema": weights, "step": 0}
+        given = {"checkpoint": config.init, **given}
+        config = flags.configure(Config, presets, given)
     path = checkpoint_file(config.checkpoint, Path(config.run_folder))
     state = load_checkpoint(path, script)
     given = {"out": str(path.parent), **given}
@@ -774,6 +799,24 @@ def is_scored(config: Any, given: Mapping[str, Any], ranks: Ranks) -> bool:
         return False
     say(f"its scores are in {scores.parent}, nothing is sampled again", ranks)
     return True
+
+
+def scans(config: Any, record: dict, ranks: Ranks) -> Iterator[loaders.Scan]:
+    """Yield this process's scans of --image, on the network's grid. record: of the network's data.
+
+    Raises InputError for what can be checked before the work begins, and after the last scan for
+    files that could not be read.
+    """
+    if not config.image or not config.output:
+        raise InputError("predict needs --image FILE... (or a folder) and --output FILE or FOLDER")
+    inputs = loaders.Scans(config.image, config.output, record, config.overwrite)
+    for note in inputs.notes:
+        say(note, ranks)
+    for scan in inputs.share(ranks.rank, ranks.world):
+        if scan.note:
+            say(scan.note)
+        yield scan
+    inputs.finish([fault for part in ranks.gather(inputs.faults) for fault in part])
 
 
 # --------------------------------------------------------------------------------------------------

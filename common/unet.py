@@ -244,9 +244,11 @@ class EmbedSequential(nn.Sequential):
         return x
 
 
-def recomputed(block: nn.Module, x: Tensor, emb: Tensor | None) -> Tensor:
-    """Return block(x, emb); backward computes it again instead of keeping what is inside."""
-    return checkpoint(block, x, emb, use_reentrant=False, preserve_rng_state=False)
+def run(block: nn.Module, x: Tensor, emb: Tensor | None, recompute: bool) -> Tensor:
+    """Return block(x, emb). recompute: backward computes it again and keeps nothing inside."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, x, emb, use_reentrant=False, preserve_rng_state=False)
+    return block(x, emb)
 
 
 class UNet(nn.Module):
@@ -327,19 +329,14 @@ class UNet(nn.Module):
         head = zero_module(conv(2, c, out_channels))
         self.out = nn.Sequential(GroupNorm(groups, c), nn.SiLU(), head)
 
-    def run(self, block: nn.Module, x: Tensor, emb: Tensor | None) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return recomputed(block, x, emb)
-        return block(x, emb)
-
     def encode(self, x: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor], Tensor | None]:
         """Return the middle block's output, the skips from fine to coarse, the embedded time."""
         emb = self.time_embed(timestep_embedding(t, self.width)) if self.timed else None  # [B, 4c]
         skips = []
         for block in self.input_blocks:
-            x = self.run(block, x, emb)  # [B, c m, Y / 2^level, X / 2^level]
+            x = run(block, x, emb, self.recompute)  # [B, c m, Y / 2^level, X / 2^level]
             skips.append(x)
-        return self.run(self.middle_block, x, emb), skips, emb
+        return run(self.middle_block, x, emb, self.recompute), skips, emb
 
     def decode(
         self, x: Tensor, skips: list[Tensor], emb: Tensor | None, blocks: Collection[int] = ()
@@ -351,7 +348,7 @@ class UNet(nn.Module):
         wanted = blocks or [len(self.output_blocks) - 1]
         maps = {}
         for k, block in enumerate(self.output_blocks[: max(wanted) + 1]):
-            x = self.run(block, torch.cat([x, skips.pop()], dim=1), emb)
+            x = run(block, torch.cat([x, skips.pop()], dim=1), emb, self.recompute)
             if k in wanted:
                 maps[k] = x
         return [maps[k] for k in wanted]

@@ -15,7 +15,6 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -31,8 +30,8 @@ from common.runtime import Ranks, noise, say, seed_of
 
 NAME = "patchddm_generate"
 VERBS = {
-    "": ("run", "model", "train", "speed", "use"),
-    "train": ("run", "model", "train", "speed"),
+    "": ("run", "model", "start", "train", "speed", "use"),
+    "train": ("run", "model", "start", "train", "speed"),
     "sample": ("run", "use"),
 }
 
@@ -45,9 +44,7 @@ class Config(patchddm.Config):
     eval_every: int = flag(50_000, "", "unread")
     save: Literal["masks", "maps", "all"] = flag("masks", "", "unread")
 
-    @property
-    def run_folder(self) -> Path:
-        return Path(self.out or f"runs/{NAME}-{Path(self.data).name}-{self.preset}")
+    script = NAME
 
 
 class Images:

@@ -56,9 +56,14 @@ class Config(flags.RunFlags):
         flags.check_ranges(self)
 
 
+def evaluations(steps: int, heun: bool) -> int:
+    """Return how often one sample evaluates the network; Heun's last step, to t = 0, does once."""
+    return 2 * steps - 1 if heun else steps
+
+
 def hash_network(network: patchddm.Network) -> str:
     """Return a hash of the weights, of how the network is used, and of the grid it is padded to."""
-    names = flags.names(patchddm.Config, "model")
+    names = flags.names(patchddm.Config, "model", "start")
     settings = [(name, getattr(network.config, name)) for name in names]
     digest = hashlib.sha256(repr((settings, list(network.record["least"]))).encode())
     for name, weight in network.model.state_dict().items():
@@ -121,7 +126,7 @@ def fill(
     rows = [] if grid.overwrite else read_rows(path)
     key = key_of(network, data, cases)
     for steps in sorted(set(grid.sampling_steps)):
-        cost = patchddm.evaluations(steps, grid.heun)
+        cost = evaluations(steps, grid.heun)
         limit = grid.max_evaluations or math.inf
         sizes = [n for n in grid.sizes if n * cost <= limit]
         row_key = {**key, "sampling_steps": str(steps)}
@@ -175,7 +180,7 @@ def show(grid: Config, key: Row, rows: Sequence[Row], out: Path) -> None:
                 texts[-1].append(text)
         say(f"\n{unit} by steps and ensemble, in brackets the network evaluations; {sampler}")
         say(tables.layout(texts))
-        costs = [patchddm.evaluations(steps, grid.heun) for steps in all_steps]
+        costs = [evaluations(steps, grid.heun) for steps in all_steps]
         names = [f"{s} steps, cost {cost}" for s, cost in zip(all_steps, costs)]
         columns = [f"ensemble {n}" for n in sizes]
         file = out / f"figures/grid_{sampler.replace(' ', '')}_{score}.png"
@@ -207,9 +212,7 @@ def main(argv: Sequence[str]) -> int:
     given = {name: value for name, value in given.items() if name not in own}
     network = patchddm.load_network(given, ranks)
     data = loaders.open_data(network.config.data)
-    cases = loaders.cases_to_score(data, grid.split, grid.limit)
-    loaders.check_alike(network.record, data)
-    loaders.check_unseen(network.record, data, cases, grid.split)
+    cases, _ = loaders.held_out(network.record, data, grid.split, grid.limit)
 
     path = network.config.run_folder / "grid.csv"
     key, rows = fill(grid, network, data, cases, ranks, path)

@@ -40,9 +40,7 @@ class Config(patchddm.Config):
     batch: int = flag(1, "samples of a training step", "profile", 1)
     compile: bool = flag(False, "also measure the compiled network in training", "profile")
 
-    @property
-    def run_folder(self) -> Path:
-        return Path(self.out or f"runs/{NAME}-{Path(self.data).name}-{self.preset}")
+    script = NAME
 
 
 def resident_gb(key: str) -> float:
@@ -152,7 +150,7 @@ def say_row(cells: Sequence[str]) -> None:
 
 def main(argv: Sequence[str]) -> int:
     about = (__doc__ or "").partition("\n\n")[0]
-    verbs = {"": ("run", "model", "profile")}
+    verbs = {"": ("run", "model", "start", "profile")}
     _, given = flags.parse(Config, argv, verbs, patchddm.PRESETS, about)
     config = flags.configure(Config, patchddm.PRESETS, given)
     device = runtime.start(config.device).device

@@ -325,8 +325,9 @@ def test_public_weights_are_evaluated_without_training_and_groups_are_asked_for(
     argv += ["--out", str(tmp_path / "a"), "--preset", "tiny"]
     asked = CLI.run(*argv)
     assert asked.returncode == 2 and "add --num-groups" in asked.stderr
-    config = json.loads((trained / "config.json").read_text())
-    assert config["num_groups"] == 2
+    argv += ["--num-groups", "2"]
+    assert patchddm.main([*argv, "--sampling-steps", "1", "--save", "masks"]) == 0
+    assert json.loads((tmp_path / "a/summary.json").read_text())["mean"]["dice"]["n"] == 1
 
 
 def test_init_that_does_not_fit_names_the_tensor(tmp_path, trained, data, capsys):
