@@ -7,9 +7,9 @@ Paper
 Idea
     A diffusion model makes a mask out of noise and sees the image as extra channels. It is usually
     trained on the true mask with noise. With little noise the truth still shows, and the network
-    learns to copy it. In use there is no truth. So (1) x_k is made of the network's own prediction at
-    the noisier step k + 1: "recycling", two passes, a gradient through the second only; (2) the
-    mask is predicted, not the noise, with (3) a Dice loss, (4) on the five levels that it is sampled at.
+    learns to copy it. In use there is no truth. So (1) x_k is made of the network's own prediction
+    at the noisier step k + 1: "recycling", two passes, a gradient through the second only; (2) the
+    mask is predicted, not the noise, with (3) a Dice loss, (4) on the five levels of sampling.
 
 Symbols
     I         image  [B, M, *S]  M channels in [0, 1], spread to --image-range; S = (X, Y, Z)

@@ -39,16 +39,16 @@ Differs
         largest wins. The paper has one class.
     D5  The noise of a sample is a function of (seed, case, member). The public code starts every
         case from the same noise.
-    D6  The small presets predict x_0. In eq. (4) an error of the mask weighs abar / (1 - abar):
+    D6  All presets but paper predict x_0. In eq. (4) an error of the mask weighs abar / (1 - abar):
         0.66 at t = 300, but 0.0003 at t = 900. Sampling decides the mask at large t, so a network
         that predicts eps learns last what matters most.
-    D7  The small presets have a larger learning rate that warms up and falls, averaged weights and
+    D7  The other presets have a larger learning rate that warms up and falls, averaged weights and
         gradient clipping. The paper has a constant 1e-5 for 4.45 million steps.
     D8  Probabilities, not masks, go back to the scan's own grid, and become a mask there. The
         public code writes the padded grid without its geometry.
     D9  The network sees images in [-1, 1], as in the public code; the paper says [0, 1].
     D10 --method half: the result is enlarged and scored at full size, in the public code at half.
-    D11 The small presets have fewer levels and channels.
+    D11 tiny and laptop have fewer levels and channels.
 
 Usage
     python patchddm.py                                     train, sample and score on phantoms
@@ -71,7 +71,7 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -165,12 +165,9 @@ class Config(flags.RunFlags):
                 f"--patch {self.patch_size} cannot be halved {len(self.channel_mult) - 1} times; "
                 f"use multiples of {step}, or fewer levels in --channel-mult"
             )
-        for m in self.channel_mult:
-            if self.num_channels * m % self.num_groups or self.num_channels % self.num_groups:
-                raise InputError(
-                    f"--num-groups {self.num_groups} does not divide a width of "
-                    f"{self.num_channels * m} or {self.num_channels}; choose a divisor"
-                )
+        if self.num_channels % self.num_groups:  # the other widths are multiples
+            text = f"--num-groups {self.num_groups} does not divide --num-channels"
+            raise InputError(f"{text} {self.num_channels}; choose a divisor")
         if self.heun and self.eta:
             raise InputError("--heun follows the equation without noise; use --eta 0")
         if self.skips == "concat" and self.channel_mult[0] != 1:
@@ -308,10 +305,12 @@ def q_sample(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     return a * x0 + b * eps  # eq. (2), which is eq. (1) applied t times
 
 
-def diffusion_loss(
-    model: nn.Module, target: str, cond: Tensor, x0: Tensor, t: Tensor, eps: Tensor
-) -> Tensor:
-    """Return the mean over voxels and channels of (target - output)^2, fp32 [B]."""
+def diffusion_loss(model, target, cond, x0, t, eps) -> Tensor:
+    """Return the mean over voxels and channels of (target - output)^2, fp32 [B].
+
+    model(x, t - 1) predicts the target, "eps" or "x0". cond [B, C + 3, *P], x0 and eps [B, K', *P],
+    t [B] in 1..T.
+    """
     xt = q_sample(x0, eps, t)
     index = (t - 1).to(x0.device, non_blocking=True)
     output = model(torch.cat([cond, xt], dim=1), index).float()  # [B, K', *P]
@@ -368,9 +367,7 @@ def coordinates(full: Sequence[int], start: Sequence[int], size: Sequence[int]) 
     return out
 
 
-def condition(
-    image: np.ndarray, full: Sequence[int], start: Sequence[int], size: Sequence[int], coords: bool
-) -> np.ndarray:
+def condition(image, full, start, size, coords=True) -> np.ndarray:
     """Return the condition b of one patch, [C (+ 3), *size] fp32.
 
     image: [C, X, Y, Z] in [0, 1], padded with background on both sides to `full`. It may lie on the
@@ -565,9 +562,7 @@ def network_for(config: Config, record: dict[str, Any]) -> UNet:
     return build_model(config, len(record["channels"]) + 3 * config.with_coords + k, k)
 
 
-def least_grid(
-    config: Config, record: dict[str, Any], shapes: Sequence[Sequence[int]]
-) -> list[int]:
+def least_grid(config: Config, record: dict[str, Any], shapes: Sequence) -> list[int]:
     """Return the least size of a padded volume: the data's own grid, else what the method needs."""
     if record.get("grid"):
         return list(record["grid"])
@@ -596,16 +591,7 @@ def timesteps(steps: int) -> list[int]:
 
 
 @torch.no_grad()
-def sample(
-    f: Callable[[Tensor, int], Tensor],
-    x: Tensor,
-    times: Sequence[int],
-    target: str = "eps",
-    eta: float = 0.0,
-    heun: bool = False,
-    generator: torch.Generator | None = None,
-    watch: Callable[[int, Tensor, Tensor], None] | None = None,
-) -> Tensor:
+def sample(f, x, times, target="eps", eta=0.0, heun=False, generator=None, watch=None) -> Tensor:
     """Return x_0 from x = x_T ~ N(0, I) of any shape, by steps along `times`, T, ..., 0.
 
     f(x, t) is the network with its condition; t is an int in 1..T. eta 0 is DDIM (the paper), 1 is
@@ -699,9 +685,7 @@ class Network:
             )[0]  # fmt: skip
         return (double(x0) if config.half else x0).clamp(0, 1)
 
-    def sample_ensemble(
-        self, cond: Tensor, case: str, watch: Any = None
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def sample_ensemble(self, cond, case, watch=None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Sample --ensemble members, and yield the result so far after each (section 2.4).
 
         Yields the mean of the members [K', *S], their variance [*S] with ddof 0, and the newest

@@ -77,6 +77,17 @@ def test_common_holds_no_lesson_and_knows_no_script():
 
 
 @by_script
+def test_script_stays_short_and_trains_early(script):
+    """The budget in lines, with 5 % room. Where one is passed, take out a concept."""
+    budget = {"patchddm": 850, "diffseg3d_recycle": 930, "masked_diffusion": 1040}
+    lines = script.read_text().splitlines()
+    assert len(lines) <= 1.05 * budget.get(script.stem, 960)
+    assert max(map(len, lines)) <= 100
+    first = next(n for n, line in enumerate(lines, 1) if ".backward(" in line)
+    assert first <= 0.62 * len(lines)
+
+
+@by_script
 def test_docstring_has_its_headings(script):
     assert [line for line in docstring(script).splitlines() if line in HEADINGS] == HEADINGS
 

@@ -549,7 +549,7 @@ def test_shards_divide_the_global_batch():
     [
         ({"patch": (100,)}, "cannot be halved 6 times"),
         ({"patch": (64, 64)}, "expected N or N,N,N"),
-        ({"num_groups": 7}, "does not divide a width of 29"),
+        ({"num_groups": 7}, "does not divide --num-channels 29"),
         ({"heun": True, "eta": 0.5}, "use --eta 0"),
         ({"skips": "concat", "channel_mult": (2, 4), "patch": (8,)}, "begin with 1"),
         ({"batch": 0}, "--batch is 0"),
