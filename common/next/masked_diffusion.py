@@ -67,8 +67,10 @@ Usage
     results/mdm_*.sh: the paper's tables and figures.
 
 Expect
-    The default run takes about four minutes on two cores of a server CPU, most of it pre-training.
-    It prints EXPECT
+    The default run takes about five minutes on one core of a server CPU, most of it pre-training.
+    It prints a mean Dice of 0.64 on ten unseen sections with 8 labels (0.74 and 0.72 with two other
+    seeds of the classifier), beside 0.53 (0.61, 0.68) for the same network with random weights,
+    0.42 for colour alone and 0.43 for calling all foreground.
 """
 
 import copy
@@ -115,6 +117,8 @@ class Config(flags.RunFlags):
     num_channels: int = flag(192, "width of the first level", "model", 1)
     channel_mult: tuple[int, ...] = flag((1, 1, 2, 2, 4, 4), "widths of the levels", "model", 1)
     num_res_blocks: int = flag(2, "residual blocks of a level", "model", 1)
+    num_groups: int = flag(32, "groups of a norm", "model", 1)
+    num_head_channels: int = flag(64, "channels of an attention head", "model", 1)
     attention_resolutions: tuple[int, ...] = flag(
         (8, 16, 32), "downsampling of levels that attend", "model", 1
     )
@@ -162,11 +166,9 @@ class Config(flags.RunFlags):
     @property
     def segment_folder(self) -> Path:
         labels = Path(self.labels_file).stem or str(self.labels or "all")
-        kind = {"unet": "-unet", "none": "-none"}.get(self.method, "")
-        return (
-            self.run_folder
-            / f"segment-{labels}{'-finetune' if self.finetune else kind}-{self.seed}"
-        )
+        kind = "finetune" if self.finetune else self.method
+        name = f"segment-{labels}" if kind in ("mdm", "ddpm") else f"segment-{labels}-{kind}"
+        return self.run_folder / f"{name}-{self.seed}"
 
     @property
     def supervised(self) -> bool:
@@ -202,10 +204,12 @@ class Config(flags.RunFlags):
                 )
         for level, m in enumerate(self.channel_mult):
             attends = 2**level in self.attention_resolutions or level == levels - 1
-            unit = 64 if attends else 32  # channels of a head, or groups of a norm
-            if self.num_channels * m % unit:
-                text = f"--num-channels {self.num_channels} makes a width of"
-                raise InputError(f"{text} {self.num_channels * m}, which {unit} does not divide")
+            units = (self.num_groups, self.num_head_channels if attends else 1)
+            if any(self.num_channels * m % unit for unit in units):
+                text = (
+                    f"a width of {self.num_channels * m} channels (--num-channels) is no multiple"
+                )
+                raise InputError(f"{text} of {units[0]} groups or of heads of {units[1]} channels")
         if self.predicts == "eps" and (self.method != "ddpm" or self.loss_kind == "ssim"):
             raise InputError("--target eps needs --method ddpm and --loss mse")
         if self.finetune and self.method in ("unet", "none"):
@@ -246,7 +250,7 @@ def build_model(config: Config, in_channels: int, out_channels: int) -> unet.UNe
     attention = [level for level in levels if 2**level in config.attention_resolutions]
     return unet.UNet(
         in_channels, out_channels, config.num_channels, config.channel_mult, config.num_res_blocks,
-        attention, recompute=config.recompute,
+        attention, config.num_head_channels, config.num_groups, recompute=config.recompute,
     )  # fmt: skip
 
 
@@ -436,30 +440,16 @@ class Crops(Dataset):
         return np.ascontiguousarray(x0), np.ascontiguousarray(label), t, mask, n
 
 
-def pretraining_cases(data: Any, use: str, share: float, seed: int) -> tuple[list[str], list[str]]:
-    """Return the images to pre-train on, and those held out for validation.
-
-    use: all, with the test images (the paper), or train. share: of the images in no test set that
-    is held out, unless the data have a split val.
-    """
+def pretraining_cases(data: Any, use: str) -> list[str]:
+    """Return the images without labels: all, with the test images (the paper), or those to train."""
     splits = data.meta["splits"]
-    cases = splits.get("pretrain") or [case for ids in splits.values() for case in ids]
     if use == "train":
         cases = splits.get("train", []) + splits.get("unlabelled", [])
-    held = splits.get("val", []) if share else []
-    if share and not held:
-        free = [case for case in dict.fromkeys(cases) if case not in test_cases(data)]
-        order = np.random.default_rng(seed_of(seed, "held out")).permutation(len(free))
-        held = [free[i] for i in sorted(order[: math.ceil(share * len(free))])]  # D6
-    cases = [case for case in dict.fromkeys(cases) if case not in held]
+    else:
+        cases = splits.get("pretrain") or data.cases("all")
     if not cases:
         raise InputError(f"{data.place}: no image to train on; prepare data with images")
-    return cases, held
-
-
-def test_cases(data: Any) -> set[str]:
-    splits = data.meta["splits"]
-    return {case for name in splits if name.startswith("test") for case in splits[name]}
+    return cases
 
 
 def labelled_cases(data: Any, labels: int, labels_file: str = "") -> tuple[list[str], int]:
@@ -508,9 +498,11 @@ def train(
     device = ranks.device
     dtype, reason = runtime.autocast_dtype(config.amp, device)
     record = loaders.data_record(data)
-    cases, held = pretraining_cases(data, config.pretrain_on, config.held_out, config.seed)
     if labelled:
         cases, held = list(labelled), [case for case in data.cases("val") if data.has_label(case)]
+    else:  # the held-out images are in no test set
+        cases = pretraining_cases(data, config.pretrain_on)
+        cases, held = loaders.hold_out(data, cases, config.held_out, config.seed)  # D6
     record["cases"] = {"train": cases, "val": held}
     record["pretrained_on"] = start and start["data"]
     plan = (config.crop, config.tile, config.seed, config.fixed_t, bool(labelled))
@@ -522,7 +514,7 @@ def train(
     # The network, its average for features, and the optimiser.
     model = network_for(config, record, bool(labelled)).to(device)
     if start:
-        load_weights(model, start, ranks)
+        runtime.load_start_weights(model, start, ranks)
     share = config.batch // (ranks.world * config.accumulate)
     size = (share, len(record["channels"]), config.crop, config.crop)
     remedy = "try --accumulate, --recompute, or a smaller --num-channels"
@@ -539,7 +531,7 @@ def train(
     differs = flags.departures(config, Config())
     run.print_header("MDM (Pan et al. 2023)", data, model, step, reason, differs)
     reduce = record.get("reduce", 1)
-    seen = len(test_cases(data) & {*cases})
+    seen = len(loaders.test_cases(data) & {*cases})
     held_text = f"{len(held)} held out, whose loss chooses best.pt" if held else "none held out"
     say(
         f"  images    {len(cases)} to train on, {seen} of them test images; {held_text}\n"
@@ -628,16 +620,6 @@ def train(
         title = f"{config.method}, {data.name}"
         figures.loss_curve(run.out / "log.csv", run.out / "loss.png", title)
     return run.finish(step)
-
-
-def load_weights(model: nn.Module, start: dict[str, Any], ranks: Ranks) -> None:
-    """Load a checkpoint's averaged weights; a head of other channels is halved or begins anew."""
-    try:
-        note = unet.load_with_head(model, start["ema"] or start["model"])
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"the pre-trained weights do not fit the network: {error}") from error
-    if note:
-        say(f"note: {note}", ranks)
 
 
 # ==================================================================================================
@@ -840,7 +822,7 @@ def segment(config: Config, data: Any, ranks: Ranks, start: Any = None) -> int:
     record |= {name: flags.text(getattr(config, name)) for name in flags.names(Config, "segment")}
     model = network_for(config, record)
     if start:
-        load_weights(model, start, ranks)
+        runtime.load_start_weights(model, start, ranks)
     else:
         unet.redraw_zeros(model)  # D12
     record |= {"pretrained_on": start and start["data"], "weights": runtime.digest(model)}
@@ -1001,11 +983,8 @@ def score_cases(
         others = {n: tables.nan_mean(np.array([r["dice"] for r in rows[n]])) for n in masks if n}
         objects = data.instances(case) if len(data.classes) == 1 else None
         if objects is not None:  # predicted objects are the 4-connected pieces of the mask
-            pieces = metrics.components(mask > 0)
-            others["object Dice"] = metrics.object_dice(pieces, objects)
-            others["AJI"] = metrics.aji(pieces, objects)
-            others["AJI binary"] = metrics.aji_binary(pieces, objects)  # D8
-            others["AJI of perfect masks"] = metrics.aji(metrics.components(truth == 1), objects)
+            others |= metrics.object_scores(mask > 0, objects)  # D8
+            others["AJI of perfect masks"] = metrics.object_scores(truth == 1, objects)["AJI"]
         counts = metrics.class_counts(mask, truth, len(data.classes) + 1, data.ignore)
         scores[case] = (rows[""], counts, others)
         file = out / "predictions" / f"{case}.png"
@@ -1172,13 +1151,13 @@ def story(config: Config, given: dict[str, Any], data: Any, ranks: Ranks, start:
     if config.data == "synthetic" and learns and not config.finetune:
         rows.append(replace(config, method="none", target="auto", loss="auto"))
     total = len(rows) + learns
-    size = (1, len(data.channels), config.crop, config.crop)
-    network = network_for(config, loaders.data_record(data))
-    crop = runtime.pass_seconds(network, size, ranks.device)
+    share = config.batch // (ranks.world * config.accumulate)
+    size = (share, len(data.channels), config.crop, config.crop)
+    dtype, _ = runtime.autocast_dtype(config.amp, ranks.device)
+    model = network_for(config, loaders.data_record(data))
+    crop = runtime.pass_seconds(model, size, dtype, ranks.device) / share
     steps = config.finetune_steps or (config.stop_epoch + 22) * len(cases)
-    pixels = sum(math.prod(data.shape(case)) for case in images)
-    crops = 3 * config.steps * config.batch / ranks.world
-    crops += len(rows) * (steps + 2 * pixels / config.crop**2)
+    crops = 3 * config.steps * config.batch / ranks.world + len(rows) * (steps + 10 * len(images))
     say(f"{total} trainings and their scores, about {runtime.duration(crop * crops)} in all", ranks)
 
     if learns:

@@ -174,14 +174,16 @@ def test_smaller_images_are_reflected():
 
 def test_held_out_images_are_in_no_test_set_and_not_trained_on():
     data = tissue()
-    cases, held = M.pretraining_cases(data, "all", 0.1, 0)
+    images = M.pretraining_cases(data, "all")
+    cases, held = loaders.hold_out(data, images, 0.1, 0)
+    assert images == data.cases("pretrain")
     assert len(held) == 4 and not set(held) & set(data.cases("test")) and not set(held) & set(cases)
     assert len(cases) + len(held) == 42 and set(data.cases("test")) <= set(cases)
-    assert held != M.pretraining_cases(data, "all", 0.1, 1)[1]
-    assert M.pretraining_cases(data, "all", 0, 0) == (data.cases("pretrain"), [])
-    assert M.pretraining_cases(data, "train", 0, 0)[0] == data.cases("train")
+    assert held != loaders.hold_out(data, images, 0.1, 1)[1]
+    assert loaders.hold_out(data, images, 0, 0) == (images, [])
+    assert M.pretraining_cases(data, "train") == data.cases("train")
     data.meta["splits"]["val"] = ["tissue_003"]
-    assert M.pretraining_cases(data, "all", 0.1, 0)[1] == ["tissue_003"]
+    assert loaders.hold_out(data, images, 0.1, 0)[1] == ["tissue_003"]
 
 
 def labelled_set():
@@ -428,12 +430,12 @@ def test_times_of_features_are_the_papers():
 def test_head_of_six_channels_gives_its_mean(capsys, prefix):
     public, model = awake(1, out=6), awake(2)
     state = {prefix + k: v.half() for k, v in public.state_dict().items()}
-    M.load_weights(model, {"ema": state}, RANKS)
+    runtime.load_start_weights(model, {"ema": state}, RANKS)
     assert "its first half, the mean, is taken" in capsys.readouterr().out
     torch.testing.assert_close(model.out[2].weight, public.out[2].weight[:3].half().float())
     before = awake(3, out=2)
     kept = before.out[2].weight.clone()
-    M.load_weights(before, {"ema": {}, "model": awake(1).state_dict()}, RANKS)
+    runtime.load_start_weights(before, {"ema": {}, "model": awake(1).state_dict()}, RANKS)
     assert "a new one is trained" in capsys.readouterr().out
     assert torch.equal(before.out[2].weight, kept)
 
@@ -444,7 +446,7 @@ def test_weights_are_loaded_strictly():
     model = awake(2)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(InputError, match=r"middle_block\.1\.qkv\.weight is"):
-        M.load_weights(model, {"ema": state}, RANKS)
+        runtime.load_start_weights(model, {"ema": state}, RANKS)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -697,7 +699,7 @@ def test_colour_rule_finds_what_colour_tells_and_guesses_elsewhere():
     [
         ({"crop": 100}, "--crop 100 is no multiple of 8"),
         ({"crop": 240}, "--crop 240 is no multiple of 32"),
-        ({"num_channels": 48}, "which 32 does not divide"),
+        ({"num_channels": 48}, "no multiple of 32 groups"),
         ({"method": "ddpm", "loss": "ssim"}, "--target eps needs"),
         ({"fixed_t": 1000}, "--fixed-t is 1000"),
         ({"finetune": True, "method": "none"}, "--finetune starts from"),
